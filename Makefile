@@ -1,0 +1,33 @@
+# `make demo` and `make test` need nothing but Python 3.10+ and make: each builds or reuses .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test fast lint bench clean
+demo: .venv/ready
+	$(BIN)/python examples/quickstart.py
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+fast: lint
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/ready
+	$(BIN)/python -m benchmarks
+
+# torch first, on its own: anything that depends on torch could otherwise pull another build of it.
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed: make PYTHON=python3.11 ...')"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

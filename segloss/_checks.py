@@ -1,0 +1,208 @@
+"""Argument checks shared by the public functions: what was passed, what was expected, what came."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+_SUM_TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 1e-2}  # other dtypes: 1e-4, a size typed to four digits
+
+_always = False
+
+
+def check_values(enabled: bool) -> None:
+    """Check the values of arguments on every device, not only on the CPU.
+
+    Shapes, dtypes and devices are always checked. Values (finite logits, sizes that sum to 1, tags of 0 and 1) are
+    checked for CPU tensors in eager mode; on an accelerator a look at a value would wait for the device, so there they
+    are checked only after ``check_values(True)``. Under ``torch.compile`` and ``vmap`` values are never checked.
+
+    Args:
+        enabled: True to check values on every device, False to go back to CPU tensors only.
+
+    Raises:
+        TypeError: ``enabled`` is not a bool.
+
+    Example:
+        >>> check_values(True)
+        >>> check_values(False)
+    """
+    if not isinstance(enabled, bool):
+        raise TypeError(f"enabled: expected a bool, got {type(enabled).__name__}")
+    global _always
+    _always = enabled
+
+
+def require(name: str, tensor: Tensor, holds: Callable[[], Tensor], problem: Callable[[], str]) -> None:
+    """Raise ``ValueError(name: problem)`` if the values of ``tensor`` can be looked at and do not satisfy ``holds``."""
+    if torch.compiler.is_compiling() or not (_always or tensor.device.type == "cpu") or tensor.is_meta:
+        return
+    with torch.no_grad():
+        try:
+            satisfied = bool(holds())
+        except RuntimeError:  # vmap and fake tensors have no values to look at
+            return
+        if not satisfied:
+            raise ValueError(f"{name}: {problem()}")
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    return "[" + ", ".join(str(n) for n in shape) + "]"
+
+
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+
+
+def check_floating(name: str, value: object) -> None:
+    check_tensor(name, value)
+    assert isinstance(value, Tensor)
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
+
+
+def check_integer(name: str, value: object) -> None:
+    check_tensor(name, value)
+    assert isinstance(value, Tensor)
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name}: expected an integer tensor, got {value.dtype}")
+
+
+def check_like(name: str, value: Tensor, shape: Sequence[int], anchor: str, anchor_value: Tensor) -> None:
+    """``value`` must have this shape and lie on the device of ``anchor_value``, the argument named ``anchor``."""
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(
+            f"{name}: expected {shape_text(shape)} to go with {anchor} {shape_text(anchor_value.shape)}, "
+            f"got {shape_text(value.shape)}"
+        )
+    if value.device != anchor_value.device:
+        raise ValueError(f"{name}: expected device {anchor_value.device}, that of {anchor}, got {value.device}")
+
+
+def check_finite(name: str, value: Tensor) -> None:
+    # The two extremes carry every NaN and infinity and need one pass and no buffer.
+    if value.numel():
+        require(
+            name,
+            value,
+            lambda: torch.isfinite(torch.stack(torch.aminmax(value))).all(),
+            lambda: "expected finite values, got NaN or infinity",
+        )
+
+
+def check_logits(logits: object, *, classes: int = 2, spatial: int | None = None) -> None:
+    """Finite, floating point, ``[B, K, *spatial]``, at least ``classes`` classes, ``spatial`` spatial dimensions."""
+    check_floating("logits", logits)
+    assert isinstance(logits, Tensor)
+    fits = logits.dim() >= 3 if spatial is None else logits.dim() == 2 + spatial
+    if not fits:
+        expected = "[B, K, *spatial]" if spatial is None else "[B, K" + ", H, W"[: 3 * spatial] + "]"
+        raise ValueError(f"logits: expected {expected}, got {shape_text(logits.shape)}")
+    check_classes(logits, classes)
+    check_finite("logits", logits)
+
+
+def check_classes(logits: Tensor, classes: int = 2) -> None:
+    if logits.shape[1] < classes:
+        hint = ": the softmax of a single class is constant; add a background class" if classes == 2 else ""
+        raise ValueError(f"logits: expected at least {classes} classes, got {shape_text(logits.shape)}{hint}")
+
+
+def check_valid(valid: object, logits: Tensor, anchor: str = "logits") -> None:
+    if valid is None:
+        return
+    check_tensor("valid", valid)
+    assert isinstance(valid, Tensor)
+    if valid.dtype != torch.bool:
+        raise TypeError(f"valid: expected a bool tensor, got {valid.dtype}")
+    check_like("valid", valid, (logits.shape[0], *logits.shape[2:]), anchor, logits)
+
+
+def check_sizes(name: str, sizes: object, logits: Tensor | None = None) -> None:
+    """Rows of non-negative fractions ``[B, K]`` that sum to 1."""
+    check_floating(name, sizes)
+    assert isinstance(sizes, Tensor)
+    if logits is not None:
+        check_like(name, sizes, logits.shape[:2], "logits", logits)
+    elif sizes.dim() != 2:
+        raise ValueError(f"{name}: expected [B, K], got {shape_text(sizes.shape)}")
+    if not sizes.numel():
+        return
+    require(
+        name,
+        sizes,
+        lambda: (sizes >= 0).all(),
+        lambda: f"expected fractions of at least 0, got {sizes.min().item():.6g}",
+    )
+    tolerance = _SUM_TOLERANCE.get(sizes.dtype, 1e-4)
+
+    def error() -> Tensor:
+        return (sizes.sum(1, dtype=torch.float64) - 1).abs()
+
+    def problem() -> str:
+        row = int(error().nan_to_num(nan=torch.inf).argmax())
+        return f"expected each row to sum to 1, got {sizes[row].sum(dtype=torch.float64).item():.6g} in row {row}"
+
+    require(name, sizes, lambda: (error() <= tolerance).all(), problem)
+
+
+def check_tags(tags: object, logits: Tensor) -> None:
+    """``[B, K]`` of zeros and ones, of any dtype."""
+    check_tensor("tags", tags)
+    assert isinstance(tags, Tensor)
+    check_like("tags", tags, logits.shape[:2], "logits", logits)
+
+    def binary() -> Tensor:
+        return (tags == 0) | (tags == 1)
+
+    require(
+        "tags",
+        tags,
+        lambda: binary().all(),
+        lambda: f"expected 0 or 1, got {tags[~binary()][0].item():.6g}",
+    )
+
+
+def check_labels(labels: Tensor, classes: int, ignore_index: int) -> None:
+    def known() -> Tensor:
+        return ((labels >= 0) & (labels < classes)) | (labels == ignore_index)
+
+    require(
+        "labels",
+        labels,
+        lambda: known().all(),
+        lambda: f"expected classes 0 to {classes - 1} or {ignore_index} to ignore, got {labels[~known()][0].item()}",
+    )
+
+
+def check_number(
+    name: str,
+    value: object,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    below: float | None = None,
+    finite: bool = True,
+) -> None:
+    """A real number in a range; ``above`` and ``below`` are excluded, ``least`` is included."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    fits = not math.isnan(value) and (not finite or math.isfinite(value))
+    fits = fits and (above is None or value > above) and (least is None or value >= least)
+    if not (fits and (below is None or value < below)):
+        bounds = [
+            f"above {above:g}" if above is not None else "",
+            f"of at least {least:g}" if least is not None else "",
+        ]
+        bounds.append(f"below {below:g}" if below is not None else "")
+        expected = " and ".join(bound for bound in bounds if bound)
+        raise ValueError(
+            f"{name}: expected a {'finite ' if finite else ''}number {expected}".rstrip() + f", got {value}"
+        )
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")

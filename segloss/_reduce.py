@@ -1,0 +1,27 @@
+"""Reduction of a loss over images, and the precision it is computed in."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from segloss._checks import check_choice
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+def check_reduction(reduction: object) -> None:
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
+
+
+def reduce(per_image: Tensor, reduction: Reduction) -> Tensor:
+    """``[B]`` to a scalar, or itself for ``"none"``; the mean over an empty batch is 0, not NaN."""
+    if reduction == "none":
+        return per_image
+    total = per_image.sum()
+    return total if reduction == "sum" else total / max(per_image.shape[0], 1)
+
+
+def wide_dtype(tensor: Tensor) -> torch.dtype:
+    """What the losses compute in, whatever autocast says: float64 for float64, float32 for anything narrower."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

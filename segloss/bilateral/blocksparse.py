@@ -1,0 +1,178 @@
+"""Gaussian filter over pairs of pixel tiles, leaving out the pairs that do not count; exact if none is left out.
+
+Pixels are ordered by a k-d tree in feature space and cut into tiles of about 64. Of all pairs of tiles those are left
+out whose weights are provably negligible (:func:`kept_pairs`); each of the others is visited once, for both its
+directions, since the kernel is symmetric. Everything is a batched product of small matrices: no loop over pixels, and
+one Python step for some hundred tile pairs.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_TILE = 64  # pixels per tile: smaller ones keep fewer pairs, larger ones multiply faster
+_MOST_TILES = 4096  # per image; beyond that tiles grow, so that the table of pairs stays small
+_CHUNK = 1 << 19  # pixel pairs at a time: the weights stay in cache
+_LOG2E = math.log2(math.e)
+_UNDERFLOW = -100.0  # powers of two below it are as good as 0 and would become denormal numbers, which are slow
+# Largest squared extent of a tile, in units of sigma, for which |a|^2 + |b|^2 - 2ab is accurate enough in place of
+# |a - b|^2: rounding errors are this times the machine precision.
+_COMPACT = {torch.float32: 64.0, torch.float64: 1e6}
+
+
+class Tiles(NamedTuple):
+    """Pixels of a batch of images, cut into tiles of equal size; tiles of image b are numbers b T to (b + 1) T - 1."""
+
+    features: Tensor  # [B T, D, t]
+    order: Tensor  # [B, T t]: pixel at each place; numbers from N on are padding
+    batch: int
+    pixels: int
+
+    def gather(self, values: Tensor) -> Tensor:
+        """``[B, K, N]`` to ``[B T, K, t]``; padding becomes 0."""
+        padded = F.pad(values, (0, self.order.shape[1] - self.pixels))
+        sorted_values = padded.gather(2, self.order[:, None].expand(-1, values.shape[1], -1))
+        tiles = sorted_values.unflatten(2, (-1, self.features.shape[2])).transpose(1, 2)
+        return tiles.flatten(0, 1).contiguous()
+
+    def scatter(self, tiles: Tensor) -> Tensor:
+        """``[B T, K, t]`` back to ``[B, K, N]``."""
+        sorted_values = tiles.unflatten(0, (self.batch, -1)).transpose(1, 2).flatten(2)
+        place = self.order.argsort(1)[:, None, : self.pixels]
+        return sorted_values.gather(2, place.expand(-1, tiles.shape[1], -1))
+
+
+def cut(features: Tensor) -> Tiles:
+    """Orders the pixels of ``[B, D, N]`` by a k-d tree: halves along the widest dimension until tiles are small."""
+    batch, dims, pixels = features.shape
+    depth = max(0, round(math.log2(pixels / max(_TILE, pixels / _MOST_TILES))))
+    size = -(-pixels // 2**depth)
+    padding = size * 2**depth - pixels
+    nodes = torch.cat([features, features[:, :, -1:].expand(-1, -1, padding)], 2).transpose(1, 2)
+    order = torch.arange(pixels + padding, device=features.device).expand(batch, -1)
+    for _ in range(depth):
+        widest = (nodes.amax(1) - nodes.amin(1)).argmax(1)
+        key = nodes.gather(2, widest[:, None, None].expand(-1, nodes.shape[1], 1))[:, :, 0]
+        by_key = key.argsort(1)
+        half = (2 * nodes.shape[0], nodes.shape[1] // 2)
+        order = order.gather(1, by_key).reshape(half)
+        nodes = nodes.gather(1, by_key[:, :, None].expand(-1, -1, dims)).reshape(*half, dims)
+    tiles = nodes.transpose(1, 2).contiguous()
+    return Tiles(tiles, order.reshape(batch, -1), batch, pixels)
+
+
+def kept_pairs(tiles: Tiles, tolerance: float) -> tuple[Tensor, Tensor]:
+    """Numbers (I, J), I <= J, of the tile pairs to visit; all pairs within the images for tolerance 0.
+
+    Pairs are left out, least first, while an upper bound of their weights (from the distance of the bounding boxes)
+    adds up to at most ``tolerance`` times a lower bound of all weights of the tile (Jensen's inequality for the mean
+    over the pixels of two tiles). So the weights missing in a tile sum to at most ``tolerance`` of the tile's weights.
+    """
+    count = tiles.features.shape[0] // tiles.batch
+    if tolerance == 0:
+        keep = torch.ones(tiles.batch, count, count, dtype=torch.bool, device=tiles.features.device)
+    else:
+        keep = torch.stack([_keep(image, tolerance) for image in tiles.features.unflatten(0, (tiles.batch, -1))])
+    image, first, second = keep.triu().nonzero(as_tuple=True)
+    return image * count + first, image * count + second
+
+
+def _keep(tiles: Tensor, tolerance: float) -> Tensor:
+    """``[T, D, t]`` to a symmetric ``[T, T]`` mask."""
+    count, dims, size = tiles.shape
+    low, high, centre = tiles.amin(2), tiles.amax(2), tiles.mean(2)
+    spread = (tiles - centre[:, :, None]).square().mean(2).sum(1)
+    drop = torch.empty(count, count, dtype=torch.bool, device=tiles.device)
+    rows = max(1, (1 << 22) // count)
+    for start in range(0, count, rows):
+        part = slice(start, start + rows)
+        gap = torch.zeros(len(low[part]), count, dtype=tiles.dtype, device=tiles.device)
+        between = spread[part, None] + spread
+        for d in range(dims):
+            apart = torch.maximum(low[part, None, d] - high[:, d], low[:, d] - high[part, None, d])
+            gap.addcmul_(apart.clamp_(min=0), apart)
+            between.add_((centre[part, None, d] - centre[:, d]).square_())
+        most = gap.div_(-2).exp_().mul_(size)
+        # Every pixel has weight 1 with itself.
+        least = between.div_(-2).exp_().mul_(size).sum(1).clamp_(min=1)
+        ascending, by_most = most.sort(1)
+        negligible = ascending.cumsum(1) <= tolerance * least[:, None]
+        drop[part] = torch.zeros_like(negligible).scatter_(1, by_most, negligible)
+    keep = ~(drop & drop.t())
+    return keep.fill_diagonal_(True)
+
+
+class _Pairs(NamedTuple):
+    """A chunk of P tile pairs with their weights; features are relative to the centre of the first tile."""
+
+    first: Tensor  # [P]
+    second: Tensor  # [P]
+    a: Tensor  # [P, D, t]
+    b: Tensor  # [P, D, t]
+    weights: Tensor  # [P, t, t], halved for a tile with itself, which is visited for both its directions
+
+
+def _weighted(tiles: Tiles, tolerance: float) -> Iterator[_Pairs]:
+    """The kept pairs in chunks."""
+    features = tiles.features
+    dims, size = features.shape[1:]
+    centre = features.mean(2, keepdim=True)
+    centred = features - centre
+    extent = centred.square().sum(1).amax(1)
+    first, second = kept_pairs(tiles, tolerance)
+    compact = extent[first] + extent[second] <= _COMPACT[features.dtype]
+    step = max(1, _CHUNK // size**2)
+    buffer = features.new_empty(step, size, size)
+    for group, accurate in ((compact, True), (~compact, False)):
+        for i, j in zip(first[group].split(step), second[group].split(step), strict=True):
+            weights = buffer[: len(i)]
+            a = centred.index_select(0, i)
+            b = features.index_select(0, j) - centre.index_select(0, i)
+            half = (i == j).to(a.dtype)[:, None, None]
+            if accurate:
+                # One product gives the exponent in base 2: log2(e) (ab - aa/2 - bb/2) - [same tile].
+                ones = torch.ones_like(a[:, :1])
+                left = torch.cat([a * _LOG2E, a.square().sum(1, keepdim=True) * (-_LOG2E / 2), ones], 1)
+                right = torch.cat([b, ones, b.square().sum(1, keepdim=True) * (-_LOG2E / 2) - half], 1)
+                torch.bmm(left.transpose(1, 2), right, out=weights)
+            else:
+                weights.copy_(-half.expand_as(weights))
+                for d in range(dims):
+                    weights.sub_((a[:, d, :, None] - b[:, d, None, :]).square_().mul_(_LOG2E / 2))
+            yield _Pairs(i, j, a, b, weights.clamp_(min=_UNDERFLOW).exp2_())
+
+
+def gaussian_filter(values: Tensor, features: Tensor, tolerance: float) -> Tensor:
+    """``values [B, K, N]`` times the kernel of ``features [B, D, N]``; see :func:`kept_pairs` for the tolerance."""
+    if values.numel() == 0:
+        return torch.zeros_like(values, memory_format=torch.contiguous_format)
+    tiles = cut(features)
+    v = tiles.gather(values)
+    out = torch.zeros_like(v)
+    for pair in _weighted(tiles, tolerance):
+        out.index_add_(0, pair.first, torch.bmm(v.index_select(0, pair.second), pair.weights.transpose(1, 2)))
+        out.index_add_(0, pair.second, torch.bmm(v.index_select(0, pair.first), pair.weights))
+    return tiles.scatter(out)
+
+
+def guide_gradient(grad: Tensor, values: Tensor, features: Tensor, tolerance: float) -> Tensor:
+    """Gradient of ``(grad * gaussian_filter(values, features)).sum()`` with respect to ``features``, ``[B, D, N]``.
+
+    For pixel p it is the sum over q of (g_p . v_q + v_p . g_q) W_pq (f_q - f_p), over the same pairs as the filter.
+    """
+    if values.numel() == 0:
+        return torch.zeros_like(features, memory_format=torch.contiguous_format)
+    tiles = cut(features)
+    gv, vg = tiles.gather(torch.cat([grad, values], 1)), tiles.gather(torch.cat([values, grad], 1))
+    out = torch.zeros_like(tiles.features)
+    for pair in _weighted(tiles, tolerance):
+        products = torch.bmm(gv.index_select(0, pair.first).transpose(1, 2), vg.index_select(0, pair.second))
+        products.mul_(pair.weights)
+        to_first = torch.bmm(pair.b, products.transpose(1, 2)) - pair.a * products.sum(2)[:, None]
+        to_second = torch.bmm(pair.a, products) - pair.b * products.sum(1)[:, None]
+        out.index_add_(0, pair.first, to_first).index_add_(0, pair.second, to_second)
+    return tiles.scatter(out)

@@ -1,0 +1,222 @@
+"""Seeds: supervise a segmentation network with a few labelled pixels."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from segloss._checks import (
+    check_choice,
+    check_floating,
+    check_integer,
+    check_labels,
+    check_like,
+    check_logits,
+    check_number,
+    check_tensor,
+    require,
+)
+from segloss._module import LossModule
+from segloss._reduce import Reduction, check_reduction, reduce, wide_dtype
+
+
+def partial_cross_entropy(
+    logits: Tensor, labels: Tensor, *, ignore_index: int = 255, reduction: Reduction = "mean"
+) -> Tensor:
+    r"""Cross-entropy on the labelled pixels only.
+
+    .. math:: L = -\sum_{p \in \text{Seeds}} \ln S_p^{y_p}
+
+    Args:
+        logits: class logits, ``[B, K, *spatial]``, K >= 2, any finite values.
+        labels: class of each pixel or ``ignore_index``, integers, ``[B, *spatial]``.
+        ignore_index: label of the pixels that are not seeds.
+        reduction: ``"sum"`` is the formula; ``"mean"`` divides it by the number of seeds in the batch; ``"none"`` gives
+            the sum over the seeds of each image.
+
+    Returns:
+        A scalar, or ``[B]`` for ``"none"``; float32 (float64 for float64 logits); 0 where there is no seed. Labels
+        that are not checked and are no class (see :func:`check_values`) raise or fail in torch's cross-entropy.
+
+    Raises:
+        TypeError: ``logits`` that are not floating point, ``labels`` that are not integers.
+        ValueError: shapes or devices that do not fit each other, a single class, NaN or infinite logits, a label that
+            is neither a class nor ``ignore_index``.
+
+    Source:
+        *Approximate Size Targets Are Sufficient for Accurate Semantic Segmentation*, eq. (4).
+
+    Example:
+        >>> labels = torch.tensor([[[1, 255], [255, 255]]])
+        >>> partial_cross_entropy(torch.zeros(1, 2, 2, 2), labels)
+        tensor(0.6931)
+    """
+    check_logits(logits)
+    check_integer("labels", labels)
+    check_like("labels", labels, (logits.shape[0], *logits.shape[2:]), "logits", logits)
+    check_reduction(reduction)
+    check_labels(labels, logits.shape[1], ignore_index)
+    wide = logits.to(wide_dtype(logits)).flatten(2)
+    target = labels.flatten(1).long()
+    if reduction == "none":
+        return F.cross_entropy(wide, target, ignore_index=ignore_index, reduction="none").sum(1)
+    total = F.cross_entropy(wide, target, ignore_index=ignore_index, reduction="sum")
+    return total if reduction == "sum" else total / (target != ignore_index).sum().clamp(min=1)
+
+
+class PartialCrossEntropy(LossModule):
+    """:func:`partial_cross_entropy` as a module."""
+
+    def __init__(self, *, ignore_index: int = 255, reduction: Reduction = "mean") -> None:
+        super().__init__(reduction)
+        self.ignore_index = ignore_index
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return partial_cross_entropy(logits, labels, ignore_index=self.ignore_index, reduction=self.reduction)
+
+
+def balanced_seeding(
+    logits: Tensor, seeds: Tensor, *, background: int = 0, floor: float = 0.0, reduction: Reduction = "mean"
+) -> Tensor:
+    r"""Cross-entropy on seeds with foreground and background weighted by their own counts.
+
+    .. math::
+        L = -\frac{1}{\sum_{c \in C} |S_c|} \sum_{c \in C} \sum_{u \in S_c} \ln H_{u,c}
+            -\frac{1}{|S_{bg}|} \sum_{u \in S_{bg}} \ln H_{u,bg}
+
+    with the softmax H of the logits. A group without seeds contributes 0.
+
+    Args:
+        logits: class logits, ``[B, K, *spatial]``, K >= 2, any finite values.
+        seeds: 1 where a pixel is a seed of a class, 0 elsewhere, ``[B, K, *spatial]``, any dtype; a pixel may be a
+            seed of none, one or several classes.
+        background: index of the background class.
+        floor: added to the probabilities before they are renormalised; 1e-4 in the authors' public code.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"`` over the images.
+
+    Returns:
+        A scalar, or ``[B]`` for ``"none"``; float32 (float64 for float64 logits); at least 0. Seeds that are not
+        checked and are neither 0 nor 1 count where they are not 0.
+
+    Raises:
+        TypeError: ``logits`` that are not floating point, ``seeds`` that are not a tensor.
+        ValueError: shapes or devices that do not fit each other, a single class, NaN or infinite logits, seeds other
+            than 0 and 1, ``background`` that is no class, a negative ``floor``.
+
+    Source:
+        Deep seeded region growing, as in the dissertation's eq. (2.3).
+
+    Example:
+        >>> balanced_seeding(torch.zeros(1, 2, 2, 2), torch.ones(1, 2, 2, 2))
+        tensor(1.3863)
+    """
+    check_logits(logits)
+    check_tensor("seeds", seeds)
+    check_like("seeds", seeds, logits.shape, "logits", logits)
+    check_choice("background", background, range(logits.shape[1]))
+    check_number("floor", floor, least=0)
+    check_reduction(reduction)
+    require("seeds", seeds, lambda: ((seeds == 0) | (seeds == 1)).all(), lambda: "expected 0 or 1, got other values")
+    log_probability = _log_softmax(logits, floor).flatten(2)
+    picked = (seeds != 0).flatten(2)
+    per_class = torch.where(picked, log_probability, 0).sum(2)
+    count = picked.sum(2)
+    of_background = torch.arange(logits.shape[1], device=logits.device) == background
+    groups = [
+        torch.where(group, per_class, 0).sum(1) / torch.where(group, count, 0).sum(1).clamp(min=1)
+        for group in (~of_background, of_background)
+    ]
+    return reduce(-(groups[0] + groups[1]), reduction)
+
+
+class BalancedSeeding(LossModule):
+    """:func:`balanced_seeding` as a module."""
+
+    def __init__(self, *, background: int = 0, floor: float = 0.0, reduction: Reduction = "mean") -> None:
+        super().__init__(reduction)
+        self.background = background
+        self.floor = floor
+
+    def forward(self, logits: Tensor, seeds: Tensor) -> Tensor:
+        return balanced_seeding(logits, seeds, background=self.background, floor=self.floor, reduction=self.reduction)
+
+
+def boundary_constraint(
+    logits: Tensor, refined: Tensor, *, clip: tuple[float, float] | None = None, reduction: Reduction = "mean"
+) -> Tensor:
+    r"""KL divergence from the prediction to its own refinement by a CRF, averaged over the pixels.
+
+    .. math:: L = \frac{1}{|\Omega|} \sum_u \sum_c Q_{u,c} \ln \frac{Q_{u,c}}{H_{u,c}}
+
+    with the softmax H of the logits; the refinement Q is a constant, no gradient flows into it. The dissertation's
+    text sums over the seed pixels of each class; averaging over all pixels is what the authors' code trains with.
+
+    Args:
+        logits: class logits, ``[B, K, *spatial]``, K >= 2, any finite values.
+        refined: refined class probabilities :math:`Q`, ``[B, K, *spatial]``, in [0, 1].
+        clip: bounds of the ratio Q/H, outside of which no gradient flows; the authors' code has (0.05, 20), the
+            formula none.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"`` over the images.
+
+    Returns:
+        A scalar, or ``[B]`` for ``"none"``; float32 (float64 for float64 logits). Probabilities that are not checked
+        and below 0 count as 0.
+
+    Raises:
+        TypeError: ``logits`` or ``refined`` that are not floating point.
+        ValueError: shapes or devices that do not fit each other, a single class, NaN or infinite logits,
+            probabilities outside [0, 1], ``clip`` that is not an increasing pair of positive numbers.
+
+    Source:
+        Deep seeded region growing, as in the dissertation's eq. (2.4).
+
+    Example:
+        >>> refined = torch.tensor([0.75, 0.25]).view(1, 2, 1, 1)
+        >>> boundary_constraint(torch.zeros(1, 2, 1, 1), refined)
+        tensor(0.1308)
+    """
+    check_logits(logits)
+    check_floating("refined", refined)
+    check_like("refined", refined, logits.shape, "logits", logits)
+    check_reduction(reduction)
+    _check_clip(clip)
+    require(
+        "refined",
+        refined,
+        lambda: ((refined >= 0) & (refined <= 1 + 1e-3)).all(),
+        lambda: "expected probabilities from 0 to 1, got values outside or NaN",
+    )
+    log_prediction = _log_softmax(logits, 0.0)
+    target = refined.detach().to(log_prediction.dtype)
+    present = target > 0
+    log_ratio = torch.where(present, target, 1).log() - log_prediction
+    if clip is not None:
+        log_ratio = log_ratio.clamp(math.log(clip[0]), math.log(clip[1]))
+    divergence = torch.where(present, target * log_ratio, 0).flatten(1).sum(1)
+    pixels = logits[0, 0].numel() if len(logits) else 1
+    return reduce(divergence / max(pixels, 1), reduction)
+
+
+class BoundaryConstraint(LossModule):
+    """:func:`boundary_constraint` as a module."""
+
+    def __init__(self, *, clip: tuple[float, float] | None = None, reduction: Reduction = "mean") -> None:
+        super().__init__(reduction)
+        _check_clip(clip)
+        self.clip = clip
+
+    def forward(self, logits: Tensor, refined: Tensor) -> Tensor:
+        return boundary_constraint(logits, refined, clip=self.clip, reduction=self.reduction)
+
+
+def _log_softmax(logits: Tensor, floor: float) -> Tensor:
+    log_softmax = torch.log_softmax(logits.to(wide_dtype(logits)), 1)
+    return log_softmax if floor == 0 else torch.log((log_softmax.exp() + floor) / (1 + floor * logits.shape[1]))
+
+
+def _check_clip(clip: tuple[float, float] | None) -> None:
+    if clip is None:
+        return
+    if len(clip) != 2 or not 0 < clip[0] < clip[1]:
+        raise ValueError(f"clip: expected an increasing pair of positive numbers, got {clip}")
