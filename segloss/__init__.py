@@ -1,6 +1,17 @@
 """Losses for weakly supervised segmentation: from tensors to a scalar."""
 
 from segloss._checks import check_values
+from segloss.bilateral import bilateral_filter
+from segloss.crf import GridPotts, PottsCRF, grid_potts, potts_crf
+from segloss.images import denormalize
+from segloss.seeds import (
+    BalancedSeeding,
+    BoundaryConstraint,
+    PartialCrossEntropy,
+    balanced_seeding,
+    boundary_constraint,
+    partial_cross_entropy,
+)
 from segloss.size import (
     BalanceKL,
     FlatBarrier,
@@ -22,3 +33,38 @@ from segloss.size import (
     sizes_from_labels,
     suppression,
 )
+
+__all__ = [
+    "BalanceKL",
+    "BalancedSeeding",
+    "BoundaryConstraint",
+    "FlatBarrier",
+    "GridPotts",
+    "LogBarrier",
+    "PartialCrossEntropy",
+    "PottsCRF",
+    "ReverseSizeKL",
+    "SizeBarrier",
+    "SizeKL",
+    "Suppression",
+    "average_prediction",
+    "balance_kl",
+    "balanced_seeding",
+    "bilateral_filter",
+    "boundary_constraint",
+    "check_values",
+    "class_balanced_weights",
+    "corrupt_sizes",
+    "denormalize",
+    "flat_barrier",
+    "grid_potts",
+    "log_barrier",
+    "mean_relative_error",
+    "partial_cross_entropy",
+    "potts_crf",
+    "reverse_size_kl",
+    "size_barrier",
+    "size_kl",
+    "sizes_from_labels",
+    "suppression",
+]

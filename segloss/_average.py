@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segloss._reduce import wide_dtype
+from segloss._reduce import LOG_FLOOR, wide_dtype
 from segloss._register import register
 
 _LOG2E = math.log2(math.e)
 _LN2 = math.log(2)
 _BLOCK = 1 << 18  # elements per block: it stays in cache, and the calls it costs are few
-_FLOOR = -1e37  # stands for the logarithm of a class that no float can hold: far below any real one, still finite
 
 
 def log_sum_reference(logits: Tensor, valid: Tensor | None) -> Tensor:
@@ -26,7 +25,7 @@ def log_sum_reference(logits: Tensor, valid: Tensor | None) -> Tensor:
     log_softmax = torch.log_softmax(logits, 1)
     if valid is not None:
         log_softmax = log_softmax.masked_fill(~valid[:, None], -torch.inf)
-    return torch.logsumexp(log_softmax, 2).clamp(min=_FLOOR)
+    return torch.logsumexp(log_softmax, 2).clamp(min=LOG_FLOOR)
 
 
 def _blocks(logits: Tensor) -> list[tuple[slice, slice]]:
@@ -43,7 +42,7 @@ def _log_sum(logits: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     partition = torch.logsumexp(wide, 1)
     if valid is not None:
         partition = partition.masked_fill(~valid, torch.inf)
-    log_sum = torch.logsumexp(wide - partition[:, None], 2).clamp_(min=_FLOOR)
+    log_sum = torch.logsumexp(wide - partition[:, None], 2).clamp_(min=LOG_FLOOR)
     return log_sum, partition
 
 
@@ -61,7 +60,7 @@ def _log_sum_cpu(logits: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
                 shifted.masked_fill_(~valid[images, None, part], -torch.inf)
             # Each class is scaled by its own largest value in the block, so that none underflows as a whole;
             # the scales come back in the partition function, where a class that small does not count.
-            top = shifted.amax(2).clamp_(min=_FLOOR)
+            top = shifted.amax(2).clamp_(min=LOG_FLOOR)
             scaled = torch.add(top[:, :, None] * -_LOG2E, shifted, alpha=_LOG2E, out=shifted).exp2_()
             total = torch.bmm(top.exp()[:, None], scaled)
             inverse = total.reciprocal()
@@ -72,7 +71,7 @@ def _log_sum_cpu(logits: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
             torch.add(peak, total[:, 0].log2_(), alpha=_LN2, out=partition[images, part])
     if valid is not None:
         partition.masked_fill_(~valid, torch.inf)
-    return log_sum.clamp_(min=_FLOOR), partition
+    return log_sum.clamp_(min=LOG_FLOOR), partition
 
 
 def _log_sum_fake(logits: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -173,5 +172,5 @@ def log_average(logits: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
         return log_sum - math.log(pixels), torch.ones_like(log_sum[:, 0], dtype=torch.bool)
     count = valid.sum(1)
     seen = count > 0
-    average = log_sum - count.clamp(min=1).log()[:, None].to(log_sum.dtype)
+    average = log_sum - count.clamp(min=1).to(log_sum.dtype).log()[:, None]
     return torch.where(seen[:, None], average, 0.0), seen

@@ -7,6 +7,10 @@ from torch import Tensor
 
 from segloss._checks import check_choice
 
+# Stands for the logarithm of a probability that has underflowed beyond what a float can hold: far below any real one,
+# and the sum over the pixels of any image is still finite.
+LOG_FLOOR = -1e30
+
 Reduction = Literal["mean", "sum", "none"]
 
 

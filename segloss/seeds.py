@@ -18,7 +18,7 @@ from segloss._checks import (
     require,
 )
 from segloss._module import LossModule
-from segloss._reduce import Reduction, check_reduction, reduce, wide_dtype
+from segloss._reduce import LOG_FLOOR, Reduction, check_reduction, reduce, wide_dtype
 
 
 def partial_cross_entropy(
@@ -37,7 +37,7 @@ def partial_cross_entropy(
 
     Returns:
         A scalar, or ``[B]`` for ``"none"``; float32 (float64 for float64 logits); 0 where there is no seed. Labels
-        that are not checked and are no class (see :func:`check_values`) raise or fail in torch's cross-entropy.
+        that are not checked and are no class (see :func:`check_values`) fail inside torch's cross-entropy.
 
     Raises:
         TypeError: ``logits`` that are not floating point, ``labels`` that are not integers.
@@ -57,11 +57,13 @@ def partial_cross_entropy(
     check_like("labels", labels, (logits.shape[0], *logits.shape[2:]), "logits", logits)
     check_reduction(reduction)
     check_labels(labels, logits.shape[1], ignore_index)
-    wide = logits.to(wide_dtype(logits)).flatten(2)
+    log_probability = torch.log_softmax(logits.to(wide_dtype(logits)).flatten(2), 1)
     target = labels.flatten(1).long()
+    per_pixel = F.nll_loss(log_probability, target, ignore_index=ignore_index, reduction="none")
+    per_image = per_pixel.clamp(max=-LOG_FLOOR).sum(1)
     if reduction == "none":
-        return F.cross_entropy(wide, target, ignore_index=ignore_index, reduction="none").sum(1)
-    total = F.cross_entropy(wide, target, ignore_index=ignore_index, reduction="sum")
+        return per_image
+    total = per_image.sum()
     return total if reduction == "sum" else total / (target != ignore_index).sum().clamp(min=1)
 
 
@@ -211,7 +213,7 @@ class BoundaryConstraint(LossModule):
 
 
 def _log_softmax(logits: Tensor, floor: float) -> Tensor:
-    log_softmax = torch.log_softmax(logits.to(wide_dtype(logits)), 1)
+    log_softmax = torch.log_softmax(logits.to(wide_dtype(logits)), 1).clamp(min=LOG_FLOOR)
     return log_softmax if floor == 0 else torch.log((log_softmax.exp() + floor) / (1 + floor * logits.shape[1]))
 
 

@@ -1,0 +1,40 @@
+"""Settings of the whole suite, and the golden arrays."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from torch import Tensor
+
+GOLDEN = Path(__file__).parent / "golden"
+
+# Deadlines measure the machine, not the code; the same examples on every run.
+settings.register_profile("default", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("default")
+
+
+@pytest.fixture
+def golden() -> Callable[[str], dict[str, Tensor]]:
+    """Loads a golden case, ``"losses/size_kl"`` say, as tensors."""
+
+    def load(case: str) -> dict[str, Tensor]:
+        with np.load(GOLDEN / f"{case}.npz") as arrays:
+            return {name: torch.from_numpy(np.array(arrays[name])) for name in arrays}
+
+    return load
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA device")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
