@@ -74,8 +74,8 @@ def potts_crf(
         TypeError: ``logits`` or ``image`` that are not floating point, ``valid`` that is not bool, sigmas that are not
             numbers.
         ValueError: shapes or devices that do not fit each other, a single class of logits, NaN or infinity,
-            probabilities outside [0, 1], sigmas that are not above 0, ``scale_factor`` outside (0, 1] or that leaves no pixel,
-            ``tolerance`` outside (0, 1), an unknown ``form``, ``normalize``, ``method`` or ``backend``.
+            probabilities outside [0, 1], sigmas that are not above 0, ``scale_factor`` outside (0, 1] or that leaves no
+            pixel, ``tolerance`` outside (0, 1), an unknown ``form``, ``normalize``, ``method`` or ``backend``.
 
     Source:
         *Approximate Size Targets Are Sufficient for Accurate Semantic Segmentation*, eq. (3); *On Regularized Losses

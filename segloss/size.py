@@ -150,6 +150,7 @@ class ReverseSizeKL(LossModule):
 
     def __init__(self, *, floor: float = 1e-8, reduction: Reduction = "mean") -> None:
         super().__init__(reduction)
+        check_number("floor", floor, above=0, below=1)
         self.floor = floor
 
     def forward(self, logits: Tensor, sizes: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -294,6 +295,8 @@ class FlatBarrier(LossModule):
 
     def __init__(self, *, floor: float, flat: str = "below", reduction: Reduction = "mean") -> None:
         super().__init__(reduction)
+        check_number("floor", floor, above=0, below=1)
+        check_choice("flat", flat, ("below", "above"))
         self.floor = floor
         self.flat = flat
 

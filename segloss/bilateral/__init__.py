@@ -11,6 +11,7 @@ _METHODS = ("auto", "exact", "blocksparse")
 _BACKENDS = ("auto", "torch")
 _WORTH_SORTING = 2048  # pixels; below, leaving out pairs saves less than finding them costs
 _FAR = 1e30  # features beyond it would overflow to infinity, whose differences are NaN
+_NARROWEST = 1e-20  # sigmas below it give the same kernel: no two different pixels meet
 
 
 def bilateral_filter(
@@ -74,9 +75,9 @@ def bilateral_filter(
 
 
 def guide_features(image: Tensor, sigma_rgb: float | Tensor, sigma_xy: float | Tensor) -> Tensor:
-    """Colour and position in units of their sigmas, ``[B, C + 2, H W]``, in which the kernel is exp(-|f - f'|^2 / 2)."""
-    _check_sigma("sigma_rgb", sigma_rgb, image)
-    _check_sigma("sigma_xy", sigma_xy, image)
+    """Colour and position in units of their sigmas, ``[B, C + 2, H W]``: there the kernel is exp(-|f - f'|^2 / 2)."""
+    sigma_rgb = _checked_sigma("sigma_rgb", sigma_rgb, image)
+    sigma_xy = _checked_sigma("sigma_xy", sigma_xy, image)
     dtype = wide_dtype(image)
     height, width = image.shape[2:]
     rows = torch.arange(height, dtype=dtype, device=image.device)[:, None].expand(height, width)
@@ -106,10 +107,11 @@ def check_guide(image: Tensor, anchor: Tensor, name: str) -> None:
     check_finite("image", image)
 
 
-def _check_sigma(name: str, sigma: float | Tensor, image: Tensor) -> None:
+def _checked_sigma(name: str, sigma: float | Tensor, image: Tensor) -> float | Tensor:
     if not isinstance(sigma, Tensor):
         check_number(name, sigma, above=0, finite=False)
-        return
+        return max(sigma, _NARROWEST)
     check_floating(name, sigma)
     check_like(name, sigma, (), "image", image)
     require(name, sigma, lambda: sigma > 0, lambda: f"expected a number above 0, got {sigma.item():.6g}")
+    return sigma.clamp(min=_NARROWEST)

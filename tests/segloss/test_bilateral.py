@@ -1,0 +1,321 @@
+"""The bilateral filter against its dense definition."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from skimage import data
+from torch import Tensor
+
+from segloss import bilateral_filter
+from segloss.bilateral import blocksparse, guide_features
+from segloss.bilateral.operator import Bilateral
+from segloss.bilateral.reference import gaussian_filter_reference, guide_gradient_reference
+
+CASES = ["a_24x20_k4_b2", "b_40x56_k21", "c_mask_40x56_k5", "d_onehot_17x13_k3_unit_image", "e_sigmoid_16x9_k2"]
+CASES += ["f_const_12x12_k2", "g_huge_sigma_12x12_k2"]
+METHODS = ["exact", "blocksparse"]
+
+images = st.sampled_from(["smooth", "noise", "constant", "photograph", "two colours"])
+sides = st.integers(1, 24)
+sigmas = st.sampled_from([1e-3, 0.06, 0.5, 10.0, math.inf])
+widths = st.sampled_from([0.2, 2.0, 10.0, 1e4, math.inf])
+
+
+def picture(kind: str, height: int, width: int, *, channels: int = 3, batch: int = 1, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.rand(batch, channels, height, width, generator=generator, dtype=torch.float64)
+    if kind == "smooth":
+        coarse = torch.rand(batch, channels, 3, 3, generator=generator, dtype=torch.float64)
+        return torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")
+    if kind == "constant":
+        return image[:, :, :1, :1].expand(-1, -1, height, width).contiguous()
+    if kind == "two colours":
+        return image.round()
+    if kind == "photograph":
+        photo = torch.from_numpy(np.asarray(data.astronaut())).permute(2, 0, 1)[None] / 255
+        return (
+            photo[:, :, 100 : 100 + height, 100 : 100 + width]
+            .repeat(batch, channels // 3 + 1, 1, 1)[:, :channels]
+            .double()
+        )
+    return image
+
+
+def relative_error(value: Tensor, exact: Tensor) -> float:
+    return ((value.double() - exact).norm() / exact.norm().clamp(min=1e-300)).item()
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_filtered_values_are_the_golden_ones(golden, case, method, dtype, tolerance) -> None:  # type: ignore[no-untyped-def]
+    arrays = golden(f"crf/{case}")
+    values = arrays["S"].to(dtype) * (arrays["mask"].to(dtype)[:, None] if "mask" in arrays else 1)
+    sigma_rgb, sigma_xy = arrays["sigma_rgb"].item(), arrays["sigma_xy"].item()
+    filtered = bilateral_filter(
+        values, arrays["image"].to(dtype), sigma_rgb=sigma_rgb, sigma_xy=sigma_xy, method=method, tolerance=1e-5
+    )
+    assert filtered.dtype == dtype
+    assert relative_error(filtered, arrays["WS"]) <= (tolerance if method == "exact" else 1e-5)
+
+
+@settings(max_examples=60)
+@given(
+    kind=images,
+    height=sides,
+    width=sides,
+    sigma_rgb=sigmas,
+    sigma_xy=widths,
+    channels=st.integers(1, 5),
+    classes=st.integers(1, 6),
+    batch=st.integers(1, 3),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_exact_filter_and_gradients_equal_the_definition(
+    kind: str,
+    height: int,
+    width: int,
+    sigma_rgb: float,
+    sigma_xy: float,
+    channels: int,
+    classes: int,
+    batch: int,
+    dtype: torch.dtype,
+) -> None:
+    image = picture(kind, height, width, channels=channels, batch=batch)
+    features = guide_features(image, sigma_rgb, sigma_xy).requires_grad_()
+    values = torch.randn(batch, classes, height * width, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(batch, classes, height * width, dtype=torch.float64)
+    expected = gaussian_filter_reference(values, features)
+    expected_grads = torch.autograd.grad(expected, (values, features), grad)
+    cast = [t.detach().to(dtype).requires_grad_() for t in (values, features)]
+    filtered = Bilateral.apply(*cast, 0.0)
+    grads = torch.autograd.grad(filtered, cast, grad.to(dtype))
+    # Rounded features shift every distance d by about d eps |f|, which no filter of them can undo.
+    rounding = torch.finfo(dtype).eps * (1 + features.detach().abs().max().item())
+    tolerance = 30 * rounding * values.detach().abs().sum().item()
+    torch.testing.assert_close(filtered.double(), expected, rtol=0, atol=tolerance)
+    torch.testing.assert_close(
+        grads[0].double(), expected_grads[0], rtol=0, atol=30 * rounding * grad.abs().sum().item()
+    )
+    scale = (grad.abs().sum() * values.detach().abs().sum()).item()
+    torch.testing.assert_close(grads[1].double(), expected_grads[1], rtol=0, atol=30 * rounding * scale)
+
+
+@settings(max_examples=60)
+@given(
+    kind=images,
+    height=st.integers(8, 40),
+    width=st.integers(8, 40),
+    sigma_rgb=sigmas,
+    sigma_xy=widths,
+    tolerance=st.sampled_from([1e-1, 1e-2, 1e-3]),
+    seed=st.integers(0, 100),
+)
+def test_blocksparse_error_is_below_the_tolerance(
+    kind: str, height: int, width: int, sigma_rgb: float, sigma_xy: float, tolerance: float, seed: int
+) -> None:
+    image = picture(kind, height, width, seed=seed)
+    values = torch.softmax(3 * torch.randn(1, 5, height, width, dtype=torch.float64), 1)
+    options = {"sigma_rgb": sigma_rgb, "sigma_xy": sigma_xy, "tolerance": tolerance}
+    exact = bilateral_filter(values, image, method="exact", **options)
+    filtered = bilateral_filter(values, image, method="blocksparse", **options)
+    assert relative_error(filtered, exact) <= tolerance
+    # What the docstring promises: the missing weights, summed over any tile, are at most this share of its weights.
+    missing = (exact - filtered).sum(1).flatten()
+    tiles = blocksparse.cut(guide_features(image, sigma_rgb, sigma_xy))
+    per_tile = [tiles.gather(t.flatten()[None, None])[:, 0].sum(1) for t in (missing, exact.sum(1))]
+    assert (per_tile[0] <= tolerance * per_tile[1] + 1e-9).all()
+
+
+@given(height=sides, width=sides, batch=st.integers(1, 3), tolerance=st.sampled_from([0.0, 1e-2]))
+def test_every_pixel_has_one_place_in_the_tiles(height: int, width: int, batch: int, tolerance: float) -> None:
+    features = guide_features(picture("noise", height, width, batch=batch), 0.1, 3.0)
+    tiles = blocksparse.cut(features)
+    values = torch.randn(batch, 2, height * width)
+    assert torch.equal(tiles.scatter(tiles.gather(values)), values)
+    order = tiles.order.sort(1).values
+    assert torch.equal(order, torch.arange(order.shape[1]).expand(batch, -1))
+    first, second = blocksparse.kept_pairs(tiles, tolerance)
+    assert (first <= second).all()
+    count = len(tiles.features) // batch
+    assert torch.equal(first // count, second // count)  # never across images
+    assert ((first == second).sum() == batch * count).item()
+
+
+@settings(max_examples=20)
+@given(kind=images, sigma_rgb=sigmas, sigma_xy=widths)
+def test_the_kernel_is_symmetric(kind: str, sigma_rgb: float, sigma_xy: float) -> None:
+    image = picture(kind, 30, 25)
+    u, v = torch.rand(2, 1, 1, 30, 25, dtype=torch.float64)
+    for method in METHODS:
+        options = {"sigma_rgb": sigma_rgb, "sigma_xy": sigma_xy, "method": method, "tolerance": 0.1}
+        left, right = bilateral_filter(u, image, **options), bilateral_filter(v, image, **options)
+        torch.testing.assert_close((left * v).sum(), (right * u).sum(), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_of_values_image_and_sigmas(method: str) -> None:
+    image = picture("smooth", 9, 8).requires_grad_()
+    values = torch.rand(1, 2, 9, 8, dtype=torch.float64, requires_grad=True)
+    sigma_rgb, sigma_xy = (torch.tensor(s, dtype=torch.float64, requires_grad=True) for s in (0.3, 4.0))
+
+    def filtered(values: Tensor, image: Tensor, sigma_rgb: Tensor, sigma_xy: Tensor) -> Tensor:
+        return bilateral_filter(values, image, sigma_rgb=sigma_rgb, sigma_xy=sigma_xy, method=method, tolerance=1e-9)
+
+    arguments = (values, image, sigma_rgb, sigma_xy)
+    assert torch.autograd.gradcheck(filtered, arguments, fast_mode=True)
+    assert torch.autograd.gradgradcheck(filtered, arguments, fast_mode=True)
+
+
+def test_guide_gradient_equals_its_definition_when_tiles_are_many() -> None:
+    features = guide_features(picture("photograph", 31, 29), 0.1, 6.0)
+    values, grad = torch.randn(2, 1, 3, 31 * 29, dtype=torch.float64)
+    expected = guide_gradient_reference(grad, values, features)
+    torch.testing.assert_close(blocksparse.guide_gradient(grad, values, features, 0.0), expected)
+
+
+def test_loose_tiles_are_as_accurate_as_compact_ones() -> None:
+    # A kernel far narrower than a grey level: tiles are huge in units of sigma, yet equal colours must meet.
+    image = picture("two colours", 24, 24).float()
+    values = torch.rand(1, 2, 24, 24)
+    filtered = bilateral_filter(values, image, sigma_rgb=1e-4, sigma_xy=3.0, method="exact")
+    exact = bilateral_filter(values.double(), image.double(), sigma_rgb=1e-4, sigma_xy=3.0, method="exact")
+    assert relative_error(filtered, exact) < 1e-5
+
+
+def test_infinite_sigmas_sum_over_all_pixels() -> None:
+    values = torch.rand(2, 3, 20, 30)
+    summed = bilateral_filter(values, torch.rand(2, 1, 20, 30), sigma_rgb=math.inf, sigma_xy=math.inf)
+    torch.testing.assert_close(summed, values.sum((2, 3), keepdim=True).expand_as(values))
+
+
+def test_the_narrowest_kernel_is_the_identity() -> None:
+    values, image = torch.rand(1, 3, 20, 30), torch.rand(1, 3, 20, 30)
+    torch.testing.assert_close(bilateral_filter(values, image, sigma_xy=1e-35), values)
+    torch.testing.assert_close(bilateral_filter(values, image, sigma_rgb=1e-35), values)
+
+
+def test_auto_is_exact_on_small_images_and_blocksparse_on_large_ones() -> None:
+    for side, method in ((16, "exact"), (64, "blocksparse")):
+        values, image = torch.rand(1, 2, side, side), picture("smooth", side, side).float()
+        auto = bilateral_filter(values, image, sigma_xy=5.0)
+        assert torch.equal(auto, bilateral_filter(values, image, sigma_xy=5.0, method=method))
+    exact = bilateral_filter(values, image, sigma_xy=5.0, method="exact")
+    assert 0 < relative_error(auto, exact.double()) < 1e-2
+
+
+def test_result_does_not_depend_on_memory_layout_or_neighbours_in_the_batch() -> None:
+    values, image = torch.rand(3, 4, 20, 24), picture("noise", 20, 24, batch=3).float()
+    filtered = bilateral_filter(values, image, sigma_xy=4.0)
+    for i in range(3):
+        torch.testing.assert_close(bilateral_filter(values[i : i + 1], image[i : i + 1], sigma_xy=4.0)[0], filtered[i])
+    last = torch.channels_last
+    torch.testing.assert_close(
+        bilateral_filter(values.to(memory_format=last), image.to(memory_format=last), sigma_xy=4.0), filtered
+    )
+    turned = bilateral_filter(values.transpose(2, 3), image.transpose(2, 3), sigma_xy=4.0)
+    torch.testing.assert_close(turned.transpose(2, 3), filtered)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 4, 4), (2, 0, 4, 4), (2, 2, 0, 4)])
+def test_nothing_to_filter(shape: tuple[int, ...]) -> None:
+    values = torch.rand(shape, requires_grad=True)
+    image = torch.rand(shape[0], 3, *shape[2:], requires_grad=True)
+    filtered = bilateral_filter(values, image)
+    filtered.sum().backward()
+    assert filtered.shape == shape
+    assert values.grad is not None
+    assert image.grad is not None
+    assert image.grad.abs().sum() == 0
+
+
+def test_half_precision_and_autocast_are_computed_in_float32() -> None:
+    values, image = torch.rand(1, 2, 12, 12), torch.rand(1, 3, 12, 12)
+    exact = bilateral_filter(values, image)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(bilateral_filter(values, image), exact)
+    half = bilateral_filter(values.half(), image.half())
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, exact, rtol=1e-2, atol=1e-2)
+
+
+def test_operators_are_registered_correctly() -> None:
+    values, features = torch.randn(2, 3, 10, dtype=torch.float64), torch.randn(2, 5, 10, dtype=torch.float64)
+    torch.library.opcheck(torch.ops.segloss.bilateral.default, (values, features, 0.0))
+    torch.library.opcheck(torch.ops.segloss.bilateral_guide.default, (values, values, features, 1e-2))
+
+
+def test_compiles_into_one_graph_with_gradients_to_all_inputs() -> None:
+    values = torch.rand(1, 2, 8, 8, requires_grad=True)
+    image = torch.rand(1, 3, 8, 8, requires_grad=True)
+    sigma = torch.tensor(3.0, requires_grad=True)
+
+    def filtered(values: Tensor, image: Tensor, sigma: Tensor) -> Tensor:
+        return bilateral_filter(values, image, sigma_xy=sigma).square().sum()
+
+    expected = torch.autograd.grad(filtered(values, image, sigma), (values, image, sigma))
+    compiled = torch.compile(filtered, fullgraph=True, backend="aot_eager")
+    grads = torch.autograd.grad(compiled(values, image, sigma), (values, image, sigma))
+    torch.testing.assert_close(grads, expected)
+
+
+def test_functional_transforms() -> None:
+    stack, images = torch.rand(3, 2, 2, 6, 5), torch.rand(3, 2, 3, 6, 5)
+
+    def energy(values: Tensor, image: Tensor) -> Tensor:
+        return bilateral_filter(values, image, sigma_xy=3.0).square().sum()
+
+    both = torch.func.vmap(torch.func.grad(energy, argnums=(0, 1)))(stack, images)
+    each = [torch.func.grad(energy, argnums=(0, 1))(v, i) for v, i in zip(stack, images, strict=True)]
+    for mapped, alone in zip(both, zip(*each, strict=True), strict=True):
+        torch.testing.assert_close(mapped, torch.stack(alone))
+    shared = torch.func.vmap(energy, in_dims=(0, None))(stack, images[0])
+    torch.testing.assert_close(shared[1], energy(stack[1], images[0]))
+
+
+def test_threads_and_random_numbers_stay_as_they_were() -> None:
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    bilateral_filter(torch.rand(1, 1, 50, 50, generator=torch.Generator()), torch.zeros(1, 3, 50, 50))
+    assert torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"values": torch.zeros(2, 3, 4)}, ValueError, r"values: expected \[B, K, H, W\], got \[2, 3, 4\]"),
+        ({"values": torch.zeros(1, 2, 4, 4).long()}, TypeError, "values: expected a floating-point tensor"),
+        ({"values": torch.full((1, 2, 4, 4), torch.inf)}, ValueError, "values: expected finite values"),
+        (
+            {"image": torch.zeros(1, 3, 8, 8)},
+            ValueError,
+            r"image: expected \[1, 3, 4, 4\] to go with values \[1, 2, 4, 4\]",
+        ),
+        ({"image": torch.zeros(1, 0, 4, 4)}, ValueError, r"image: expected \[B, C, H, W\] with C >= 1"),
+        (
+            {"image": torch.zeros(1, 3, 4, 4).byte()},
+            TypeError,
+            "image: expected a floating-point tensor, got torch.uint8",
+        ),
+        ({"image": torch.full((1, 3, 4, 4), torch.nan)}, ValueError, "image: expected finite values"),
+        ({"image": torch.zeros(1, 3, 4, 4, device="meta")}, ValueError, "image: expected device cpu"),
+        ({"sigma_rgb": 0}, ValueError, "sigma_rgb: expected a number above 0, got 0"),
+        ({"sigma_xy": -1.0}, ValueError, "sigma_xy: expected a number above 0, got -1.0"),
+        ({"sigma_xy": math.nan}, ValueError, "sigma_xy: expected a number above 0, got nan"),
+        ({"sigma_xy": "wide"}, TypeError, "sigma_xy: expected a number, got str"),
+        ({"sigma_xy": torch.tensor(-2.0)}, ValueError, "sigma_xy: expected a number above 0, got -2"),
+        ({"sigma_xy": torch.ones(2)}, ValueError, r"sigma_xy: expected \[\] to go with image"),
+        ({"tolerance": 0.0}, ValueError, "tolerance: expected a finite number above 0 and below 1, got 0.0"),
+        ({"method": "fast"}, ValueError, "method: expected one of 'auto', 'exact', 'blocksparse', got 'fast'"),
+        ({"backend": "cuda"}, ValueError, "backend: expected one of 'auto', 'torch', got 'cuda'"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(changes, error, message) -> None:  # type: ignore[no-untyped-def]
+    arguments = {"values": torch.zeros(1, 2, 4, 4), "image": torch.zeros(1, 3, 4, 4), **changes}
+    with pytest.raises(error, match=message):
+        bilateral_filter(**arguments)

@@ -1,0 +1,223 @@
+"""What is particular to the Potts losses."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import segloss
+from segloss.bilateral import blocksparse, guide_features, operator
+from segloss.bilateral.reference import gaussian_filter_reference
+from tests.segloss.test_bilateral import CASES, METHODS, images, picture, sigmas, widths
+
+seeds = st.integers(0, 2**16)
+
+
+def one_hot(batch: int, classes: int, height: int, width: int, *, constant: bool = False) -> Tensor:
+    labels = torch.randint(0, classes, (batch, 1, 1) if constant else (batch, height, width))
+    labels = labels.expand(batch, height, width)
+    return torch.nn.functional.one_hot(labels, classes).movedim(3, 1).double()
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("method", METHODS)
+def test_energies_and_gradients_are_the_golden_ones(golden: Any, case: str, method: str) -> None:
+    arrays = golden(f"crf/{case}")
+    probability = arrays["S"].double().requires_grad_()
+    image = arrays["image"].double().requires_grad_()
+    sigma_rgb, sigma_xy = (arrays[name].clone().requires_grad_() for name in ("sigma_rgb", "sigma_xy"))
+    options = {
+        "sigma_rgb": sigma_rgb,
+        "sigma_xy": sigma_xy,
+        "valid": arrays["mask"] > 0 if "mask" in arrays else None,
+        "from_logits": False,
+        "method": method,
+        "tolerance": 1e-7,
+        "reduction": "none",
+    }
+    energy = segloss.potts_crf(probability, image, **options)
+    quadratic = segloss.potts_crf(probability, image, form="quadratic", **options)
+    grads = torch.autograd.grad(energy.sum(), (probability, image, sigma_rgb, sigma_xy))
+    close = {"rtol": 1e-9, "atol": 1e-12} if method == "exact" else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(energy, arrays["potts"], **close)
+    torch.testing.assert_close(quadratic, arrays["neg_quad"], **close)
+    for grad, name in zip(grads, ("grad_S", "grad_image", "grad_sigma_rgb", "grad_sigma_xy"), strict=True):
+        torch.testing.assert_close(grad, arrays[name], **close)
+
+
+@pytest.mark.parametrize("scale", ["0.5", "1.0"])
+def test_quadratic_form_is_the_exact_value_of_rloss(golden: Any, scale: str) -> None:
+    arrays = golden(f"crf/r_rloss_64x64_k5_b2_scale{scale}")
+    loss = segloss.potts_crf(
+        arrays["S"].double(),
+        arrays["image"].double(),
+        sigma_rgb=arrays["sigma_rgb"].item(),
+        sigma_xy=arrays["sigma_xy"].item(),
+        scale_factor=arrays["scale_factor"].item(),
+        valid=arrays["roi"] > 0,
+        from_logits=False,
+        form="quadratic",
+        method="exact",
+    )
+    torch.testing.assert_close(arrays["weight"] * loss, arrays["exact_neg_quad_value"], rtol=1e-9, atol=0)
+    # rloss filters with a lattice that is not this kernel: the same sign, about half the size.
+    assert 1.5 < (arrays["exact_neg_quad_value"] / arrays["rloss_value"]).item() < 2.5
+
+
+@settings(max_examples=30)
+@given(seed=seeds, kind=images, sigma_rgb=sigmas, sigma_xy=widths, classes=st.integers(2, 5))
+def test_a_constant_segmentation_costs_nothing(
+    seed: int, kind: str, sigma_rgb: float, sigma_xy: float, classes: int
+) -> None:
+    torch.manual_seed(seed)
+    image = picture(kind, 8, 9, batch=2, seed=seed)
+    options = {"sigma_rgb": sigma_rgb, "sigma_xy": sigma_xy, "from_logits": False}
+    constant = one_hot(2, classes, 8, 9, constant=True)
+    assert segloss.potts_crf(constant, image, **options).item() == 0
+    assert segloss.grid_potts(constant, image, sigma_rgb=sigma_rgb, from_logits=False).item() == 0
+
+
+@settings(max_examples=30)
+@given(seed=seeds, kind=images, classes=st.integers(2, 5))
+def test_any_other_segmentation_costs_something_and_classes_have_no_order(seed: int, kind: str, classes: int) -> None:
+    torch.manual_seed(seed)
+    image = picture(kind, 8, 9, batch=2, seed=seed)
+    logits = torch.randn(2, classes, 8, 9, dtype=torch.float64)
+    order = torch.randperm(classes)
+    for loss in (segloss.potts_crf, segloss.grid_potts):
+        energy = loss(logits, image, sigma_rgb=0.3, reduction="none")
+        assert (energy > 0).all()
+        torch.testing.assert_close(loss(logits[:, order], image, sigma_rgb=0.3, reduction="none"), energy)
+
+
+def test_one_hot_segments_pay_the_weights_between_them() -> None:
+    image = picture("noise", 6, 5)
+    segments = one_hot(1, 3, 6, 5)
+    weights = gaussian_filter_reference(torch.eye(30, dtype=torch.float64)[None], guide_features(image, 0.5, 3.0))[0]
+    labels = segments.argmax(1).flatten()
+    expected = weights[labels[:, None] != labels].sum()
+    options = {"sigma_rgb": 0.5, "from_logits": False}
+    torch.testing.assert_close(segloss.potts_crf(segments, image, sigma_xy=3.0, **options), expected)
+
+
+@pytest.mark.parametrize("connectivity", [4, 8])
+def test_grid_potts_is_the_dense_loss_with_a_sparse_matrix(connectivity: int) -> None:
+    height, width = 5, 6
+    image = picture("noise", height, width, batch=2)
+    logits = torch.randn(2, 3, height, width, dtype=torch.float64)
+    valid = torch.rand(2, height, width) < 0.7
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    down = (rows.flatten()[:, None] - rows.flatten()).abs()
+    right = (columns.flatten()[:, None] - columns.flatten()).abs()
+    near = (down + right == 1) if connectivity == 4 else (torch.maximum(down, right) == 1)
+    expected = []
+    for colour, segment, mask in zip(image.flatten(2), logits.softmax(1).flatten(2), valid.flatten(1), strict=True):
+        weights = torch.exp(-(colour[:, :, None] - colour[:, None]).square().sum(0) / (2 * 0.5**2)) * near
+        expected.append(((mask * (1 - segment)) @ weights * (mask * segment)).sum())
+    energy = segloss.grid_potts(logits, image, sigma_rgb=0.5, connectivity=connectivity, valid=valid, reduction="none")
+    torch.testing.assert_close(energy, torch.stack(expected))
+
+
+def test_both_forms_have_the_same_logit_gradient() -> None:
+    image, logits = picture("smooth", 9, 8), torch.randn(1, 3, 9, 8, dtype=torch.float64, requires_grad=True)
+    potts, quadratic = (
+        torch.autograd.grad(segloss.potts_crf(logits, image, sigma_xy=4.0, form=form), logits)[0]
+        for form in ("potts", "quadratic")
+    )
+    torch.testing.assert_close(potts, quadratic)
+
+
+@pytest.mark.parametrize("from_logits", [True, False])
+def test_the_filter_runs_once_for_value_and_gradient(monkeypatch: pytest.MonkeyPatch, from_logits: bool) -> None:
+    runs = []
+    run = blocksparse.gaussian_filter
+    monkeypatch.setattr(operator.blocksparse, "gaussian_filter", lambda *a: runs.append(a[0].shape) or run(*a))
+    logits = torch.rand(1, 3, 8, 8, requires_grad=True)
+    segloss.potts_crf(logits, torch.rand(1, 3, 8, 8), from_logits=from_logits).backward()
+    assert len(runs) == 1
+    assert runs[0][1] == (3 if from_logits else 4)
+
+
+def test_normalisation_divides_by_valid_pixels_or_pairs() -> None:
+    logits, image = torch.randn(2, 3, 8, 10), torch.rand(2, 3, 8, 10)
+    valid = torch.zeros(2, 8, 10, dtype=torch.bool)
+    valid[0, :4] = True
+    valid[1, :, :2] = True
+    plain = segloss.potts_crf(logits, image, valid=valid, reduction="none")
+    counts = torch.tensor([40.0, 16.0])
+    for normalize, divisor in (("pixels", counts), ("pairs", counts**2)):
+        divided = segloss.potts_crf(logits, image, valid=valid, normalize=normalize, reduction="none")
+        torch.testing.assert_close(divided, plain / divisor)
+
+
+def test_scaling_shrinks_the_problem() -> None:
+    image = picture("smooth", 16, 24)
+    logits = torch.randn(1, 3, 16, 24, dtype=torch.float64)
+    small = torch.nn.functional.interpolate(logits.softmax(1), scale_factor=0.5, mode="bilinear")
+    expected = segloss.potts_crf(small, image[:, :, ::2, ::2], sigma_xy=4.0, from_logits=False)
+    torch.testing.assert_close(segloss.potts_crf(logits, image, sigma_xy=8.0, scale_factor=0.5), expected)
+    width = torch.tensor(8.0, dtype=torch.float64, requires_grad=True)
+    scaled = segloss.potts_crf(logits, image, sigma_xy=width, scale_factor=0.5)
+    torch.testing.assert_close(scaled, expected)
+    assert torch.autograd.grad(scaled, width)[0] > 0
+
+
+def test_a_probability_of_a_single_class_is_accepted() -> None:
+    foreground, image = torch.rand(2, 1, 6, 6), torch.rand(2, 3, 6, 6)
+    weights = gaussian_filter_reference(torch.eye(36)[None].expand(2, -1, -1), guide_features(image, 0.3, 5.0))
+    flat = foreground.flatten(1)
+    expected = torch.einsum("bp,bpq,bq->b", 1 - flat, weights, flat)
+    energy = segloss.potts_crf(foreground, image, sigma_rgb=0.3, sigma_xy=5.0, from_logits=False, reduction="none")
+    torch.testing.assert_close(energy, expected)
+
+
+def test_masks_reach_the_gradient_of_the_image() -> None:
+    image = picture("noise", 7, 6).requires_grad_()
+    logits = torch.randn(1, 2, 7, 6, dtype=torch.float64)
+    valid = torch.rand(1, 7, 6) < 0.6
+    options = {"sigma_rgb": 0.5, "sigma_xy": 3.0, "valid": valid}
+    assert torch.autograd.gradcheck(lambda x: segloss.potts_crf(logits, x, **options), image)
+    assert torch.autograd.gradgradcheck(lambda x: segloss.potts_crf(logits, x, **options), image, fast_mode=True)
+    gradient = torch.autograd.grad(segloss.potts_crf(logits, image, **options), image)[0]
+    assert (gradient.abs().sum(1)[~valid] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"image": torch.zeros(2, 3, 8, 8)}, ValueError, r"image: expected \[2, 3, 6, 5\] to go with logits \[2, 3, 6"),
+        ({"image": torch.zeros(2, 6, 5)}, ValueError, r"image: expected \[B, C, H, W\] with C >= 1, got \[2, 6, 5\]"),
+        ({"from_logits": False}, ValueError, "logits: expected probabilities from 0 to 1 with from_logits=False"),
+        ({"form": "cubic"}, ValueError, "form: expected one of 'potts', 'quadratic', got 'cubic'"),
+        ({"normalize": "images"}, ValueError, "normalize: expected one of None, 'pixels', 'pairs', got 'images'"),
+        ({"scale_factor": 2}, ValueError, r"scale_factor: expected a number in \(0, 1\], got 2"),
+        ({"scale_factor": 0.0}, ValueError, "scale_factor: expected a finite number above 0, got 0.0"),
+        ({"scale_factor": 0.1}, ValueError, "scale_factor: expected to leave at least 1 pixel of .* got 0.1"),
+        ({"sigma_rgb": -1}, ValueError, "sigma_rgb: expected a number above 0, got -1"),
+        ({"sigma_xy": math.nan}, ValueError, "sigma_xy: expected a number above 0, got nan"),
+        ({"method": "lattice"}, ValueError, "method: expected one of"),
+        ({"backend": "numpy"}, ValueError, "backend: expected one of"),
+        ({"tolerance": 1.0}, ValueError, "tolerance: expected a finite number above 0 and below 1, got 1.0"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(changes: dict[str, Any], error: type, message: str) -> None:
+    arguments = {"image": torch.zeros(2, 3, 6, 5), **changes}
+    with pytest.raises(error, match=message):
+        segloss.potts_crf(torch.randn(2, 3, 6, 5), **arguments)
+
+
+def test_modules_refuse_their_settings_when_they_are_made() -> None:
+    for make in (
+        lambda: segloss.PottsCRF(form="cubic"),
+        lambda: segloss.PottsCRF(method="lattice"),
+        lambda: segloss.PottsCRF(normalize="images"),
+        lambda: segloss.PottsCRF(tolerance=0.0),
+        lambda: segloss.GridPotts(connectivity=6),
+        lambda: segloss.GridPotts(sigma_rgb=0),
+    ):
+        with pytest.raises(ValueError, match="expected"):
+            make()

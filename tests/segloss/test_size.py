@@ -1,0 +1,335 @@
+"""What is particular to the size losses and the target tools."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import segloss
+from segloss import _average
+
+seeds = st.integers(0, 2**16)
+
+
+def logits_with_average(sizes: Tensor, height: int = 6, width: int = 5) -> Tensor:
+    """Logits whose softmax is ``sizes`` at every pixel."""
+    return sizes.log().clamp(min=-200)[:, :, None, None].expand(-1, -1, height, width).contiguous()
+
+
+def random_sizes(seed: int, batch: int = 3, classes: int = 4) -> Tensor:
+    torch.manual_seed(seed)
+    return torch.distributions.Dirichlet(torch.ones(classes, dtype=torch.float64)).sample((batch,))
+
+
+@given(seed=seeds)
+def test_forward_kl_is_zero_exactly_at_the_target(seed: int) -> None:
+    sizes = random_sizes(seed)
+    logits = logits_with_average(sizes).requires_grad_()
+    loss = segloss.size_kl(logits, sizes)
+    assert abs(loss.item()) < 1e-12
+    assert torch.autograd.grad(loss, logits)[0].abs().max() < 1e-12
+
+
+@given(seed=seeds)
+def test_forward_kl_is_positive_elsewhere(seed: int) -> None:
+    sizes = random_sizes(seed)
+    logits = torch.randn(3, 4, 6, 5, dtype=torch.float64)
+    gap = (segloss.average_prediction(logits) - sizes).abs().sum(1)
+    assert (segloss.size_kl(logits, sizes, reduction="none") >= gap**2 / 2 - 1e-12).all()  # Pinsker's inequality
+
+
+@given(seed=seeds)
+def test_size_kl_ignores_the_order_of_pixels(seed: int) -> None:
+    sizes = random_sizes(seed)
+    logits = torch.randn(3, 4, 30, dtype=torch.float64)
+    shuffled = logits[:, :, torch.randperm(30)]
+    torch.testing.assert_close(segloss.size_kl(shuffled, sizes), segloss.size_kl(logits, sizes), rtol=1e-12, atol=0)
+
+
+def test_a_class_that_has_vanished_still_gets_its_gradient() -> None:
+    logits = torch.tensor([0.0, -200.0]).view(1, 2, 1, 1).expand(1, 2, 4, 4).contiguous().requires_grad_()
+    loss = segloss.size_kl(logits, torch.tensor([[0.5, 0.5]]))
+    torch.testing.assert_close(loss.item(), 0.5 * math.log(0.5) * 2 + 0.5 * 200, rtol=1e-6, atol=0)
+    gradient = torch.autograd.grad(loss, logits)[0]
+    torch.testing.assert_close(gradient[0, 1].sum(), torch.tensor(-0.5), rtol=1e-5, atol=0)
+
+
+def test_average_prediction_is_a_mean_of_softmax() -> None:
+    logits = torch.randn(2, 3, 4, 5, 6, dtype=torch.float64)
+    valid = torch.rand(2, 4, 5, 6) < 0.5
+    softmax = logits.softmax(1)
+    expected = torch.stack([s[:, v].mean(1) for s, v in zip(softmax, valid, strict=True)])
+    torch.testing.assert_close(segloss.average_prediction(logits), softmax.mean((2, 3, 4)))
+    torch.testing.assert_close(segloss.average_prediction(logits, valid=valid), expected)
+
+
+def test_average_prediction_of_nothing_is_zero() -> None:
+    valid = torch.zeros(1, 2, 2, dtype=torch.bool)
+    assert (segloss.average_prediction(torch.randn(1, 3, 2, 2), valid=valid) == 0).all()
+    assert (segloss.average_prediction(torch.randn(1, 3, 0, 2)) == 0).all()
+
+
+@given(
+    batch=st.integers(1, 3),
+    classes=st.integers(2, 5),
+    pixels=st.integers(1, 40),
+    block=st.integers(1, 64),
+    masked=st.booleans(),
+    seed=seeds,
+)
+def test_blocked_average_equals_its_definition_for_any_block_size(
+    batch: int, classes: int, pixels: int, block: int, masked: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    logits = (torch.randn(batch, classes, pixels, dtype=torch.float64) * 30).requires_grad_()
+    valid = torch.rand(batch, pixels) < 0.7 if masked else None
+    weight = torch.randn(batch, classes, dtype=torch.float64)
+    if valid is not None:
+        valid[:, 0] = True
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_average, "_BLOCK", block)
+        fast = _average.LogSum.apply(logits, valid)[0]
+        fast_grad = torch.autograd.grad((fast * weight).sum(), logits)[0]
+    plain = _average.log_sum_reference(logits, valid)
+    plain_grad = torch.autograd.grad((plain * weight).sum(), logits)[0]
+    torch.testing.assert_close(fast, plain, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(fast_grad, plain_grad, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_operators_are_registered_correctly(masked: bool, dtype: torch.dtype) -> None:
+    logits = torch.randn(2, 3, 7).to(dtype)
+    valid = torch.rand(2, 7) < 0.5 if masked else None
+    log_sum, partition = torch.ops.segloss.log_sum(logits, valid)
+    torch.library.opcheck(torch.ops.segloss.log_sum.default, (logits, valid))
+    arguments = (torch.randn_like(log_sum), logits, partition, log_sum)
+    torch.library.opcheck(torch.ops.segloss.log_sum_backward.default, arguments)
+    assert log_sum.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def test_every_device_gets_the_same_numbers_as_the_cpu_kernel() -> None:
+    logits = torch.randn(2, 3, 50, dtype=torch.float64)
+    valid = torch.rand(2, 50) < 0.5
+    log_sum, partition = torch.ops.segloss.log_sum(logits, valid)
+    elsewhere = _average._log_sum(logits, valid)
+    torch.testing.assert_close(elsewhere, (log_sum, partition))
+    grad = torch.randn(2, 3, dtype=torch.float64)
+    torch.testing.assert_close(
+        _average._log_sum_backward(grad, logits, partition, log_sum),
+        torch.ops.segloss.log_sum_backward(grad, logits, partition, log_sum),
+    )
+
+
+def test_size_kl_compiles_once_for_changing_shapes() -> None:
+    compiled = torch.compile(segloss.size_kl, fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in (4, 5, 9):
+        logits = torch.randn(2, 3, size, size)
+        sizes = torch.full((2, 3), 1 / 3)
+        torch.testing.assert_close(compiled(logits, sizes), segloss.size_kl(logits, sizes))
+
+
+def test_reverse_kl_stays_finite_where_forward_kl_grows() -> None:
+    sizes = torch.tensor([[0.5, 0.5]])
+    gone = torch.tensor([0.0, -1e3]).view(1, 2, 1, 1)
+    assert segloss.reverse_size_kl(gone, sizes).item() == pytest.approx(math.log(2))
+    assert segloss.size_kl(gone, sizes).item() > 400
+
+
+def test_log_barrier_is_size_kl_with_equal_sizes() -> None:
+    logits = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    tags = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 1]])
+    count = tags.sum(1)
+    equal = (tags / count[:, None]).double()
+    kl = segloss.size_kl(logits, equal, reduction="none")
+    torch.testing.assert_close(segloss.log_barrier(logits, tags, reduction="none") / count - count.log(), kl)
+
+
+def test_flat_barrier_is_flat_where_it_says() -> None:
+    tags = torch.tensor([[0, 1]])
+    for flat, small_moves, large_moves in (("below", False, True), ("above", True, False)):
+        for size, moves in ((0.1, small_moves), (0.6, large_moves)):
+            logits = logits_with_average(torch.tensor([[1 - size, size]])).requires_grad_()
+            loss = segloss.flat_barrier(logits, tags, floor=0.3, flat=flat)
+            assert (torch.autograd.grad(loss, logits)[0].abs().sum() > 0).item() == moves
+
+
+def test_suppression_is_accurate_where_a_class_fills_the_image() -> None:
+    logits = torch.tensor([0.0, 60.0], dtype=torch.float64).view(1, 2, 1, 1)
+    loss = segloss.suppression(logits, torch.tensor([[1, 0]]))
+    torch.testing.assert_close(loss, torch.tensor(60.0, dtype=torch.float64))
+
+
+def test_bounds_may_be_a_number_per_class_or_per_image() -> None:
+    logits = torch.randn(2, 3, 4, 4)
+    for bound in (0.4, torch.full((3,), 0.4), torch.full((2, 3), 0.4)):
+        torch.testing.assert_close(segloss.size_barrier(logits, lower=bound), segloss.size_barrier(logits, lower=0.4))
+    module = segloss.SizeBarrier(lower=torch.full((3,), 0.4), upper=0.9)
+    assert "lower" in module.state_dict()
+    torch.testing.assert_close(module(logits), segloss.size_barrier(logits, lower=0.4, upper=0.9))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda x: segloss.size_barrier(x), ValueError, "lower, upper: expected at least one bound"),
+        (
+            lambda x: segloss.size_barrier(x, lower=torch.ones(4)),
+            ValueError,
+            r"lower: expected \[3\] to go with logits",
+        ),
+        (lambda x: segloss.size_barrier(x, upper="all"), TypeError, "upper: expected a number, got str"),
+        (lambda x: segloss.size_kl(x, torch.ones(2, 3)), ValueError, "row to sum to 1, got 3 in row 0"),
+        (lambda x: segloss.size_kl(x, torch.tensor([[1.0, 0, 0], [0.7, 0.2, 0]])), ValueError, "got 0.9 in row 1"),
+        (lambda x: segloss.size_kl(x, torch.tensor([[1.5, -0.5, 0]] * 2)), ValueError, "at least 0, got -0.5"),
+        (lambda x: segloss.size_kl(x, torch.full((2, 3), torch.nan)), ValueError, "sizes: expected"),
+        (lambda x: segloss.size_kl(x, torch.ones(2, 3).int()), TypeError, "sizes: expected a floating-point tensor"),
+        (lambda x: segloss.log_barrier(x, torch.full((2, 3), 2)), ValueError, "tags: expected 0 or 1, got 2"),
+        (lambda x: segloss.flat_barrier(x, torch.ones(2, 3), floor=1.0), ValueError, "floor: expected a finite number"),
+        (
+            lambda x: segloss.flat_barrier(x, torch.ones(2, 3), floor=0.1, flat="up"),
+            ValueError,
+            "flat: expected one of",
+        ),
+        (lambda x: segloss.FlatBarrier(floor=0), ValueError, "floor: expected a finite number above 0 and below 1"),
+        (lambda x: segloss.ReverseSizeKL(floor=2), ValueError, "floor: expected"),
+        (
+            lambda x: segloss.reverse_size_kl(x, torch.eye(3)[:2], floor=None),
+            TypeError,
+            "floor: expected a number, got None",
+        ),
+        (lambda x: segloss.balance_kl(x), ValueError, r"logits: expected \[N, K\], got \[2, 3, 4, 4\]"),
+        (
+            lambda x: segloss.balance_kl(x[:, :, 0, 0], torch.ones(3)),
+            ValueError,
+            "prior: expected each row to sum to 1",
+        ),
+        (
+            lambda x: segloss.balance_kl(x[:, :, 0, 0], torch.eye(3)[0]),
+            ValueError,
+            "prior: expected positive fractions",
+        ),
+        (lambda x: segloss.class_balanced_weights(torch.zeros(3), 0.9), ValueError, "counts: expected at least 1"),
+        (lambda x: segloss.class_balanced_weights(torch.ones(2, 3), 0.9), ValueError, r"counts: expected \[K\]"),
+        (lambda x: segloss.class_balanced_weights(torch.ones(3), 1.0), ValueError, "beta: expected"),
+        (lambda x: segloss.sizes_from_labels(torch.zeros(2, 3), 2), TypeError, "labels: expected an integer tensor"),
+        (
+            lambda x: segloss.sizes_from_labels(torch.tensor([[0, 7]]), 2),
+            ValueError,
+            "expected classes 0 to 1 .* got 7",
+        ),
+        (
+            lambda x: segloss.sizes_from_labels(torch.tensor([0, 1]), 2),
+            ValueError,
+            r"labels: expected \[B, \*spatial\]",
+        ),
+        (lambda x: segloss.sizes_from_labels(torch.tensor([[0, 1]]), 2.0), TypeError, "num_classes: expected an int"),
+        (lambda x: segloss.corrupt_sizes(torch.ones(2, 3), 0.1), ValueError, "sizes: expected each row to sum to 1"),
+        (lambda x: segloss.corrupt_sizes(torch.eye(3), -0.1), ValueError, "sigma: expected"),
+        (lambda x: segloss.mean_relative_error(torch.eye(3), torch.eye(2)), ValueError, "sizes: expected"),
+        (lambda x: segloss.check_values(1), TypeError, "enabled: expected a bool, got int"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(call, error, message) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(error, match=message):
+        call(torch.randn(2, 3, 4, 4))
+
+
+@pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 1e-5), (torch.float16, 4e-4), (torch.bfloat16, 4e-3)])
+def test_sizes_may_be_off_by_their_own_rounding(dtype: torch.dtype, off: float) -> None:
+    sizes = torch.tensor([[0.3 + off, 0.7]]).to(dtype)
+    assert torch.isfinite(segloss.size_kl(torch.zeros(1, 2, 2, 2), sizes))
+
+
+def test_balance_is_fairness_plus_ln_k(golden) -> None:  # type: ignore[no-untyped-def]
+    arrays = golden("losses/fairness_balance")
+    for prior, loss, grad in ((None, "loss_kl_uniform", "grad_kl_uniform"), ("prior", "loss_balance", "grad_balance")):
+        logits = arrays["x"].clone().requires_grad_()
+        value = segloss.BalanceKL(None if prior is None else arrays[prior])(logits)
+        torch.testing.assert_close(value, arrays[loss], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(torch.autograd.grad(value, logits)[0], arrays[grad], rtol=1e-9, atol=1e-12)
+    fairness = segloss.balance_kl(arrays["x"]) - math.log(arrays["x"].shape[1])
+    torch.testing.assert_close(fairness, arrays["loss"], rtol=1e-9, atol=1e-12)
+
+
+def test_balance_of_an_empty_batch_is_zero() -> None:
+    assert segloss.balance_kl(torch.zeros(0, 4, requires_grad=True)).item() == 0
+
+
+def test_class_weights_are_the_golden_ones(golden) -> None:  # type: ignore[no-untyped-def]
+    arrays = golden("losses/class_balanced_ce")
+    beta = arrays["beta"].item()
+    weights = segloss.class_balanced_weights(arrays["counts"].double(), beta)
+    torch.testing.assert_close(weights, arrays["weight_normalized"], rtol=1e-10, atol=0)
+    plain = segloss.class_balanced_weights(arrays["counts"].double(), beta, normalize=False)
+    torch.testing.assert_close(plain, arrays["weight"], rtol=1e-10, atol=0)
+    loss = torch.nn.functional.cross_entropy(arrays["x"], arrays["target"].long(), weight=weights, reduction="none")
+    torch.testing.assert_close(loss.sum(), arrays["loss_normalized"], rtol=1e-10, atol=0)
+
+
+def test_class_weights_at_the_ends_of_beta() -> None:
+    counts = torch.tensor([1, 10, 1000])
+    assert segloss.class_balanced_weights(counts, 0.0).tolist() == [1, 1, 1]
+    nearly = segloss.class_balanced_weights(counts, 1 - 1e-12)
+    torch.testing.assert_close(nearly[0] / nearly[2], torch.tensor(1000.0), rtol=1e-3, atol=0)
+
+
+@given(seed=seeds, classes=st.integers(1, 6))
+def test_sizes_are_fractions_of_the_labelled_pixels(seed: int, classes: int) -> None:
+    torch.manual_seed(seed)
+    labels = torch.randint(0, classes, (3, 5, 7))
+    labels[torch.rand(labels.shape) < 0.3] = 255
+    labels[2] = 255
+    sizes = segloss.sizes_from_labels(labels.to(torch.uint8), classes)
+    for image, row in zip(labels[:2], sizes, strict=False):
+        counts = torch.bincount(image[image != 255], minlength=classes)
+        torch.testing.assert_close(row, (counts / counts.sum()))
+    assert (sizes[2] == 0).all()
+
+
+def test_an_ignored_class_does_not_count() -> None:
+    assert segloss.sizes_from_labels(torch.tensor([[0, 0, 1, 1]]), 2, ignore_index=0).tolist() == [[0, 1]]
+
+
+def test_errors_of_corrupted_targets_are_the_golden_ones(golden) -> None:  # type: ignore[no-untyped-def]
+    arrays = golden("losses/corrupted_targets")
+    generator = torch.Generator().manual_seed(1)
+    for case in ("k2", "k3", "k5"):
+        exact = arrays[f"{case}_vhat"].float().expand(40_000, -1)
+        for sigma, expected in zip(arrays["sigma"], arrays[f"{case}_mre_after_renorm"], strict=True):
+            corrupted = segloss.corrupt_sizes(exact, sigma.item(), generator=generator)
+            assert (corrupted >= 0).all()
+            torch.testing.assert_close(corrupted.sum(1), torch.ones(40_000))
+            measured = segloss.mean_relative_error(corrupted, exact).item()
+            assert measured == pytest.approx(expected.item(), rel=0.03, abs=1e-3)
+
+
+def test_corrupted_targets_come_from_the_generator_alone() -> None:
+    exact = torch.tensor([[0.5, 0.3, 0.2]] * 10)
+    before = torch.get_rng_state()
+    first, second = (segloss.corrupt_sizes(exact, 0.2, generator=torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_corruption_that_leaves_nothing_is_drawn_again() -> None:
+    sizes = segloss.corrupt_sizes(torch.eye(2).repeat(200, 1), 10.0)
+    assert torch.equal(sizes, torch.eye(2).repeat(200, 1))
+
+
+def test_only_classes_that_are_present_count_in_the_error() -> None:
+    exact = torch.tensor([[1.0, 0.0], [0.5, 0.5]])
+    sizes = torch.tensor([[0.9, 0.1], [0.6, 0.4]])
+    assert segloss.mean_relative_error(sizes, exact).item() == pytest.approx((0.1 + 0.2 + 0.2) / 3)
+
+
+def test_values_can_be_checked_on_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    segloss.check_values(True)
+    try:
+        with pytest.raises(ValueError, match="logits: expected finite values"):
+            segloss.size_kl(torch.full((1, 2, 2, 2), torch.nan), torch.tensor([[0.5, 0.5]]))
+    finally:
+        segloss.check_values(False)

@@ -1,0 +1,88 @@
+"""What an installed package promises: its names, a quiet and light import, types."""
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+import segattr
+import segloss
+
+PACKAGES = [segloss, segattr]
+
+
+def in_fresh_interpreter(code: str) -> str:
+    result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    return result.stdout
+
+
+def test_imports_are_quiet_and_light() -> None:
+    heavy = {"triton", "torchvision", "matplotlib", "torchmetrics", "skimage", "sklearn", "tqdm", "tyro", "scipy"}
+    code = (
+        f"import torch, sys; old = set(sys.modules); import segloss, segattr; print((set(sys.modules) - old) & {heavy})"
+    )
+    assert in_fresh_interpreter(code) == "set()\n"
+
+
+def test_import_leaves_torch_as_it_was() -> None:
+    state = "(torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), torch.initial_seed())"
+    assert in_fresh_interpreter(f"import torch; a = {state}; import segloss, segattr; print(a == {state})") == "True\n"
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda p: p.__name__)
+def test_public_names_exist_and_are_typed(package) -> None:  # type: ignore[no-untyped-def]
+    assert package.__all__ == sorted(package.__all__, key=lambda name: (not name[0].isupper(), name))
+    assert all(hasattr(package, name) for name in package.__all__)
+    assert (Path(package.__file__).parent / "py.typed").exists()
+
+
+def test_public_functions_are_documented() -> None:
+    for name in segloss.__all__:
+        item = getattr(segloss, name)
+        assert item.__doc__, name
+        if inspect.isfunction(item) and name != "check_values":
+            for section in ("Args:", "Returns:", "Raises:", "Example:"):
+                assert section in item.__doc__, (name, section)
+
+
+def test_names_are_the_published_ones() -> None:
+    signatures = {
+        "average_prediction": "(logits, *, valid)",
+        "size_kl": "(logits, sizes, *, valid, reduction)",
+        "reverse_size_kl": "(logits, sizes, *, floor, valid, reduction)",
+        "log_barrier": "(logits, tags, *, valid, reduction)",
+        "suppression": "(logits, tags, *, valid, reduction)",
+        "flat_barrier": "(logits, tags, *, floor, flat, valid, reduction)",
+        "size_barrier": "(logits, *, lower, upper, valid, reduction)",
+        "balance_kl": "(logits, prior)",
+        "class_balanced_weights": "(counts, beta, *, normalize)",
+        "sizes_from_labels": "(labels, num_classes, *, ignore_index)",
+        "corrupt_sizes": "(sizes, sigma, *, generator)",
+        "mean_relative_error": "(sizes, exact)",
+        "partial_cross_entropy": "(logits, labels, *, ignore_index, reduction)",
+        "balanced_seeding": "(logits, seeds, *, background, floor, reduction)",
+        "boundary_constraint": "(logits, refined, *, clip, reduction)",
+        "potts_crf": "(logits, image, *, sigma_rgb, sigma_xy, valid, from_logits, form, scale_factor, normalize, "
+        "method, tolerance, backend, reduction)",
+        "grid_potts": "(logits, image, *, sigma_rgb, connectivity, valid, from_logits, reduction)",
+        "bilateral_filter": "(values, image, *, sigma_rgb, sigma_xy, method, tolerance, backend)",
+        "denormalize": "(image, mean, std)",
+        "check_values": "(enabled)",
+    }
+    modules = [name for name in segloss.__all__ if isinstance(getattr(segloss, name), type)]
+    assert set(segloss.__all__) == set(signatures) | set(modules)
+    assert all(issubclass(getattr(segloss, name), nn.Module) for name in modules)
+    for name, expected in signatures.items():
+        parameters = list(inspect.signature(getattr(segloss, name)).parameters.values())
+        words, starred = [], False
+        for parameter in parameters:
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY and not starred:
+                words.append("*")
+                starred = True
+            words.append(parameter.name)
+        assert f"({', '.join(words)})" == expected, name
