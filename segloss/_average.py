@@ -17,7 +17,7 @@ from segloss._register import register
 
 _LOG2E = math.log2(math.e)
 _LN2 = math.log(2)
-_BLOCK = 1 << 18  # elements per block: it stays in cache, and the calls it costs are few
+_BLOCK = 1 << 19  # elements per block: it stays in cache, and the calls it costs are few
 
 
 def log_sum_reference(logits: Tensor, valid: Tensor | None) -> Tensor:
@@ -156,21 +156,21 @@ class LogSum(torch.autograd.Function):
         return tuple(o.unflatten(0, (info.batch_size, -1)) for o in out), (0, 0)
 
 
-def log_average(logits: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Log of the average prediction ``[B, K]`` (0 for an image without valid pixels), and which images have pixels.
+def log_average(logits: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Log of the average prediction, ``[B, K]``, and which images have pixels at all, ``[B]`` or None for all of them.
 
-    ``logits`` are ``[B, K, *spatial]``, ``valid`` ``[B, *spatial]`` or None.
+    ``logits`` are ``[B, K, *spatial]``, ``valid`` ``[B, *spatial]`` or None. Images without pixels get 0.
     """
     logits = logits.flatten(2)
-    valid = None if valid is None else valid.flatten(1)
     pixels = logits.shape[2]
     if pixels == 0 or logits.shape[0] == 0:
-        zero = logits.sum(2).to(wide_dtype(logits))
-        return zero, torch.zeros_like(zero[:, 0], dtype=torch.bool)
-    log_sum = LogSum.apply(logits, valid)[0]
+        nothing = logits.sum(2).to(wide_dtype(logits))
+        return nothing, torch.zeros_like(nothing[:, 0], dtype=torch.bool)
     if valid is None:
-        return log_sum - math.log(pixels), torch.ones_like(log_sum[:, 0], dtype=torch.bool)
+        return LogSum.apply(logits, None)[0] - math.log(pixels), None
+    valid = valid.flatten(1)
+    log_sum = LogSum.apply(logits, valid)[0]
     count = valid.sum(1)
     seen = count > 0
     average = log_sum - count.clamp(min=1).to(log_sum.dtype).log()[:, None]
-    return torch.where(seen[:, None], average, 0.0), seen
+    return torch.where(seen[:, None], average, 0), seen

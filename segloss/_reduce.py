@@ -18,12 +18,16 @@ def check_reduction(reduction: object) -> None:
     check_choice("reduction", reduction, ("mean", "sum", "none"))
 
 
-def reduce(per_image: Tensor, reduction: Reduction) -> Tensor:
-    """``[B]`` to a scalar, or itself for ``"none"``; the mean over an empty batch is 0, not NaN."""
+def reduce(per_image: Tensor, reduction: Reduction, seen: Tensor | None = None) -> Tensor:
+    """``[B]`` to a scalar, or itself for ``"none"``; images that are not ``seen`` count as 0.
+
+    The mean over an empty batch is 0, not NaN.
+    """
+    if seen is not None:
+        per_image = torch.where(seen, per_image, 0)
     if reduction == "none":
         return per_image
-    total = per_image.sum()
-    return total if reduction == "sum" else total / max(per_image.shape[0], 1)
+    return per_image.mean() if reduction == "mean" and len(per_image) else per_image.sum()
 
 
 def wide_dtype(tensor: Tensor) -> torch.dtype:

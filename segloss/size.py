@@ -50,7 +50,7 @@ def average_prediction(logits: Tensor, *, valid: Tensor | None = None) -> Tensor
     check_logits(logits)
     check_valid(valid, logits)
     average, seen = log_average(logits, valid)
-    return average.exp() * seen[:, None]
+    return average.exp() if seen is None else average.exp() * seen[:, None]
 
 
 def size_kl(logits: Tensor, sizes: Tensor, *, valid: Tensor | None = None, reduction: Reduction = "mean") -> Tensor:
@@ -66,14 +66,14 @@ def size_kl(logits: Tensor, sizes: Tensor, *, valid: Tensor | None = None, reduc
     Args:
         logits: class logits, ``[B, K, *spatial]``, K >= 2, any finite values.
         sizes: size targets :math:`v`, ``[B, K]``, fractions that sum to 1 in each row (to 1e-4; float16 1e-3,
-            bfloat16 1e-2). Divide by the row sums what does not.
+            bfloat16 1e-2). Divide by the row sums what does not. Constants: no gradient flows into them.
         valid: pixels that count, bool, ``[B, *spatial]``; all of them if None.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` over the images.
 
     Returns:
         A scalar, or ``[B]`` for ``"none"``; float32 (float64 for float64 logits); at least 0 up to rounding. An image
-        without valid pixels contributes 0. Sizes that are not checked (see :func:`check_values`) and do not sum to 1
-        shift the value, sizes below 0 count as 0.
+        without valid pixels contributes 0. Of sizes that are not checked (see :func:`check_values`) those that do not
+        sum to 1 shift the value, those below 0 make it infinite.
 
     Raises:
         TypeError: ``logits`` or ``sizes`` that are not floating point, ``valid`` that is not bool.
@@ -86,12 +86,13 @@ def size_kl(logits: Tensor, sizes: Tensor, *, valid: Tensor | None = None, reduc
     Example:
         >>> logits = torch.zeros(1, 2, 8, 8, requires_grad=True)
         >>> size_kl(logits, torch.tensor([[0.75, 0.25]]))
-        tensor(0.1308, grad_fn=<DivBackward0>)
+        tensor(0.1308, grad_fn=<MeanBackward0>)
     """
     _check(logits, valid, reduction)
     check_sizes("sizes", sizes, logits)
     average, seen = log_average(logits, valid)
-    return reduce(_divergence(sizes.to(average.dtype), average).sum(1) * seen, reduction)
+    target = sizes.detach().to(average.dtype)
+    return reduce(-(torch.special.entr(target) + target * average).sum(1), reduction, seen)
 
 
 class SizeKL(LossModule):
@@ -141,8 +142,8 @@ def reverse_size_kl(
     check_sizes("sizes", sizes, logits)
     check_number("floor", floor, above=0, below=1)
     average, seen = log_average(logits, valid)
-    target = sizes.to(average.dtype).clamp(min=floor)
-    return reduce((average.exp() * (average - target.log())).sum(1) * seen, reduction)
+    target = sizes.detach().to(average.dtype).clamp(min=floor)
+    return reduce((average.exp() * (average - target.log())).sum(1), reduction, seen)
 
 
 class ReverseSizeKL(LossModule):
@@ -190,7 +191,7 @@ def log_barrier(logits: Tensor, tags: Tensor, *, valid: Tensor | None = None, re
     _check(logits, valid, reduction)
     check_tags(tags, logits)
     average, seen = log_average(logits, valid)
-    return reduce(-torch.where(tags != 0, average, 0.0).sum(1) * seen, reduction)
+    return reduce(-torch.where(tags != 0, average, 0.0).sum(1), reduction, seen)
 
 
 class LogBarrier(LossModule):
@@ -231,7 +232,7 @@ def suppression(logits: Tensor, tags: Tensor, *, valid: Tensor | None = None, re
     average, seen = log_average(logits, valid)
     own = torch.eye(average.shape[1], dtype=torch.bool, device=average.device)
     others = torch.logsumexp(average[:, None].masked_fill(own, -torch.inf), 2)
-    return reduce(-torch.where(tags != 0, 0.0, others).sum(1) * seen, reduction)
+    return reduce(-torch.where(tags != 0, 0.0, others).sum(1), reduction, seen)
 
 
 class Suppression(LossModule):
@@ -287,7 +288,7 @@ def flat_barrier(
     edge = average.new_tensor(floor).log()
     # A comparison, not maximum(): at the edge itself the flat part counts.
     active = average > edge if flat == "below" else average < edge
-    return reduce(-torch.where(tags != 0, torch.where(active, average, edge), 0.0).sum(1) * seen, reduction)
+    return reduce(-torch.where(tags != 0, torch.where(active, average, edge), 0.0).sum(1), reduction, seen)
 
 
 class FlatBarrier(LossModule):
@@ -354,7 +355,7 @@ def size_barrier(
         excess = excess + (lower - average).clamp(min=0) ** 2
     if upper is not None:
         excess = excess + (average - upper).clamp(min=0) ** 2
-    return reduce(excess.to(average.dtype).sum(1) * seen, reduction)
+    return reduce(excess.to(average.dtype).sum(1), reduction, seen)
 
 
 class SizeBarrier(LossModule):
@@ -420,7 +421,7 @@ def balance_kl(logits: Tensor, prior: Tensor | None = None) -> Tensor:
         require("prior", prior, lambda: (prior > 0).all(), lambda: "expected positive fractions, got 0")
     average, seen = log_average(logits.t()[None], None)
     target = -average.new_tensor(logits.shape[1]).log() if prior is None else prior.to(average.dtype).log()
-    return ((average.exp() * (average - target)).sum(1) * seen).sum()
+    return reduce((average.exp() * (average - target)).sum(1), "sum", seen)
 
 
 class BalanceKL(nn.Module):
@@ -611,9 +612,3 @@ def _check_bound(name: str, bound: object, logits: Tensor) -> None:
     shape = logits.shape[1:2] if bound.dim() == 1 else logits.shape[:2]
     check_like(name, bound, shape, "logits", logits)
     require(name, bound, lambda: torch.isfinite(bound).all(), lambda: "expected finite bounds, got NaN or infinity")
-
-
-def _divergence(target: Tensor, log_prediction: Tensor) -> Tensor:
-    present = target > 0
-    log_target = torch.where(present, target, 1).log()
-    return torch.where(present, target * (log_target - log_prediction), 0)

@@ -1,6 +1,7 @@
 """What is particular to the size losses and the target tools."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -333,3 +334,16 @@ def test_values_can_be_checked_on_every_device(monkeypatch: pytest.MonkeyPatch) 
             segloss.size_kl(torch.full((1, 2, 2, 2), torch.nan), torch.tensor([[0.5, 0.5]]))
     finally:
         segloss.check_values(False)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_size_kl_and_potts_compile_with_inductor() -> None:
+    def loss(logits: Tensor, sizes: Tensor, image: Tensor) -> Tensor:
+        return segloss.size_kl(logits, sizes) + 1e-3 * segloss.potts_crf(logits, image)
+
+    arguments = torch.randn(2, 3, 8, 8, requires_grad=True), torch.full((2, 3), 1 / 3), torch.rand(2, 3, 8, 8)
+    expected, value = loss(*arguments), torch.compile(loss, fullgraph=True)(*arguments)
+    torch.testing.assert_close(value, expected)
+    grads = [torch.autograd.grad(v, arguments[0])[0] for v in (value, expected)]
+    torch.testing.assert_close(*grads)

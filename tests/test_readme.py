@@ -1,0 +1,37 @@
+"""What the README shows must run and exist."""
+
+import re
+from pathlib import Path
+
+import segloss
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_code_runs_as_it_stands() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        names: dict[str, object] = {}
+        exec(block, names)
+        assert names["logits"].grad.isfinite().all()  # type: ignore[attr-defined]
+
+
+def test_every_public_name_is_in_the_table() -> None:
+    for name in segloss.__all__:
+        if name != "check_values":
+            assert f"`{name}`" in README, name
+
+
+def test_linked_files_exist_and_commands_are_targets() -> None:
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for command in re.findall(r"^make (\w+)", README, re.MULTILINE):
+        assert command in targets, command
+
+
+def test_ci_runs_exactly_the_test_command() -> None:
+    commands = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert commands[-1] == "make test"
