@@ -77,10 +77,8 @@ def markdown(rows: list[dict[str, Any]], where: dict[str, Any]) -> str:
         ]
         for row in sorted((r for r in rows if r["group"] == group), key=lambda r: not r["is_rival"]):
             memory = "-" if row["memory_ratio"] is None else f"{row['memory_ratio']:.3f}"
-            lines.append(
-                f"| {row['method']} | {1e3 * row['seconds']:.3g} ms | {100 * row['spread']:.0f}% | {row['time_ratio']:.3f} "
-                f"| {row['megabytes']:.1f} MB | {memory} | {row['error']:.0e} |"
-            )
+            time = f"{1e3 * row['seconds']:.3g} ms | {100 * row['spread']:.0f}% | {row['time_ratio']:.3f}"
+            lines.append(f"| {row['method']} | {time} | {row['megabytes']:.1f} MB | {memory} | {row['error']:.0e} |")
     return "\n".join(lines) + "\n"
 
 

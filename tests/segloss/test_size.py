@@ -337,6 +337,7 @@ def test_values_can_be_checked_on_every_device(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, inside inductor
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_size_kl_and_potts_compile_with_inductor() -> None:
     def loss(logits: Tensor, sizes: Tensor, image: Tensor) -> Tensor:
