@@ -1,9 +1,8 @@
 """The one pass over the pixels behind every size loss: the logarithm of the average softmax prediction.
 
 All size losses are small formulas on the ``[B, K]`` result, so this is where their time and memory go. On the CPU the
-pixels are walked in blocks that stay in cache; forward keeps one number per pixel (its log-partition), backward needs
-no full-size buffer but the gradient. Exponentials and
-logarithms go through base 2, which is several times faster here.
+pixels are walked in blocks that stay in cache; forward keeps two numbers per pixel, backward needs no full-size buffer
+but the gradient. Exponentials are powers of 2, which are several times faster there.
 """
 
 import math
@@ -13,10 +12,9 @@ import torch
 from torch import Tensor
 
 from segloss._reduce import LOG_FLOOR, wide_dtype
-from segloss._register import register
+from segloss._register import fold, known, register
 
 _LOG2E = math.log2(math.e)
-_LN2 = math.log(2)
 _BLOCK = 1 << 19  # elements per block: it stays in cache, and the calls it costs are few
 
 
@@ -36,81 +34,107 @@ def _blocks(logits: Tensor) -> list[tuple[slice, slice]]:
     return [(slice(b, b + images), slice(p, p + step)) for b in range(0, batch, images) for p in range(0, pixels, step)]
 
 
-def _log_sum(logits: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``[B, K, N]`` logits to the log-sums ``[B, K]`` and the log-partitions ``[B, N]``, infinite at ignored pixels."""
+def _log_sum(logits: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sum over the pixels of the softmax of ``[B, K, N]`` logits, in parts that no logits overflow.
+
+    Every logit is relative to the peak of its pixel and then to the top of its class, so that neither a pixel nor a
+    class underflows as a whole and large numbers cancel exactly.
+
+    Returns:
+        top: largest logit of each class relative to the peaks, ``[B, K]``.
+        total: the sum divided by exp(top), ``[B, K]``; 0 without valid pixels.
+        peak: largest logit of each pixel, ``[B, N]``; infinite at ignored pixels.
+        inverse: 1 / sum of exp(logit - peak), ``[B, N]``; 0 at ignored pixels.
+    """
     wide = logits.to(wide_dtype(logits))
-    partition = torch.logsumexp(wide, 1)
+    peak = wide.amax(1)
+    shifted = wide - peak[:, None]
     if valid is not None:
-        partition = partition.masked_fill(~valid, torch.inf)
-    log_sum = torch.logsumexp(wide - partition[:, None], 2).clamp_(min=LOG_FLOOR)
-    return log_sum, partition
+        shifted = shifted.masked_fill(~valid[:, None], -torch.inf)
+    top = shifted.amax(2).clamp(min=LOG_FLOOR)
+    scaled = torch.exp(shifted - top[:, :, None])
+    inverse = (top.exp()[:, :, None] * scaled).sum(1).reciprocal()
+    if valid is not None:
+        inverse, peak = inverse.masked_fill(~valid, 0), peak.masked_fill(~valid, torch.inf)
+    return top, (scaled * inverse[:, None]).sum(2), peak, inverse
 
 
-def _log_sum_cpu(logits: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+def _log_sum_cpu(logits: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, classes, pixels = logits.shape
     dtype = wide_dtype(logits)
-    partition = torch.empty(batch, pixels, dtype=dtype)
-    log_sum = torch.full((batch, classes), -torch.inf, dtype=dtype)
+    peak = torch.empty(batch, pixels, dtype=dtype)
+    inverse = torch.empty_like(peak)
+    top = torch.full((batch, classes), LOG_FLOOR, dtype=dtype)
+    total = torch.zeros(batch, classes, dtype=dtype)
     with torch.autocast("cpu", enabled=False):
         for images, part in _blocks(logits):
             block = logits[images, :, part].to(dtype)
-            peak = block.amax(1)
-            shifted = block - peak[:, None]
+            shifted = block - torch.amax(block, 1, out=peak[images, part])[:, None]
             if valid is not None:
                 shifted.masked_fill_(~valid[images, None, part], -torch.inf)
-            # Each class is scaled by its own largest value in the block, so that none underflows as a whole;
-            # the scales come back in the partition function, where a class that small does not count.
-            top = shifted.amax(2).clamp_(min=LOG_FLOOR)
-            scaled = torch.add(top[:, :, None] * -_LOG2E, shifted, alpha=_LOG2E, out=shifted).exp2_()
-            total = torch.bmm(top.exp()[:, None], scaled)
-            inverse = total.reciprocal()
+            highest = torch.maximum(shifted.amax(2), top[images])
+            scaled = shifted.sub_(highest[:, :, None]).mul_(_LOG2E).exp2_()
+            torch.reciprocal(torch.bmm(highest.exp()[:, None], scaled)[:, 0], out=inverse[images, part])
             if valid is not None:
-                inverse.masked_fill_(~valid[images, None, part], 0)
-            sums = torch.bmm(scaled, inverse.transpose(1, 2))[:, :, 0].log_() + top
-            log_sum[images] = torch.logaddexp(log_sum[images], sums)
-            torch.add(peak, total[:, 0].log2_(), alpha=_LN2, out=partition[images, part])
+                inverse[images, part].masked_fill_(~valid[images, part], 0)
+            here = torch.bmm(scaled, inverse[images, part, None])[:, :, 0]
+            total[images] = total[images] * (top[images] - highest).exp_() + here
+            top[images] = highest
     if valid is not None:
-        partition.masked_fill_(~valid, torch.inf)
-    return log_sum.clamp_(min=LOG_FLOOR), partition
+        peak.masked_fill_(~valid, torch.inf)
+    return top, total, peak, inverse
 
 
-def _log_sum_fake(logits: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+def _log_sum_fake(logits: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, classes, pixels = logits.shape
-    dtype = wide_dtype(logits)
-    return logits.new_empty(batch, classes, dtype=dtype), logits.new_empty(batch, pixels, dtype=dtype)
+    shapes = ((batch, classes), (batch, classes), (batch, pixels), (batch, pixels))
+    top, total, peak, inverse = (logits.new_empty(shape, dtype=wide_dtype(logits)) for shape in shapes)
+    return top, total, peak, inverse
 
 
-def _log_sum_backward(grad: Tensor, logits: Tensor, partition: Tensor, log_sum: Tensor) -> Tensor:
-    """With the softmax S, its sum s over the pixels and w = S / s: dL/dx = g w - S (g . w) = w (g - s (g . w))."""
-    share = torch.exp(logits - partition[:, None] - log_sum[:, :, None])
-    mean = (grad[:, :, None] * share).sum(1, keepdim=True)
-    return (share * (grad[:, :, None] - log_sum.exp()[:, :, None] * mean)).to(logits.dtype)
+def _log_sum_backward(
+    grad: Tensor, logits: Tensor, top: Tensor, total: Tensor, peak: Tensor, inverse: Tensor
+) -> Tensor:
+    """With the softmax S and its sum s over the pixels: dL/dx = S (g / s - sum_k S_k g_k / s_k)."""
+    scaled = torch.exp(logits - peak[:, None] - top[:, :, None])
+    slope = (grad / total).masked_fill(total == 0, 0)[:, :, None]
+    mean = inverse[:, None] * (slope * scaled).sum(1, keepdim=True)
+    return (scaled * inverse[:, None] * (slope - top.exp()[:, :, None] * mean)).to(logits.dtype)
 
 
-def _log_sum_backward_cpu(grad: Tensor, logits: Tensor, partition: Tensor, log_sum: Tensor) -> Tensor:
+def _log_sum_backward_cpu(
+    grad: Tensor, logits: Tensor, top: Tensor, total: Tensor, peak: Tensor, inverse: Tensor
+) -> Tensor:
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    total = log_sum.exp()[:, :, None]
+    slope = (grad / total).masked_fill_(total == 0, 0)
+    left = torch.stack([slope, -top.exp()], 2)
     with torch.autocast("cpu", enabled=False):
         for images, part in _blocks(logits):
-            share = logits[images, :, part] - partition[images, None, part]
-            torch.add(log_sum[images, :, None] * -_LOG2E, share, alpha=_LOG2E, out=share).exp2_()
-            mean = torch.bmm(grad[images, None], share)
-            factor = torch.baddbmm(grad[images, :, None], total[images], mean, alpha=-1)
+            scaled = logits[images, :, part] - peak[images, None, part]
+            scaled.sub_(top[images, :, None]).mul_(_LOG2E).exp2_()
+            weight = inverse[images, None, part]
+            mean = weight * torch.bmm(slope[images, None], scaled)
+            factor = torch.bmm(left[images], torch.cat([weight, weight * mean], 1))
             target = out[images, :, part]
-            if out.dtype == share.dtype:
-                torch.mul(share, factor, out=target)
+            if out.dtype == scaled.dtype:
+                torch.mul(scaled, factor, out=target)
             else:
-                target.copy_(share.mul_(factor))
+                target.copy_(scaled.mul_(factor))
     return out
 
 
-def _log_sum_backward_fake(grad: Tensor, logits: Tensor, partition: Tensor, log_sum: Tensor) -> Tensor:
+def _log_sum_backward_fake(grad: Tensor, logits: Tensor, *saved: Tensor) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-register("log_sum(Tensor logits, Tensor? valid) -> (Tensor, Tensor)", _log_sum, fake=_log_sum_fake, cpu=_log_sum_cpu)
 register(
-    "log_sum_backward(Tensor grad, Tensor logits, Tensor partition, Tensor log_sum) -> Tensor",
+    "log_sum(Tensor logits, Tensor? valid) -> (Tensor, Tensor, Tensor, Tensor)",
+    _log_sum,
+    fake=_log_sum_fake,
+    cpu=_log_sum_cpu,
+)
+register(
+    "log_sum_backward(Tensor grad, Tensor logits, Tensor top, Tensor total, Tensor peak, Tensor inverse) -> Tensor",
     _log_sum_backward,
     fake=_log_sum_backward_fake,
     cpu=_log_sum_backward_cpu,
@@ -118,42 +142,44 @@ register(
 
 
 class LogSum(torch.autograd.Function):
-    """Differentiable ``segloss::log_sum``; a double backward goes through plain torch."""
+    """Differentiable ``segloss::log_sum``: the log-sums ``[B, K]``, and what the backward pass needs."""
 
     @staticmethod
-    def forward(logits: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-        return torch.ops.segloss.log_sum(logits, valid)
+    def forward(logits: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        top, total, peak, inverse = torch.ops.segloss.log_sum(logits, valid)
+        return (top + total.log()).clamp_(min=LOG_FLOOR), top, total, peak, inverse
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None], output: tuple[Tensor, Tensor]) -> None:
-        logits, valid = inputs
-        log_sum, partition = output
-        ctx.mark_non_differentiable(partition)
-        ctx.save_for_backward(logits, valid, log_sum, partition)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*inputs, *output[1:])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
-        logits, valid, log_sum, partition = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph: the same formula, differentiable once more
-            wide = logits.to(grad.dtype)
-            log_softmax = torch.log_softmax(wide, 1)
-            share = torch.exp(log_softmax - log_sum_reference(wide, valid)[:, :, None])
-            if valid is not None:
-                share = share * valid[:, None]
-            mean = (grad[:, :, None] * share).sum(1, keepdim=True)
-            return (grad[:, :, None] * share - torch.exp(log_softmax) * mean).to(logits.dtype), None
-        return torch.ops.segloss.log_sum_backward(grad.contiguous(), logits, partition, log_sum), None
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None]:
+        logits, valid, *saved = ctx.saved_tensors
+        return known(_gradient, _gradient_reference, (grad, logits), (valid, *saved)), None
 
     @staticmethod
     def vmap(
         info: Any, in_dims: tuple[int | None, int | None], logits: Tensor, valid: Tensor | None
-    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-        def fold(tensor: Tensor, dim: int | None) -> Tensor:
-            tensor = tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-            return tensor.flatten(0, 1)
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        size = info.batch_size
+        out = LogSum.apply(fold(logits, in_dims[0], size), None if valid is None else fold(valid, in_dims[1], size))
+        return tuple(o.unflatten(0, (size, -1)) for o in out), (0,) * len(out)
 
-        out = LogSum.apply(fold(logits, in_dims[0]), None if valid is None else fold(valid, in_dims[1]))
-        return tuple(o.unflatten(0, (info.batch_size, -1)) for o in out), (0, 0)
+
+def _gradient(grad: Tensor, logits: Tensor, _: Tensor | None, *saved: Tensor) -> Tensor:
+    return torch.ops.segloss.log_sum_backward(grad.contiguous(), logits, *saved)
+
+
+def _gradient_reference(grad: Tensor, logits: Tensor, valid: Tensor | None, *_: Tensor) -> Tensor:
+    """The backward pass in operations that can be differentiated once more."""
+    log_softmax = torch.log_softmax(logits.to(grad.dtype), 1)
+    share = torch.exp(log_softmax - log_sum_reference(logits.to(grad.dtype), valid)[:, :, None])
+    if valid is not None:
+        share = share * valid[:, None]
+    mean = (grad[:, :, None] * share).sum(1, keepdim=True)
+    return (grad[:, :, None] * share - torch.exp(log_softmax) * mean).to(logits.dtype)
 
 
 def log_average(logits: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:

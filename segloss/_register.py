@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _LIBRARY = torch.library.Library("segloss", "FRAGMENT")
 
@@ -23,3 +24,51 @@ def register(
     for device, kernel in kernels.items():
         _LIBRARY.impl(name, kernel, device.upper())
     torch.library.register_fake(f"segloss::{name}", fake, lib=_LIBRARY)
+
+
+def fold(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    """Merge a dimension mapped by ``vmap``, or repeat an unmapped tensor, into the batch: images are independent."""
+    mapped = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return mapped.flatten(0, 1)
+
+
+def known(
+    fast: Callable[..., Tensor],
+    function: Callable[..., Tensor],
+    inputs: tuple[Tensor, ...],
+    constants: tuple[Tensor | None, ...] = (),
+) -> Tensor:
+    """``function(*inputs, *constants)``, its value by ``fast`` of the same arguments, its derivatives by autograd.
+
+    For backward passes that may be differentiated once more: the fast form, an operator, cannot be.
+    """
+    if torch.is_grad_enabled():
+        return _Known.apply(fast, function, len(inputs), *inputs, *constants)
+    return fast(*inputs, *constants)
+
+
+class _Known(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        fast: Callable[..., Tensor], function: Callable[..., Tensor], count: int, *tensors: Tensor | None
+    ) -> Tensor:
+        return fast(*tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.function, ctx.count, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, constants = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        pull = torch.func.vjp(lambda *tensors: ctx.function(*tensors, *constants), *inputs)[1]
+        return None, None, None, *pull(grad), *(None for _ in constants)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], fast: Any, function: Any, count: int, *tensors: Tensor | None
+    ) -> tuple[Tensor, int]:
+        size = info.batch_size
+        folded = (None if t is None else fold(t, d, size) for t, d in zip(tensors, in_dims[3:], strict=True))
+        return _Known.apply(fast, function, count, *folded).unflatten(0, (size, -1)), 0

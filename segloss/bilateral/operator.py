@@ -1,11 +1,12 @@
 """The filter as an operator with gradients: what ``torch.compile``, ``vmap`` and autograd see of it."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from segloss._register import register
+from segloss._register import fold, known, register
 from segloss.bilateral import blocksparse
 from segloss.bilateral.reference import guide_gradient_reference
 
@@ -37,9 +38,10 @@ register(
 
 
 def _guide_gradient(grad: Tensor, values: Tensor, features: Tensor, tolerance: float) -> Tensor:
-    if torch.is_grad_enabled():  # create_graph: the dense formula, which can be differentiated once more
-        return guide_gradient_reference(grad, values, features)
-    return torch.ops.segloss.bilateral_guide(grad.contiguous(), values, features, tolerance)
+    def fast(grad: Tensor, values: Tensor, features: Tensor) -> Tensor:
+        return torch.ops.segloss.bilateral_guide(grad.contiguous(), values, features, tolerance)
+
+    return known(fast, guide_gradient_reference, (grad, values, features))
 
 
 class Bilateral(torch.autograd.Function):
@@ -106,13 +108,8 @@ class PairwiseEnergy(torch.autograd.Function):
         grad = grad[:, None, None]
         to_values = to_features = None
         if ctx.needs_input_grad[0]:
-            if torch.is_grad_enabled():  # create_graph: the saved output is a constant, so filter again
-                filtered = Bilateral.apply(values, features, ctx.tolerance)
-                if not (ctx.quadratic or ctx.complete):
-                    filtered = torch.cat([filtered, Bilateral.apply(mask, features, ctx.tolerance)], 1)
-            slope = -2 * filtered[:, : values.shape[1]]
-            if not ctx.quadratic:
-                slope = slope + (filtered.sum(1, keepdim=True) if ctx.complete else filtered[:, -1:])
+            fast = partial(_slope_of_filtered, ctx.quadratic, ctx.complete)
+            slope = known(fast, partial(_slope, ctx.tolerance, ctx.quadratic), (values, features), (mask, filtered))
             to_values = grad * slope
         if ctx.needs_input_grad[2]:
             partner = -values if ctx.quadratic else mask - values
@@ -128,7 +125,19 @@ class PairwiseEnergy(torch.autograd.Function):
         return (energy.unflatten(0, (info.batch_size, -1)), filtered.unflatten(0, (info.batch_size, -1))), (0, 0)
 
 
-def fold(tensor: Tensor, dim: int | None, size: int) -> Tensor:
-    """Merge a mapped dimension, or repeat an unmapped tensor, into the batch: every image is independent."""
-    mapped = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-    return mapped.flatten(0, 1)
+def _slope(
+    tolerance: float, quadratic: bool, values: Tensor, features: Tensor, mask: Tensor, filtered: Tensor
+) -> Tensor:
+    """Derivative of the energy with respect to the values: W m - 2 W v, or -2 W v."""
+    slope = -2 * Bilateral.apply(values, features, tolerance)
+    return slope if quadratic else slope + Bilateral.apply(mask, features, tolerance)
+
+
+def _slope_of_filtered(
+    quadratic: bool, complete: bool, values: Tensor, features: Tensor, mask: Tensor, filtered: Tensor
+) -> Tensor:
+    """The same from the saved output of the filter."""
+    slope = -2 * filtered[:, : values.shape[1]]
+    if quadratic:
+        return slope
+    return slope + (filtered.sum(1, keepdim=True) if complete else filtered[:, -1:])

@@ -105,24 +105,37 @@ def test_blocked_average_equals_its_definition_for_any_block_size(
 def test_operators_are_registered_correctly(masked: bool, dtype: torch.dtype) -> None:
     logits = torch.randn(2, 3, 7).to(dtype)
     valid = torch.rand(2, 7) < 0.5 if masked else None
-    log_sum, partition = torch.ops.segloss.log_sum(logits, valid)
+    saved = torch.ops.segloss.log_sum(logits, valid)
     torch.library.opcheck(torch.ops.segloss.log_sum.default, (logits, valid))
-    arguments = (torch.randn_like(log_sum), logits, partition, log_sum)
-    torch.library.opcheck(torch.ops.segloss.log_sum_backward.default, arguments)
-    assert log_sum.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.library.opcheck(torch.ops.segloss.log_sum_backward.default, (torch.randn_like(saved[0]), logits, *saved))
+    assert saved[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
 def test_every_device_gets_the_same_numbers_as_the_cpu_kernel() -> None:
     logits = torch.randn(2, 3, 50, dtype=torch.float64)
     valid = torch.rand(2, 50) < 0.5
-    log_sum, partition = torch.ops.segloss.log_sum(logits, valid)
-    elsewhere = _average._log_sum(logits, valid)
-    torch.testing.assert_close(elsewhere, (log_sum, partition))
+    saved = torch.ops.segloss.log_sum(logits, valid)
+    torch.testing.assert_close(_average._log_sum(logits, valid), saved)
     grad = torch.randn(2, 3, dtype=torch.float64)
-    torch.testing.assert_close(
-        _average._log_sum_backward(grad, logits, partition, log_sum),
-        torch.ops.segloss.log_sum_backward(grad, logits, partition, log_sum),
-    )
+    elsewhere = _average._log_sum_backward(grad, logits, *saved)
+    torch.testing.assert_close(elsewhere, torch.ops.segloss.log_sum_backward(grad, logits, *saved))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("gap", [1.0, 1e2, 1e4, 1e6, 1e8, 1e12, 1e20, 1e29])
+def test_a_class_that_loses_everywhere_gets_its_whole_target_as_gradient(gap: float, dtype: torch.dtype) -> None:
+    logits = torch.zeros(1, 3, 4, 4, dtype=dtype)
+    logits[:, 2] = -gap
+    logits[0, :, 0, 0] += gap / 2  # the level of a pixel does not count
+    logits.requires_grad_()
+    loss = segloss.size_kl(logits, torch.tensor([[0.4, 0.3, 0.3]]))
+    gradient = torch.autograd.grad(loss, logits)[0]
+    win, lose = math.exp(-gap), 2 + math.exp(-gap)
+    expected = 0.3 * (math.log(0.3) + gap + math.log(lose))
+    expected += 0.4 * math.log(0.4 * lose) + 0.3 * math.log(0.3 * lose)
+    torch.testing.assert_close(loss, torch.tensor(expected, dtype=dtype), rtol=1e-5, atol=0)
+    target = torch.tensor([1 / lose - 0.4, 1 / lose - 0.3, win / lose - 0.3], dtype=dtype)
+    torch.testing.assert_close(gradient.sum((0, 2, 3)), target, rtol=1e-4, atol=1e-6)
 
 
 def test_size_kl_compiles_once_for_changing_shapes() -> None:
