@@ -3,10 +3,13 @@
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 _SUM_TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 1e-2}  # other dtypes: 1e-4, a size typed to four digits
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _always = False
 
@@ -28,8 +31,7 @@ def check_values(enabled: bool) -> None:
         >>> check_values(True)
         >>> check_values(False)
     """
-    if not isinstance(enabled, bool):
-        raise TypeError(f"enabled: expected a bool, got {type(enabled).__name__}")
+    check_bool("enabled", enabled)
     global _always
     _always = enabled
 
@@ -39,8 +41,9 @@ def require(name: str, tensor: Tensor, holds: Callable[[], Tensor], problem: Cal
     if torch.compiler.is_compiling() or not (_always or tensor.device.type == "cpu") or tensor.is_meta:
         return
     with torch.no_grad():
+        outcome = holds()
         try:
-            satisfied = bool(holds())
+            satisfied = bool(outcome)
         except RuntimeError:  # vmap and fake tensors have no values to look at
             return
         if not satisfied:
@@ -56,11 +59,20 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
 
 
+def check_real(name: str, value: object) -> None:
+    check_tensor(name, value)
+    assert isinstance(value, Tensor)
+    if value.is_complex():
+        raise TypeError(f"{name}: expected a tensor of real numbers, got {value.dtype}")
+
+
 def check_floating(name: str, value: object) -> None:
     check_tensor(name, value)
     assert isinstance(value, Tensor)
-    if not value.is_floating_point():
+    if value.dtype not in _FLOATS:
         raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got {value.layout}")
 
 
 def check_integer(name: str, value: object) -> None:
@@ -150,7 +162,7 @@ def check_sizes(name: str, sizes: object, logits: Tensor | None = None) -> None:
 
 def check_tags(tags: object, logits: Tensor) -> None:
     """``[B, K]`` of zeros and ones, of any dtype."""
-    check_tensor("tags", tags)
+    check_real("tags", tags)
     assert isinstance(tags, Tensor)
     check_like("tags", tags, logits.shape[:2], "logits", logits)
 
@@ -166,6 +178,8 @@ def check_tags(tags: object, logits: Tensor) -> None:
 
 
 def check_labels(labels: Tensor, classes: int, ignore_index: int) -> None:
+    """``labels`` are int64: narrower integers could not hold, or would wrap, ``ignore_index``."""
+
     def known() -> Tensor:
         return ((labels >= 0) & (labels < classes)) | (labels == ignore_index)
 
@@ -181,28 +195,34 @@ def check_number(
     name: str,
     value: object,
     *,
-    above: float | None = None,
-    least: float | None = None,
-    below: float | None = None,
+    above: float = -math.inf,
+    least: float = -math.inf,
+    below: float = math.inf,
+    most: float = math.inf,
     finite: bool = True,
 ) -> None:
-    """A real number in a range; ``above`` and ``below`` are excluded, ``least`` is included."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    """A real number in a range; ``above`` and ``below`` are excluded, ``least`` and ``most`` are included."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    fits = not math.isnan(value) and (not finite or math.isfinite(value))
-    fits = fits and (above is None or value > above) and (least is None or value >= least)
-    if not (fits and (below is None or value < below)):
-        bounds = [
-            f"above {above:g}" if above is not None else "",
-            f"of at least {least:g}" if least is not None else "",
-        ]
-        bounds.append(f"below {below:g}" if below is not None else "")
-        expected = " and ".join(bound for bound in bounds if bound)
-        raise ValueError(
-            f"{name}: expected a {'finite ' if finite else ''}number {expected}".rstrip() + f", got {value}"
-        )
+    # Comparisons only: under torch.compile the number may be symbolic. NaN fails all of them.
+    fits = above < value <= most and least <= value and (value < below or not finite)
+    if not fits:
+        bounds = [f"above {above:g}"] * (above > -math.inf) + [f"of at least {least:g}"] * (least > -math.inf)
+        bounds += [f"below {below:g}"] * (below < math.inf) + [f"of at most {most:g}"] * (most < math.inf)
+        kind = "finite number" if finite else "number"
+        raise ValueError(f"{name}: expected a {' '.join([kind, ' and '.join(bounds)])}".rstrip() + f", got {value}")
+
+
+def check_int(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+
+
+def check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
-    if value not in choices:
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")

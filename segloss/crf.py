@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from segloss._checks import (
+    check_bool,
     check_choice,
     check_floating,
     check_logits,
@@ -16,7 +17,7 @@ from segloss._checks import (
 from segloss._module import LossModule
 from segloss._pairs import neighbours
 from segloss._reduce import Reduction, check_reduction, reduce, wide_dtype
-from segloss.bilateral import check_guide, choose_tolerance, guide_features
+from segloss.bilateral import check_guide, check_sigma, choose_tolerance, guide_colour, guide_features
 from segloss.bilateral.operator import PairwiseEnergy
 
 _FORMS = ("potts", "quadratic")
@@ -60,7 +61,8 @@ def potts_crf(
         form: ``"potts"``, or ``"quadratic"`` for :math:`-\sum_k (m \circ S^k)^\top W (m \circ S^k)`: the value of the
             public rloss code, up to its weaker kernel. Where S sums to 1 both have the same logit gradient.
         scale_factor: in (0, 1]: the loss at this scale of the input (image and mask by the nearest pixel, S bilinear,
-            ``sigma_xy`` times the factor), as rloss uses it with 0.5. The value shrinks with the fourth power.
+            ``sigma_xy`` times the factor), as rloss uses it with 0.5. The value shrinks with the fourth power. Ignored
+            pixels next to a border of the mask then have a share in the S of their valid neighbours.
         normalize: divide each image's loss by its number of valid ``"pixels"`` or ``"pairs"`` (their square), at the
             scale of the computation; None for the formula.
         method, tolerance, backend: as in :func:`~segloss.bilateral.bilateral_filter`.
@@ -89,11 +91,8 @@ def potts_crf(
         tensor(0.)
     """
     _check(logits, image, valid, from_logits, reduction)
-    check_choice("form", form, _FORMS)
-    check_choice("normalize", normalize, _NORMALIZATIONS)
-    check_number("scale_factor", scale_factor, above=0)
-    if scale_factor > 1:
-        raise ValueError(f"scale_factor: expected a number in (0, 1], got {scale_factor}")
+    _check_settings(form, scale_factor, normalize)
+    check_sigma("sigma_xy", sigma_xy, image)
     dtype = torch.promote_types(wide_dtype(logits), wide_dtype(image))
     probability = _probability(logits.to(dtype), from_logits)
     guide = image.to(dtype)
@@ -113,7 +112,17 @@ def potts_crf(
 
 
 class PottsCRF(LossModule):
-    """:func:`potts_crf` as a module."""
+    """:func:`potts_crf` as a module; a sigma may be a parameter and learnt."""
+
+    sigma_rgb: float | Tensor
+    sigma_xy: float | Tensor
+    from_logits: bool
+    form: str
+    scale_factor: float
+    normalize: str | None
+    method: str
+    tolerance: float
+    backend: str
 
     def __init__(
         self,
@@ -129,19 +138,23 @@ class PottsCRF(LossModule):
         backend: str = "auto",
         reduction: Reduction = "mean",
     ) -> None:
-        super().__init__(reduction)
-        check_choice("form", form, _FORMS)
-        check_choice("normalize", normalize, _NORMALIZATIONS)
+        super().__init__(
+            reduction,
+            sigma_rgb=sigma_rgb,
+            sigma_xy=sigma_xy,
+            from_logits=from_logits,
+            form=form,
+            scale_factor=scale_factor,
+            normalize=normalize,
+            method=method,
+            tolerance=tolerance,
+            backend=backend,
+        )
+        _check_settings(form, scale_factor, normalize)
+        check_sigma("sigma_rgb", sigma_rgb)
+        check_sigma("sigma_xy", sigma_xy)
+        check_bool("from_logits", from_logits)
         choose_tolerance(method, tolerance, backend, 0)
-        self.sigma_rgb = sigma_rgb
-        self.sigma_xy = sigma_xy
-        self.from_logits = from_logits
-        self.form = form
-        self.scale_factor = scale_factor
-        self.normalize = normalize
-        self.method = method
-        self.tolerance = tolerance
-        self.backend = backend
 
     def forward(self, logits: Tensor, image: Tensor, valid: Tensor | None = None) -> Tensor:
         return potts_crf(
@@ -165,7 +178,7 @@ def grid_potts(
     logits: Tensor,
     image: Tensor,
     *,
-    sigma_rgb: float = 15 / 255,
+    sigma_rgb: float | Tensor = 15 / 255,
     connectivity: int = 4,
     valid: Tensor | None = None,
     from_logits: bool = True,
@@ -182,7 +195,7 @@ def grid_potts(
     Args:
         logits: class logits, ``[B, K, H, W]``, K >= 2; probabilities in [0, 1], K >= 1, if ``from_logits`` is False.
         image: guide, ``[B, C, H, W]``: RGB in [0, 1], or any C >= 1 channels in the unit of ``sigma_rgb``.
-        sigma_rgb: width of the kernel in colour, above 0, in the unit of ``image``.
+        sigma_rgb: width of the kernel in colour, above 0, in the unit of ``image``; a number or a scalar tensor.
         connectivity: 4 or 8 neighbours of each pixel; diagonal ones count like the others.
         valid: pixels that count, bool, ``[B, H, W]``; all of them if None.
         from_logits: take the softmax of ``logits``; otherwise they are probabilities, which need not sum to 1.
@@ -204,13 +217,12 @@ def grid_potts(
         tensor(2.)
     """
     _check(logits, image, valid, from_logits, reduction)
-    check_number("sigma_rgb", sigma_rgb, above=0, finite=False)
     check_choice("connectivity", connectivity, tuple(_OFFSETS))
     dtype = torch.promote_types(wide_dtype(logits), wide_dtype(image))
     mask = _mask(valid, logits.to(dtype))
     inside = mask * _probability(logits.to(dtype), from_logits)
     outside = mask - inside
-    guide = image.to(dtype) / sigma_rgb
+    guide = guide_colour(image.to(dtype), sigma_rgb).to(dtype)
     energy = inside.new_zeros(len(inside))
     for (i, j), (s, t), (not_s, not_t) in neighbours((guide, inside, outside), _OFFSETS[connectivity]):
         weight = torch.exp((i - j).square().sum(1) / -2)
@@ -219,22 +231,24 @@ def grid_potts(
 
 
 class GridPotts(LossModule):
-    """:func:`grid_potts` as a module."""
+    """:func:`grid_potts` as a module; the sigma may be a parameter and learnt."""
+
+    sigma_rgb: float | Tensor
+    connectivity: int
+    from_logits: bool
 
     def __init__(
         self,
         *,
-        sigma_rgb: float = 15 / 255,
+        sigma_rgb: float | Tensor = 15 / 255,
         connectivity: int = 4,
         from_logits: bool = True,
         reduction: Reduction = "mean",
     ) -> None:
-        super().__init__(reduction)
-        check_number("sigma_rgb", sigma_rgb, above=0, finite=False)
+        super().__init__(reduction, sigma_rgb=sigma_rgb, connectivity=connectivity, from_logits=from_logits)
+        check_sigma("sigma_rgb", sigma_rgb)
         check_choice("connectivity", connectivity, tuple(_OFFSETS))
-        self.sigma_rgb = sigma_rgb
-        self.connectivity = connectivity
-        self.from_logits = from_logits
+        check_bool("from_logits", from_logits)
 
     def forward(self, logits: Tensor, image: Tensor, valid: Tensor | None = None) -> Tensor:
         return grid_potts(
@@ -248,7 +262,14 @@ class GridPotts(LossModule):
         )
 
 
+def _check_settings(form: str, scale_factor: float, normalize: str | None) -> None:
+    check_choice("form", form, _FORMS)
+    check_choice("normalize", normalize, _NORMALIZATIONS)
+    check_number("scale_factor", scale_factor, above=0, most=1)
+
+
 def _check(logits: Tensor, image: Tensor, valid: Tensor | None, from_logits: bool, reduction: Reduction) -> None:
+    check_bool("from_logits", from_logits)
     if from_logits:
         check_logits(logits, spatial=2)
     else:

@@ -27,7 +27,7 @@ def denormalize(
         The image before normalisation, ``[B, C, H, W]``, in the dtype of ``image``.
 
     Raises:
-        TypeError: ``image`` that is not floating point.
+        TypeError: ``image`` that is not floating point, ``mean`` or ``std`` that are not numbers.
         ValueError: ``image`` that is not ``[B, C, H, W]``, ``mean`` or ``std`` without one number for each channel.
 
     Example:
@@ -39,7 +39,10 @@ def denormalize(
         raise ValueError(f"image: expected [B, C, H, W], got {shape_text(image.shape)}")
 
     def per_channel(name: str, values: Sequence[float] | Tensor) -> Tensor:
-        tensor = torch.as_tensor(values, dtype=image.dtype, device=image.device)
+        try:
+            tensor = torch.as_tensor(values, dtype=image.dtype, device=image.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{name}: expected numbers, got {values!r}") from error
         if tensor.shape != image.shape[1:2]:
             raise ValueError(
                 f"{name}: expected [{image.shape[1]}] to go with image {shape_text(image.shape)}, "

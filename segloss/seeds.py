@@ -7,14 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from segloss._checks import (
-    check_choice,
     check_floating,
+    check_int,
     check_integer,
     check_labels,
     check_like,
     check_logits,
     check_number,
-    check_tensor,
+    check_real,
     require,
 )
 from segloss._module import LossModule
@@ -32,8 +32,8 @@ def partial_cross_entropy(
         logits: class logits, ``[B, K, *spatial]``, K >= 2, any finite values.
         labels: class of each pixel or ``ignore_index``, integers, ``[B, *spatial]``.
         ignore_index: label of the pixels that are not seeds.
-        reduction: ``"sum"`` is the formula; ``"mean"`` divides it by the number of seeds in the batch; ``"none"`` gives
-            the sum over the seeds of each image.
+        reduction: ``"sum"`` is the formula; ``"mean"`` divides it by the number of seeds in the batch (of each process,
+            under data parallelism); ``"none"`` gives the sum over the seeds of each image.
 
     Returns:
         A scalar, or ``[B]`` for ``"none"``; float32 (float64 for float64 logits); 0 where there is no seed. Labels
@@ -56,9 +56,10 @@ def partial_cross_entropy(
     check_integer("labels", labels)
     check_like("labels", labels, (logits.shape[0], *logits.shape[2:]), "logits", logits)
     check_reduction(reduction)
-    check_labels(labels, logits.shape[1], ignore_index)
-    log_probability = torch.log_softmax(logits.to(wide_dtype(logits)).flatten(2), 1)
+    check_int("ignore_index", ignore_index)
     target = labels.flatten(1).long()
+    check_labels(target, logits.shape[1], ignore_index)
+    log_probability = torch.log_softmax(logits.to(wide_dtype(logits)).flatten(2), 1)
     per_pixel = F.nll_loss(log_probability, target, ignore_index=ignore_index, reduction="none")
     per_image = per_pixel.clamp(max=-LOG_FLOOR).sum(1)
     if reduction == "none":
@@ -70,9 +71,11 @@ def partial_cross_entropy(
 class PartialCrossEntropy(LossModule):
     """:func:`partial_cross_entropy` as a module."""
 
+    ignore_index: int
+
     def __init__(self, *, ignore_index: int = 255, reduction: Reduction = "mean") -> None:
-        super().__init__(reduction)
-        self.ignore_index = ignore_index
+        super().__init__(reduction, ignore_index=ignore_index)
+        check_int("ignore_index", ignore_index)
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         return partial_cross_entropy(logits, labels, ignore_index=self.ignore_index, reduction=self.reduction)
@@ -114,9 +117,10 @@ def balanced_seeding(
         tensor(1.3863)
     """
     check_logits(logits)
-    check_tensor("seeds", seeds)
+    check_real("seeds", seeds)
     check_like("seeds", seeds, logits.shape, "logits", logits)
-    check_choice("background", background, range(logits.shape[1]))
+    check_int("background", background)
+    check_number("background", background, least=0, most=logits.shape[1] - 1)
     check_number("floor", floor, least=0)
     check_reduction(reduction)
     require("seeds", seeds, lambda: ((seeds == 0) | (seeds == 1)).all(), lambda: "expected 0 or 1, got other values")
@@ -135,10 +139,13 @@ def balanced_seeding(
 class BalancedSeeding(LossModule):
     """:func:`balanced_seeding` as a module."""
 
+    background: int
+    floor: float
+
     def __init__(self, *, background: int = 0, floor: float = 0.0, reduction: Reduction = "mean") -> None:
-        super().__init__(reduction)
-        self.background = background
-        self.floor = floor
+        super().__init__(reduction, background=background, floor=floor)
+        check_int("background", background)
+        check_number("floor", floor, least=0)
 
     def forward(self, logits: Tensor, seeds: Tensor) -> Tensor:
         return balanced_seeding(logits, seeds, background=self.background, floor=self.floor, reduction=self.reduction)
@@ -203,10 +210,11 @@ def boundary_constraint(
 class BoundaryConstraint(LossModule):
     """:func:`boundary_constraint` as a module."""
 
+    clip: tuple[float, float] | None
+
     def __init__(self, *, clip: tuple[float, float] | None = None, reduction: Reduction = "mean") -> None:
-        super().__init__(reduction)
+        super().__init__(reduction, clip=clip)
         _check_clip(clip)
-        self.clip = clip
 
     def forward(self, logits: Tensor, refined: Tensor) -> Tensor:
         return boundary_constraint(logits, refined, clip=self.clip, reduction=self.reduction)
@@ -214,11 +222,18 @@ class BoundaryConstraint(LossModule):
 
 def _log_softmax(logits: Tensor, floor: float) -> Tensor:
     log_softmax = torch.log_softmax(logits.to(wide_dtype(logits)), 1).clamp(min=LOG_FLOOR)
-    return log_softmax if floor == 0 else torch.log((log_softmax.exp() + floor) / (1 + floor * logits.shape[1]))
+    if floor == 0:
+        return log_softmax
+    raised = torch.logaddexp(log_softmax, log_softmax.new_tensor(math.log(floor)))
+    return raised - math.log1p(floor * logits.shape[1])
 
 
 def _check_clip(clip: tuple[float, float] | None) -> None:
     if clip is None:
         return
-    if len(clip) != 2 or not 0 < clip[0] < clip[1]:
-        raise ValueError(f"clip: expected an increasing pair of positive numbers, got {clip}")
+    if not isinstance(clip, (tuple, list)) or len(clip) != 2:
+        raise TypeError(f"clip: expected a pair of numbers, got {clip!r}")
+    for bound in clip:
+        check_number("clip", bound, above=0)
+    if clip[0] >= clip[1]:
+        raise ValueError(f"clip: expected an increasing pair, got {clip}")

@@ -1,5 +1,8 @@
 """Size targets: supervise a segmentation network with the approximate sizes of its classes in each image."""
 
+import math
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -7,14 +10,15 @@ from segloss._average import log_average
 from segloss._checks import (
     check_choice,
     check_floating,
+    check_int,
     check_integer,
     check_labels,
     check_like,
     check_logits,
     check_number,
+    check_real,
     check_sizes,
     check_tags,
-    check_tensor,
     check_valid,
     require,
     shape_text,
@@ -142,17 +146,18 @@ def reverse_size_kl(
     check_sizes("sizes", sizes, logits)
     check_number("floor", floor, above=0, below=1)
     average, seen = log_average(logits, valid)
-    target = sizes.detach().to(average.dtype).clamp(min=floor)
-    return reduce((average.exp() * (average - target.log())).sum(1), reduction, seen)
+    log_target = sizes.detach().to(average.dtype).log().clamp(min=math.log(floor))
+    return reduce((average.exp() * (average - log_target)).sum(1), reduction, seen)
 
 
 class ReverseSizeKL(LossModule):
     """:func:`reverse_size_kl` as a module."""
 
+    floor: float
+
     def __init__(self, *, floor: float = 1e-8, reduction: Reduction = "mean") -> None:
-        super().__init__(reduction)
+        super().__init__(reduction, floor=floor)
         check_number("floor", floor, above=0, below=1)
-        self.floor = floor
 
     def forward(self, logits: Tensor, sizes: Tensor, valid: Tensor | None = None) -> Tensor:
         return reverse_size_kl(logits, sizes, floor=self.floor, valid=valid, reduction=self.reduction)
@@ -285,7 +290,7 @@ def flat_barrier(
     check_number("floor", floor, above=0, below=1)
     check_choice("flat", flat, ("below", "above"))
     average, seen = log_average(logits, valid)
-    edge = average.new_tensor(floor).log()
+    edge = math.log(floor)
     # A comparison, not maximum(): at the edge itself the flat part counts.
     active = average > edge if flat == "below" else average < edge
     return reduce(-torch.where(tags != 0, torch.where(active, average, edge), 0.0).sum(1), reduction, seen)
@@ -294,12 +299,13 @@ def flat_barrier(
 class FlatBarrier(LossModule):
     """:func:`flat_barrier` as a module."""
 
+    floor: float
+    flat: str
+
     def __init__(self, *, floor: float, flat: str = "below", reduction: Reduction = "mean") -> None:
-        super().__init__(reduction)
+        super().__init__(reduction, floor=floor, flat=flat)
         check_number("floor", floor, above=0, below=1)
         check_choice("flat", flat, ("below", "above"))
-        self.floor = floor
-        self.flat = flat
 
     def forward(self, logits: Tensor, tags: Tensor, valid: Tensor | None = None) -> Tensor:
         return flat_barrier(logits, tags, floor=self.floor, flat=self.flat, valid=valid, reduction=self.reduction)
@@ -322,7 +328,7 @@ def size_barrier(
 
     Args:
         logits: class logits, ``[B, K, *spatial]``, K >= 2, any finite values.
-        lower: :math:`a`, fractions of the image: a number, ``[K]`` or ``[B, K]``; no lower bound if None.
+        lower: :math:`a`, fractions of the image in [0, 1]: a number, ``[K]`` or ``[B, K]``; no lower bound if None.
         upper: :math:`b`, likewise. At least one of the two must be given.
         valid: pixels that count, bool, ``[B, *spatial]``; all of them if None.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` over the images.
@@ -332,8 +338,8 @@ def size_barrier(
 
     Raises:
         TypeError: ``logits`` or bounds that are not floating point, ``valid`` that is not bool.
-        ValueError: no bound, shapes or devices that do not fit each other, a single class, bounds that are not finite,
-            NaN or infinite logits.
+        ValueError: no bound, shapes or devices that do not fit each other, a single class, bounds outside [0, 1], NaN
+            or infinite logits.
 
     Source:
         *Approximate Size Targets Are Sufficient for Accurate Semantic Segmentation*, eq. (17); *Constrained-CNN losses
@@ -344,10 +350,7 @@ def size_barrier(
         tensor(0.0400)
     """
     _check(logits, valid, reduction)
-    if lower is None and upper is None:
-        raise ValueError("lower, upper: expected at least one bound, got None for both")
-    _check_bound("lower", lower, logits)
-    _check_bound("upper", upper, logits)
+    _check_bounds(lower, upper, logits)
     log_mean, seen = log_average(logits, valid)
     average = log_mean.exp()
     excess = average.new_zeros(())
@@ -359,7 +362,7 @@ def size_barrier(
 
 
 class SizeBarrier(LossModule):
-    """:func:`size_barrier` as a module; bounds that are tensors are buffers."""
+    """:func:`size_barrier` as a module."""
 
     lower: float | Tensor | None
     upper: float | Tensor | None
@@ -371,12 +374,8 @@ class SizeBarrier(LossModule):
         upper: float | Tensor | None = None,
         reduction: Reduction = "mean",
     ) -> None:
-        super().__init__(reduction)
-        for name, bound in (("lower", lower), ("upper", upper)):
-            if isinstance(bound, Tensor):
-                self.register_buffer(name, bound)
-            else:
-                setattr(self, name, bound)
+        super().__init__(reduction, lower=lower, upper=upper)
+        _check_bounds(lower, upper, None)
 
     def forward(self, logits: Tensor, valid: Tensor | None = None) -> Tensor:
         return size_barrier(logits, lower=self.lower, upper=self.upper, valid=valid, reduction=self.reduction)
@@ -431,6 +430,8 @@ class BalanceKL(nn.Module):
 
     def __init__(self, prior: Tensor | None = None) -> None:
         super().__init__()
+        if prior is not None:
+            check_floating("prior", prior)
         self.register_buffer("prior", prior)
 
     def forward(self, logits: Tensor) -> Tensor:
@@ -462,9 +463,7 @@ def class_balanced_weights(counts: Tensor, beta: float, *, normalize: bool = Tru
         >>> class_balanced_weights(torch.tensor([1000, 10]), 0.99)
         tensor([0.1746, 1.8254])
     """
-    check_tensor("counts", counts)
-    if counts.dtype == torch.bool or counts.is_complex():
-        raise TypeError(f"counts: expected a tensor of numbers, got {counts.dtype}")
+    check_real("counts", counts)
     if counts.dim() != 1:
         raise ValueError(f"counts: expected [K], got {shape_text(counts.shape)}")
     check_number("beta", beta, least=0, below=1)
@@ -491,7 +490,8 @@ def sizes_from_labels(labels: Tensor, num_classes: int, *, ignore_index: int = 2
         ignore_index: label of the pixels that do not count.
 
     Returns:
-        ``[B, K]``, float32; each row sums to 1, or is 0 for an image without labelled pixels.
+        ``[B, K]``, float32; each row sums to 1, or is 0 for an image without labelled pixels. The size losses refuse
+        such a row: leave the image out, or give it any sizes and ignore its pixels by ``valid``, which costs nothing.
 
     Raises:
         TypeError: ``labels`` that are not integers, ``num_classes`` that is not an int.
@@ -508,14 +508,15 @@ def sizes_from_labels(labels: Tensor, num_classes: int, *, ignore_index: int = 2
     check_integer("labels", labels)
     if labels.dim() < 2:
         raise ValueError(f"labels: expected [B, *spatial], got {shape_text(labels.shape)}")
-    if not isinstance(num_classes, int):
-        raise TypeError(f"num_classes: expected an int, got {type(num_classes).__name__}")
+    check_int("num_classes", num_classes)
     check_number("num_classes", num_classes, least=1)
+    check_int("ignore_index", ignore_index)
+    labels = labels.flatten(1).long()
     check_labels(labels, num_classes, ignore_index)
-    # A class at a time keeps the memory at one mask, and the counts are exact integers.
-    counts = torch.stack(
-        [((labels == k) & (labels != ignore_index)).flatten(1).sum(1) for k in range(num_classes)], 1
-    ).double()
+    counted = (labels >= 0) & (labels < num_classes) & (labels != ignore_index)
+    counts = torch.zeros(len(labels), num_classes + 1, dtype=torch.float64, device=labels.device)
+    counts.scatter_add_(1, torch.where(counted, labels, num_classes), torch.ones_like(labels, dtype=torch.float64))
+    counts = counts[:, :-1]
     return (counts / counts.sum(1, keepdim=True).clamp(min=1)).float()
 
 
@@ -531,7 +532,7 @@ def corrupt_sizes(sizes: Tensor, sigma: float, *, generator: torch.Generator | N
 
     Args:
         sizes: exact sizes :math:`\hat v`, ``[B, K]``, fractions that sum to 1 in each row.
-        sigma: standard deviation of the relative error, at least 0.
+        sigma: standard deviation of the relative error, at least 0 and below 1e6.
         generator: source of randomness; the global one of the device if None.
 
     Returns:
@@ -539,7 +540,7 @@ def corrupt_sizes(sizes: Tensor, sigma: float, *, generator: torch.Generator | N
 
     Raises:
         TypeError: ``sizes`` that are not floating point.
-        ValueError: ``sizes`` that are not ``[B, K]``, below 0 or do not sum to 1; a negative ``sigma``.
+        ValueError: ``sizes`` that are not ``[B, K]``, below 0 or do not sum to 1; ``sigma`` out of range.
 
     Source:
         *Approximate Size Targets Are Sufficient for Accurate Semantic Segmentation*, eq. (15) and (16).
@@ -549,7 +550,9 @@ def corrupt_sizes(sizes: Tensor, sigma: float, *, generator: torch.Generator | N
         tensor([[0.7500, 0.2500]])
     """
     check_sizes("sizes", sizes)
-    check_number("sigma", sigma, least=0)
+    check_number("sigma", sigma, least=0, below=1e6)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
     exact = sizes.to(wide_dtype(sizes))
     device = exact.device if generator is None else generator.device
 
@@ -602,13 +605,23 @@ def _check(logits: Tensor, valid: Tensor | None, reduction: Reduction) -> None:
     check_reduction(reduction)
 
 
-def _check_bound(name: str, bound: object, logits: Tensor) -> None:
-    if bound is None:
-        return
-    if not isinstance(bound, Tensor):
-        check_number(name, bound)
-        return
-    check_floating(name, bound)
-    shape = logits.shape[1:2] if bound.dim() == 1 else logits.shape[:2]
-    check_like(name, bound, shape, "logits", logits)
-    require(name, bound, lambda: torch.isfinite(bound).all(), lambda: "expected finite bounds, got NaN or infinity")
+def _check_bounds(lower: float | Tensor | None, upper: float | Tensor | None, logits: Tensor | None) -> None:
+    if lower is None and upper is None:
+        raise ValueError("lower, upper: expected at least one bound, got None for both")
+    for name, bound in (("lower", lower), ("upper", upper)):
+        if isinstance(bound, Tensor):
+            check_floating(name, bound)
+            if logits is not None and bound.dim() > 0:
+                check_like(name, bound, logits.shape[1:2] if bound.dim() == 1 else logits.shape[:2], "logits", logits)
+            require(
+                name,
+                bound,
+                partial(_are_fractions, bound),
+                lambda: "expected fractions from 0 to 1, got values outside or NaN",
+            )
+        elif bound is not None:
+            check_number(name, bound, least=0, most=1)
+
+
+def _are_fractions(bound: Tensor) -> Tensor:
+    return ((bound >= 0) & (bound <= 1)).all()

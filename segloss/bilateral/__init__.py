@@ -10,8 +10,8 @@ from segloss.bilateral.operator import Bilateral
 _METHODS = ("auto", "exact", "blocksparse")
 _BACKENDS = ("auto", "torch")
 _WORTH_SORTING = 2048  # pixels; below, leaving out pairs saves less than finding them costs
-_FAR = 1e30  # features beyond it would overflow to infinity, whose differences are NaN
-_NARROWEST = 1e-20  # sigmas below it give the same kernel: no two different pixels meet
+_NARROWEST = 1e-10  # smaller sigmas give the same kernel: no two different pixels meet
+_FARTHEST = 1e14  # sigmas from the middle of an image: squares of what is beyond would overflow
 
 
 def bilateral_filter(
@@ -75,16 +75,30 @@ def bilateral_filter(
 
 
 def guide_features(image: Tensor, sigma_rgb: float | Tensor, sigma_xy: float | Tensor) -> Tensor:
-    """Colour and position in units of their sigmas, ``[B, C + 2, H W]``: there the kernel is exp(-|f - f'|^2 / 2)."""
-    sigma_rgb = _checked_sigma("sigma_rgb", sigma_rgb, image)
-    sigma_xy = _checked_sigma("sigma_xy", sigma_xy, image)
-    dtype = wide_dtype(image)
+    """Colour and position in units of their sigmas, ``[B, C + 2, H W]``: there W is exp(-|f - f'|^2 / 2)."""
+    check_sigma("sigma_xy", sigma_xy, image)
+    colour = guide_colour(image, sigma_rgb)
     height, width = image.shape[2:]
-    rows = torch.arange(height, dtype=dtype, device=image.device)[:, None].expand(height, width)
-    columns = torch.arange(width, dtype=dtype, device=image.device).expand(height, width)
-    place = torch.stack([rows, columns]).flatten(1) / sigma_xy
-    colour = image.flatten(2).to(dtype) / sigma_rgb
-    return torch.cat([colour, place.to(dtype).expand(image.shape[0], -1, -1)], 1).clamp(-_FAR, _FAR)
+    rows = torch.arange(height, dtype=colour.dtype, device=image.device)[:, None].expand(height, width)
+    columns = torch.arange(width, dtype=colour.dtype, device=image.device).expand(height, width)
+    place = torch.stack([rows, columns]).flatten(1) / _at_least(sigma_xy, _NARROWEST)
+    return torch.cat([colour.flatten(2), place.to(colour.dtype).expand(image.shape[0], -1, -1)], 1)
+
+
+def guide_colour(image: Tensor, sigma_rgb: float | Tensor) -> Tensor:
+    """Colour in units of its sigma, ``[B, C, H, W]``, around 0: only differences count, near 0 they are accurate."""
+    check_sigma("sigma_rgb", sigma_rgb, image)
+    image = image.to(wide_dtype(image))
+    sigma = _at_least(sigma_rgb, _NARROWEST)
+    if image.numel() == 0:
+        return image / sigma
+    with torch.no_grad():
+        low, high = torch.aminmax(image.flatten(2), dim=2)
+        middle = (low / 2 + high / 2)[:, :, None, None]
+        # Where squares would overflow, smaller colours give the same weights: 1 for equal ones and 0 for others.
+        reach = (high / 2 - low / 2).amax(1)[:, None, None, None]
+        shrink = (_FARTHEST * sigma / reach).clamp(max=1)
+    return (image - middle) * shrink / sigma
 
 
 def choose_tolerance(method: str, tolerance: float, backend: str, pixels: int) -> float:
@@ -107,11 +121,18 @@ def check_guide(image: Tensor, anchor: Tensor, name: str) -> None:
     check_finite("image", image)
 
 
-def _checked_sigma(name: str, sigma: float | Tensor, image: Tensor) -> float | Tensor:
+def check_sigma(name: str, sigma: float | Tensor, image: Tensor | None = None) -> None:
+    """A number above 0, or a scalar tensor of it on the device of ``image``."""
     if not isinstance(sigma, Tensor):
         check_number(name, sigma, above=0, finite=False)
-        return max(sigma, _NARROWEST)
+        return
     check_floating(name, sigma)
-    check_like(name, sigma, (), "image", image)
+    if sigma.dim() != 0:
+        raise ValueError(f"{name}: expected a number or a scalar tensor, got {shape_text(sigma.shape)}")
+    if image is not None:
+        check_like(name, sigma, (), "image", image)
     require(name, sigma, lambda: sigma > 0, lambda: f"expected a number above 0, got {sigma.item():.6g}")
-    return sigma.clamp(min=_NARROWEST)
+
+
+def _at_least(sigma: float | Tensor, least: float) -> float | Tensor:
+    return sigma.clamp(min=least) if isinstance(sigma, Tensor) else max(float(sigma), least)

@@ -52,7 +52,9 @@ def cut(features: Tensor) -> Tiles:
     depth = max(0, round(math.log2(pixels / max(_TILE, pixels / _MOST_TILES))))
     size = -(-pixels // 2**depth)
     padding = size * 2**depth - pixels
-    nodes = torch.cat([features, features[:, :, -1:].expand(-1, -1, padding)], 2).transpose(1, 2)
+    # Padding repeats pixels from all over the image, so that it does not fill tiles of its own.
+    repeated = torch.arange(padding, device=features.device) * pixels // max(padding, 1)
+    nodes = torch.cat([features, features[:, :, repeated]], 2).transpose(1, 2)
     order = torch.arange(pixels + padding, device=features.device).expand(batch, -1)
     for _ in range(depth):
         widest = (nodes.amax(1) - nodes.amin(1)).argmax(1)
@@ -76,16 +78,21 @@ def kept_pairs(tiles: Tiles, tolerance: float) -> tuple[Tensor, Tensor]:
     if tolerance == 0:
         keep = torch.ones(tiles.batch, count, count, dtype=torch.bool, device=tiles.features.device)
     else:
-        keep = torch.stack([_keep(image, tolerance) for image in tiles.features.unflatten(0, (tiles.batch, -1))])
+        features = tiles.features.unflatten(0, (tiles.batch, -1))
+        real = (tiles.order < tiles.pixels).to(features.dtype).unflatten(1, (count, -1))
+        keep = torch.stack([_keep(*image, tolerance) for image in zip(features, real, strict=True)])
     image, first, second = keep.triu().nonzero(as_tuple=True)
     return image * count + first, image * count + second
 
 
-def _keep(tiles: Tensor, tolerance: float) -> Tensor:
-    """``[T, D, t]`` to a symmetric ``[T, T]`` mask."""
-    count, dims, size = tiles.shape
-    low, high, centre = tiles.amin(2), tiles.amax(2), tiles.mean(2)
-    spread = (tiles - centre[:, :, None]).square().mean(2).sum(1)
+def _keep(tiles: Tensor, real: Tensor, tolerance: float) -> Tensor:
+    """``[T, D, t]`` features, and ``[T, t]`` 0 at padding, to a symmetric ``[T, T]`` mask."""
+    count, dims, _ = tiles.shape
+    low, high = tiles.amin(2), tiles.amax(2)
+    pixels = real.sum(1)
+    share = (real / pixels.clamp(min=1)[:, None])[:, None]
+    centre = (tiles * share).sum(2)
+    spread = ((tiles - centre[:, :, None]).square() * share).sum((1, 2))
     drop = torch.empty(count, count, dtype=torch.bool, device=tiles.device)
     rows = max(1, (1 << 22) // count)
     for start in range(0, count, rows):
@@ -96,9 +103,9 @@ def _keep(tiles: Tensor, tolerance: float) -> Tensor:
             apart = torch.maximum(low[part, None, d] - high[:, d], low[:, d] - high[part, None, d])
             gap.addcmul_(apart.clamp_(min=0), apart)
             between.add_((centre[part, None, d] - centre[:, d]).square_())
-        most = gap.div_(-2).exp_().mul_(size)
+        most = gap.div_(-2).exp_().mul_(pixels)
         # Every pixel has weight 1 with itself.
-        least = between.div_(-2).exp_().mul_(size).sum(1).clamp_(min=1)
+        least = between.div_(-2).exp_().mul_(pixels).sum(1).clamp_(min=1)
         ascending, by_most = most.sort(1)
         negligible = ascending.cumsum(1) <= tolerance * least[:, None]
         drop[part] = torch.zeros_like(negligible).scatter_(1, by_most, negligible)

@@ -19,7 +19,7 @@ CASES = ["a_24x20_k4_b2", "b_40x56_k21", "c_mask_40x56_k5", "d_onehot_17x13_k3_u
 CASES += ["f_const_12x12_k2", "g_huge_sigma_12x12_k2"]
 METHODS = ["exact", "blocksparse"]
 
-images = st.sampled_from(["smooth", "noise", "constant", "photograph", "two colours"])
+images = st.sampled_from(["smooth", "noise", "constant", "photograph", "two colours", "odd last pixel"])
 sides = st.integers(1, 24)
 sigmas = st.sampled_from([1e-3, 0.06, 0.5, 10.0, math.inf])
 widths = st.sampled_from([0.2, 2.0, 10.0, 1e4, math.inf])
@@ -35,6 +35,10 @@ def picture(kind: str, height: int, width: int, *, channels: int = 3, batch: int
         return image[:, :, :1, :1].expand(-1, -1, height, width).contiguous()
     if kind == "two colours":
         return image.round()
+    if kind == "odd last pixel":
+        image[:] = 0.2
+        image[:, :, -1, -1] = 0.6
+        return image
     if kind == "photograph":
         photo = torch.from_numpy(np.asarray(data.astronaut())).permute(2, 0, 1)[None] / 255
         return (
@@ -47,6 +51,15 @@ def picture(kind: str, height: int, width: int, *, channels: int = 3, batch: int
 
 def relative_error(value: Tensor, exact: Tensor) -> float:
     return ((value.double() - exact).norm() / exact.norm().clamp(min=1e-300)).item()
+
+
+def missing_share(ones: Tensor, image: Tensor, tolerance: float, *, sigma_rgb: float, sigma_xy: float) -> float:
+    """What the tolerance bounds: in the worst tile, the weights left out as a share of all its weights."""
+    options = {"sigma_rgb": sigma_rgb, "sigma_xy": sigma_xy, "tolerance": tolerance}
+    exact, kept = (bilateral_filter(ones, image, method=method, **options) for method in METHODS)
+    tiles = blocksparse.cut(guide_features(image, sigma_rgb, sigma_xy))
+    missing, weights = (tiles.gather(t.flatten(2)).sum((1, 2)) for t in (exact - kept, exact))
+    return ((missing - 1e-9) / weights.clamp(min=1e-9)).max().item()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -109,8 +122,8 @@ def test_exact_filter_and_gradients_equal_the_definition(
 @settings(max_examples=60)
 @given(
     kind=images,
-    height=st.integers(8, 40),
-    width=st.integers(8, 40),
+    height=st.integers(8, 70),
+    width=st.integers(8, 70),
     sigma_rgb=sigmas,
     sigma_xy=widths,
     tolerance=st.sampled_from([1e-1, 1e-2, 1e-3]),
@@ -125,11 +138,7 @@ def test_blocksparse_error_is_below_the_tolerance(
     exact = bilateral_filter(values, image, method="exact", **options)
     filtered = bilateral_filter(values, image, method="blocksparse", **options)
     assert relative_error(filtered, exact) <= tolerance
-    # What the docstring promises: the missing weights, summed over any tile, are at most this share of its weights.
-    missing = (exact - filtered).sum(1).flatten()
-    tiles = blocksparse.cut(guide_features(image, sigma_rgb, sigma_xy))
-    per_tile = [tiles.gather(t.flatten()[None, None])[:, 0].sum(1) for t in (missing, exact.sum(1))]
-    assert (per_tile[0] <= tolerance * per_tile[1] + 1e-9).all()
+    assert missing_share(torch.ones_like(values[:, :1]), image, **options) <= tolerance
 
 
 @given(height=sides, width=sides, batch=st.integers(1, 3), tolerance=st.sampled_from([0.0, 1e-2]))
@@ -186,6 +195,52 @@ def test_loose_tiles_are_as_accurate_as_compact_ones() -> None:
     filtered = bilateral_filter(values, image, sigma_rgb=1e-4, sigma_xy=3.0, method="exact")
     exact = bilateral_filter(values.double(), image.double(), sigma_rgb=1e-4, sigma_xy=3.0, method="exact")
     assert relative_error(filtered, exact) < 1e-5
+
+
+def test_padding_has_no_weight_of_its_own() -> None:
+    # 63 x 55 pixels leave places to fill; copies of the odd last pixel must not drown it.
+    image = torch.zeros(1, 1, 63, 55, dtype=torch.float64)
+    image[:, :, -1, -1] = 4.0
+    options = {"sigma_rgb": 1.0, "sigma_xy": 1e3}
+    assert missing_share(torch.ones_like(image), image, 1e-3, **options) <= 1e-3
+
+
+@pytest.mark.parametrize("offset", [1e2, 1e4, -1e5])
+def test_the_level_of_a_guide_does_not_matter(offset: float) -> None:
+    # Steps of 1/64 survive the offset in float32, so both guides are the same picture.
+    image = (picture("smooth", 30, 30) * 64).round() / 64
+    values = torch.rand(1, 2, 30, 30)
+    exact = bilateral_filter(values, image.float(), sigma_rgb=0.2, sigma_xy=5.0)
+    shifted = bilateral_filter(values, (image + offset).float(), sigma_rgb=0.2, sigma_xy=5.0)
+    torch.testing.assert_close(shifted, exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("level", [1e10, 1e30, 1e38, 3e38])
+def test_huge_guides_still_tell_colours_apart(level: float) -> None:
+    image = picture("two colours", 20, 20).float()
+    values = torch.rand(1, 1, 20, 20)
+    expected = bilateral_filter(values, image, sigma_rgb=1e-5, sigma_xy=4.0)
+    huge = (image * level).requires_grad_()
+    filtered = bilateral_filter(values, huge, sigma_xy=4.0)
+    torch.testing.assert_close(filtered, expected)
+    assert torch.autograd.grad(filtered.sum(), huge)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("sigma", [1e-38, 1e-20, 1e-10, 1e-3, 1e10, 1e30])
+def test_gradients_of_extreme_sigmas_are_finite(sigma: float) -> None:
+    image = picture("noise", 12, 12).float().requires_grad_()
+    sigmas = [torch.tensor(sigma, requires_grad=True) for _ in range(2)]
+    filtered = bilateral_filter(torch.rand(1, 2, 12, 12), image, sigma_rgb=sigmas[0], sigma_xy=sigmas[1])
+    grads = torch.autograd.grad(filtered.square().sum(), (image, *sigmas))
+    assert filtered.isfinite().all()
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+def test_first_derivatives_never_need_dense_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("segloss.bilateral.operator.guide_gradient_reference", None)
+    image = picture("smooth", 10, 10).float()
+    gradient = torch.func.grad(lambda x: bilateral_filter(torch.ones(1, 1, 10, 10), x, sigma_rgb=0.3).sum())(image)
+    assert gradient.abs().sum() > 0
 
 
 def test_infinite_sigmas_sum_over_all_pixels() -> None:
@@ -309,7 +364,7 @@ def test_threads_and_random_numbers_stay_as_they_were() -> None:
         ({"sigma_xy": math.nan}, ValueError, "sigma_xy: expected a number above 0, got nan"),
         ({"sigma_xy": "wide"}, TypeError, "sigma_xy: expected a number, got str"),
         ({"sigma_xy": torch.tensor(-2.0)}, ValueError, "sigma_xy: expected a number above 0, got -2"),
-        ({"sigma_xy": torch.ones(2)}, ValueError, r"sigma_xy: expected \[\] to go with image"),
+        ({"sigma_xy": torch.ones(2)}, ValueError, r"sigma_xy: expected a number or a scalar tensor, got \[2\]"),
         ({"tolerance": 0.0}, ValueError, "tolerance: expected a finite number above 0 and below 1, got 0.0"),
         ({"method": "fast"}, ValueError, "method: expected one of 'auto', 'exact', 'blocksparse', got 'fast'"),
         ({"backend": "cuda"}, ValueError, "backend: expected one of 'auto', 'torch', got 'cuda'"),

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -194,8 +195,11 @@ def test_masks_reach_the_gradient_of_the_image() -> None:
         ({"from_logits": False}, ValueError, "logits: expected probabilities from 0 to 1 with from_logits=False"),
         ({"form": "cubic"}, ValueError, "form: expected one of 'potts', 'quadratic', got 'cubic'"),
         ({"normalize": "images"}, ValueError, "normalize: expected one of None, 'pixels', 'pairs', got 'images'"),
-        ({"scale_factor": 2}, ValueError, r"scale_factor: expected a number in \(0, 1\], got 2"),
-        ({"scale_factor": 0.0}, ValueError, "scale_factor: expected a finite number above 0, got 0.0"),
+        ({"scale_factor": 2}, ValueError, "scale_factor: expected a finite number above 0 and of at most 1, got 2"),
+        ({"scale_factor": 0.0}, ValueError, "scale_factor: expected a finite number above 0 .*, got 0.0"),
+        ({"sigma_xy": -1, "scale_factor": 0.5}, ValueError, "sigma_xy: expected a number above 0, got -1$"),
+        ({"sigma_xy": None, "scale_factor": 0.5}, TypeError, "sigma_xy: expected a number, got NoneType"),
+        ({"from_logits": "no"}, TypeError, "from_logits: expected a bool, got str"),
         ({"scale_factor": 0.1}, ValueError, "scale_factor: expected to leave at least 1 pixel of .* got 0.1"),
         ({"sigma_rgb": -1}, ValueError, "sigma_rgb: expected a number above 0, got -1"),
         ({"sigma_xy": math.nan}, ValueError, "sigma_xy: expected a number above 0, got nan"),
@@ -216,8 +220,55 @@ def test_modules_refuse_their_settings_when_they_are_made() -> None:
         lambda: segloss.PottsCRF(method="lattice"),
         lambda: segloss.PottsCRF(normalize="images"),
         lambda: segloss.PottsCRF(tolerance=0.0),
+        lambda: segloss.PottsCRF(scale_factor=7),
+        lambda: segloss.PottsCRF(sigma_rgb=-1),
         lambda: segloss.GridPotts(connectivity=6),
         lambda: segloss.GridPotts(sigma_rgb=0),
     ):
         with pytest.raises(ValueError, match="expected"):
             make()
+
+
+@pytest.mark.parametrize("make", [segloss.PottsCRF, segloss.GridPotts])
+def test_sigmas_that_are_tensors_move_and_learn_with_the_module(make: Any) -> None:
+    buffer = make(sigma_rgb=torch.tensor(0.25))
+    assert buffer.state_dict()["sigma_rgb"] == 0.25
+    assert buffer.to("meta").sigma_rgb.device.type == "meta"
+    learnt = make(sigma_rgb=torch.nn.Parameter(torch.tensor(0.25)))
+    learnt(torch.randn(1, 2, 6, 6), torch.rand(1, 3, 6, 6)).backward()
+    assert learnt.sigma_rgb.grad.abs() > 0
+    assert "sigma_rgb=" in repr(buffer)
+
+
+def test_numbers_may_come_from_numpy() -> None:
+    logits, image = torch.randn(1, 2, 6, 6), torch.rand(1, 3, 6, 6)
+    plain = segloss.potts_crf(logits, image, sigma_xy=3.0)
+    torch.testing.assert_close(segloss.potts_crf(logits, image, sigma_xy=np.float32(3)), plain)
+    torch.testing.assert_close(segloss.potts_crf(logits, image, sigma_xy=np.int64(3)), plain)
+
+
+@pytest.mark.parametrize("loss", [segloss.potts_crf, segloss.grid_potts])
+def test_settings_may_change_under_compile(loss: Any) -> None:
+    logits, image = torch.randn(1, 2, 6, 6), torch.rand(1, 3, 6, 6)
+    compiled = torch.compile(lambda s: loss(logits, image, sigma_rgb=s), fullgraph=True, backend="aot_eager")
+    for sigma in (0.1, 0.2, 0.3):
+        torch.testing.assert_close(compiled(sigma), loss(logits, image, sigma_rgb=sigma))
+
+
+@pytest.mark.parametrize(("scale", "sigma"), [(1.0, 1e-40), (3e38, 0.1), (1e20, 1e-20)])
+@pytest.mark.parametrize("loss", [segloss.potts_crf, segloss.grid_potts])
+def test_extreme_guides_keep_value_and_gradients_finite(loss: Any, scale: float, sigma: float) -> None:
+    logits = torch.randn(1, 2, 6, 6, requires_grad=True)
+    image = (torch.rand(1, 3, 6, 6) * scale).requires_grad_()
+    value = loss(logits, image, sigma_rgb=sigma)
+    assert value.isfinite()
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(value, (logits, image)))
+
+
+def test_the_filter_runs_once_under_functional_transforms_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    run = blocksparse.gaussian_filter
+    monkeypatch.setattr(operator.blocksparse, "gaussian_filter", lambda *a: runs.append(1) or run(*a))
+    image = torch.rand(1, 3, 8, 8)
+    torch.func.grad(lambda x: segloss.potts_crf(x, image))(torch.randn(1, 2, 8, 8))
+    assert len(runs) == 1

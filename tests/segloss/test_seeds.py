@@ -58,13 +58,66 @@ def test_no_gradient_flows_into_the_refinement() -> None:
             "labels: expected classes 0 to 2 or 255 to ignore, got 3",
         ),
         (lambda x: segloss.balanced_seeding(x, x), ValueError, "seeds: expected 0 or 1"),
-        (lambda x: segloss.balanced_seeding(x, x > 0, background=3), ValueError, "background: expected one of 0, 1, 2"),
+        (
+            lambda x: segloss.balanced_seeding(x, x > 0, background=3),
+            ValueError,
+            "background: expected .* of at most 2, got 3",
+        ),
         (lambda x: segloss.balanced_seeding(x, x > 0, floor=-1), ValueError, "floor: expected"),
         (lambda x: segloss.boundary_constraint(x, x), ValueError, "refined: expected probabilities from 0 to 1"),
         (lambda x: segloss.boundary_constraint(x, x.softmax(1), clip=(1, 0.5)), ValueError, "clip: expected an inc"),
-        (lambda x: segloss.BoundaryConstraint(clip=(0, 1)), ValueError, "clip: expected an increasing pair"),
+        (
+            lambda x: segloss.BoundaryConstraint(clip=(0, 1)),
+            ValueError,
+            "clip: expected a finite number above 0, got 0",
+        ),
+        (lambda x: segloss.BoundaryConstraint(clip=3), TypeError, "clip: expected a pair of numbers, got 3"),
+        (
+            lambda x: segloss.balanced_seeding(x, x > 0, background=1.0),
+            TypeError,
+            "background: expected an int, got fl",
+        ),
+        (lambda x: segloss.balanced_seeding(x, x * 1j), TypeError, "seeds: expected a tensor of real numbers"),
+        (
+            lambda x: segloss.PartialCrossEntropy(ignore_index=None),
+            TypeError,
+            "ignore_index: expected an int, got None",
+        ),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(call, error, message) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(error, match=message):
         call(torch.randn(2, 3, 4, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int64])
+def test_labels_may_have_any_integer_type(dtype: torch.dtype) -> None:
+    logits, labels = torch.randn(2, 3, 4, 5), torch.randint(0, 3, (2, 4, 5))
+    expected = segloss.partial_cross_entropy(logits, labels)
+    # 300 does not fit into a byte: it must not wrap around to a class.
+    loss = segloss.partial_cross_entropy(logits, labels.to(dtype), ignore_index=300)
+    torch.testing.assert_close(loss, expected)
+    assert torch.equal(segloss.sizes_from_labels(labels.to(dtype), 3), segloss.sizes_from_labels(labels, 3))
+
+
+@pytest.mark.parametrize(("dtype", "label"), [(torch.uint8, 255), (torch.int8, -1), (torch.uint16, 7)])
+def test_a_label_that_is_no_class_is_refused_in_any_integer_type(dtype: torch.dtype, label: int) -> None:
+    labels = torch.full((1, 2, 2), label, dtype=dtype)
+    for ignore_index in (-2, 300):
+        with pytest.raises(
+            ValueError, match=f"labels: expected classes 0 to 2 or {ignore_index} to ignore, got {label}"
+        ):
+            segloss.partial_cross_entropy(torch.zeros(1, 3, 2, 2), labels, ignore_index=ignore_index)
+        with pytest.raises(
+            ValueError, match=f"labels: expected classes 0 to 2 or {ignore_index} to ignore, got {label}"
+        ):
+            segloss.sizes_from_labels(labels, 3, ignore_index=ignore_index)
+
+
+def test_a_tiny_floor_keeps_the_gradient_finite() -> None:
+    logits = torch.tensor([0.0, 1e3]).view(1, 2, 1, 1).requires_grad_()
+    seeds = torch.tensor([1.0, 0.0]).view(1, 2, 1, 1)
+    loss = segloss.balanced_seeding(logits, seeds, floor=1e-40)
+    loss.backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()

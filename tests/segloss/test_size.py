@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import segloss
-from segloss import _average
+from segloss import _average, _checks
 
 seeds = st.integers(0, 2**16)
 
@@ -179,7 +180,7 @@ def test_suppression_is_accurate_where_a_class_fills_the_image() -> None:
 
 def test_bounds_may_be_a_number_per_class_or_per_image() -> None:
     logits = torch.randn(2, 3, 4, 4)
-    for bound in (0.4, torch.full((3,), 0.4), torch.full((2, 3), 0.4)):
+    for bound in (0.4, torch.tensor(0.4), torch.full((3,), 0.4), torch.full((2, 3), 0.4)):
         torch.testing.assert_close(segloss.size_barrier(logits, lower=bound), segloss.size_barrier(logits, lower=0.4))
     module = segloss.SizeBarrier(lower=torch.full((3,), 0.4), upper=0.9)
     assert "lower" in module.state_dict()
@@ -195,6 +196,17 @@ def test_bounds_may_be_a_number_per_class_or_per_image() -> None:
             ValueError,
             r"lower: expected \[3\] to go with logits",
         ),
+        (lambda x: segloss.size_barrier(x, lower=1.5), ValueError, "lower: expected .* of at most 1, got 1.5"),
+        (lambda x: segloss.size_barrier(x, lower=-torch.ones(3)), ValueError, "lower: expected fractions from 0 to 1"),
+        (lambda x: segloss.SizeBarrier(), ValueError, "lower, upper: expected at least one bound"),
+        (lambda x: segloss.corrupt_sizes(torch.eye(3), 0.1, generator=3), TypeError, "generator: expected a torch.Gen"),
+        (lambda x: segloss.BalanceKL([0.5, 0.5]), TypeError, "prior: expected a tensor, got list"),
+        (
+            lambda x: segloss.sizes_from_labels(x.long()[:, 0], 3, ignore_index=None),
+            TypeError,
+            "ignore_index: expected",
+        ),
+        (lambda x: segloss.size_kl(x.to_sparse(), torch.eye(3)[:2]), TypeError, "logits: expected a dense tensor"),
         (lambda x: segloss.size_barrier(x, upper="all"), TypeError, "upper: expected a number, got str"),
         (lambda x: segloss.size_kl(x, torch.ones(2, 3)), ValueError, "row to sum to 1, got 3 in row 0"),
         (lambda x: segloss.size_kl(x, torch.tensor([[1.0, 0, 0], [0.7, 0.2, 0]])), ValueError, "got 0.9 in row 1"),
@@ -340,13 +352,32 @@ def test_only_classes_that_are_present_count_in_the_error() -> None:
     assert segloss.mean_relative_error(sizes, exact).item() == pytest.approx((0.1 + 0.2 + 0.2) / 3)
 
 
-def test_values_can_be_checked_on_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_are_checked_on_accelerators_only_on_request() -> None:
+    accelerator = SimpleNamespace(device=SimpleNamespace(type="cuda"), is_meta=False)
+
+    def look() -> None:
+        _checks.require("x", accelerator, lambda: torch.tensor(False), lambda: "was looked at")
+
+    look()
     segloss.check_values(True)
     try:
-        with pytest.raises(ValueError, match="logits: expected finite values"):
-            segloss.size_kl(torch.full((1, 2, 2, 2), torch.nan), torch.tensor([[0.5, 0.5]]))
+        with pytest.raises(ValueError, match="x: was looked at"):
+            look()
     finally:
         segloss.check_values(False)
+    look()
+
+
+@pytest.mark.parametrize("flat", ["below", "above"])
+def test_a_tiny_floor_keeps_value_and_gradient_finite(flat: str) -> None:
+    logits = torch.tensor([0.0, -1e3]).view(1, 2, 1, 1).requires_grad_()
+    losses = (
+        segloss.flat_barrier(logits, torch.tensor([[1, 1]]), floor=1e-46, flat=flat),
+        segloss.reverse_size_kl(logits, torch.tensor([[0.0, 1.0]]), floor=1e-46),
+    )
+    for loss in losses:
+        assert loss.isfinite()
+        assert torch.autograd.grad(loss, logits)[0].isfinite().all()
 
 
 @pytest.mark.slow
