@@ -70,14 +70,17 @@ def potts_crf(
 
     Returns:
         A scalar, or ``[B]`` for ``"none"``; float32 (float64 where logits or image are float64); at least 0 up to
-        rounding for ``"potts"``, 0 for images without valid pixels.
+        rounding for ``"potts"``, 0 for images without valid pixels. NaN and infinity that are not checked (see
+        :func:`~segloss.check_values`) make the loss of their image NaN; other values that are not checked count as they
+        are.
 
     Raises:
         TypeError: ``logits`` or ``image`` that are not floating point, ``valid`` that is not bool, sigmas that are not
             numbers.
         ValueError: shapes or devices that do not fit each other, a single class of logits, NaN or infinity,
-            probabilities outside [0, 1], sigmas that are not above 0, ``scale_factor`` outside (0, 1] or that leaves no
-            pixel, ``tolerance`` outside (0, 1), an unknown ``form``, ``normalize``, ``method`` or ``backend``.
+            probabilities outside [0, 1] by more than 1e-3, sigmas that are not above 0, ``scale_factor`` outside (0, 1]
+            or that leaves no pixel, ``tolerance`` outside (0, 1), an unknown ``form``, ``normalize``, ``method`` or
+            ``backend``.
 
     Source:
         *Approximate Size Targets Are Sufficient for Accurate Semantic Segmentation*, eq. (3); *On Regularized Losses
@@ -202,7 +205,8 @@ def grid_potts(
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` over the images.
 
     Returns:
-        A scalar, or ``[B]`` for ``"none"``; float32 (float64 where logits or image are float64); at least 0.
+        A scalar, or ``[B]`` for ``"none"``; float32 (float64 where logits or image are float64); at least 0. Values
+        that are not checked: as in :func:`potts_crf`.
 
     Raises:
         TypeError, ValueError: as :func:`potts_crf`, and for ``connectivity`` other than 4 and 8.

@@ -124,8 +124,8 @@ def reverse_size_kl(
     Args:
         logits: class logits, ``[B, K, *spatial]``, K >= 2, any finite values.
         sizes: size targets :math:`v`, ``[B, K]``, fractions that sum to 1 in each row.
-        floor: smallest target, :math:`\epsilon`, in (0, 1): keeps classes of size 0 finite. The loss can be negative by
-            at most K times the floor.
+        floor: smallest target, :math:`\epsilon`, in (0, 1): keeps classes of size 0 finite (sizes below 0 that are not
+            checked count as NaN). The loss can be negative by at most K times the floor.
         valid: pixels that count, bool, ``[B, *spatial]``; all of them if None.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` over the images.
 
@@ -536,10 +536,11 @@ def corrupt_sizes(sizes: Tensor, sigma: float, *, generator: torch.Generator | N
         generator: source of randomness; the global one of the device if None.
 
     Returns:
-        ``[B, K]``, float32 (float64 for float64 sizes), each row sums to 1.
+        ``[B, K]``, float32 (float64 for float64 sizes), each row sums to 1. A row that is not checked (see
+        :func:`~segloss.check_values`) and is all 0 gives NaN.
 
     Raises:
-        TypeError: ``sizes`` that are not floating point.
+        TypeError: ``sizes`` that are not floating point, ``generator`` that is no generator.
         ValueError: ``sizes`` that are not ``[B, K]``, below 0 or do not sum to 1; ``sigma`` out of range.
 
     Source:

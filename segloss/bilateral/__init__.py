@@ -31,6 +31,7 @@ def bilateral_filter(
 
     over all pairs of pixels, p = q included, not normalised. Differentiable with respect to the values, the image and
     both sigmas; twice in eager mode (with respect to image and sigmas by dense matrices, quadratic in the pixels).
+    Forward mode (``jvp``, ``torch.func.hessian``) is not supported.
 
     Args:
         values: channels to filter, ``[B, K, H, W]``, any finite values.
@@ -45,7 +46,8 @@ def bilateral_filter(
         backend: ``"torch"``, which runs on any device, or ``"auto"``.
 
     Returns:
-        ``[B, K, H, W]``, float32 (float64 where values or image are float64).
+        ``[B, K, H, W]``, float32 (float64 where values or image are float64). NaN and infinity that are not checked
+        (see :func:`~segloss.check_values`) may spread over their image.
 
     Raises:
         TypeError: ``values`` or ``image`` that are not floating point, sigmas that are not numbers.
