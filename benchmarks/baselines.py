@@ -21,7 +21,7 @@ def dense_filter(values: Tensor, features: Tensor, rows: int = 8) -> Tensor:
     """Brute force over all pairs of pixels, ``values [N, K]``, ``features [N, D]``.
 
     As fast as plain torch makes it: few rows at a time, so that they stay in cache (8 were the best of 4 to 1,024), the
-    distances by one matrix product, exponents clamped, since products with denormal numbers are many times slower.
+    distances by one matrix product, exponents clamped to keep denormal numbers out.
     """
     square = features.square().sum(1)
     out = torch.empty_like(values)
