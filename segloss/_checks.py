@@ -104,32 +104,29 @@ def check_finite(name: str, value: Tensor) -> None:
         )
 
 
-def check_logits(logits: object, *, classes: int = 2, spatial: int | None = None) -> None:
-    """Finite, floating point, ``[B, K, *spatial]``, at least ``classes`` classes, ``spatial`` spatial dimensions."""
+def check_logits(logits: object, *, flat: bool = False) -> None:
+    """Finite, floating point, at least 2 classes: ``[B, K, *spatial]``, or ``[B, K, H, W]`` if they must be flat."""
     check_floating("logits", logits)
     assert isinstance(logits, Tensor)
-    fits = logits.dim() >= 3 if spatial is None else logits.dim() == 2 + spatial
-    if not fits:
-        expected = "[B, K, *spatial]" if spatial is None else "[B, K" + ", H, W"[: 3 * spatial] + "]"
+    if not (logits.dim() == 4 if flat else logits.dim() >= 3):
+        expected = "[B, K, H, W]" if flat else "[B, K, *spatial]"
         raise ValueError(f"logits: expected {expected}, got {shape_text(logits.shape)}")
-    check_classes(logits, classes)
+    if logits.shape[1] < 2:
+        raise ValueError(
+            f"logits: expected at least 2 classes, got {shape_text(logits.shape)}: "
+            "the softmax of a single class is constant; add a background class"
+        )
     check_finite("logits", logits)
 
 
-def check_classes(logits: Tensor, classes: int = 2) -> None:
-    if logits.shape[1] < classes:
-        hint = ": the softmax of a single class is constant; add a background class" if classes == 2 else ""
-        raise ValueError(f"logits: expected at least {classes} classes, got {shape_text(logits.shape)}{hint}")
-
-
-def check_valid(valid: object, logits: Tensor, anchor: str = "logits") -> None:
+def check_valid(valid: object, logits: Tensor) -> None:
     if valid is None:
         return
     check_tensor("valid", valid)
     assert isinstance(valid, Tensor)
     if valid.dtype != torch.bool:
         raise TypeError(f"valid: expected a bool tensor, got {valid.dtype}")
-    check_like("valid", valid, (logits.shape[0], *logits.shape[2:]), anchor, logits)
+    check_like("valid", valid, (logits.shape[0], *logits.shape[2:]), "logits", logits)
 
 
 def check_sizes(name: str, sizes: object, logits: Tensor | None = None) -> None:

@@ -104,7 +104,7 @@ def potts_crf(
         probability, guide, mask = _shrink(probability, guide, mask, scale_factor)
         sigma_xy = sigma_xy * scale_factor
     cutoff = choose_tolerance(method, tolerance, backend, guide.shape[2] * guide.shape[3])
-    features = guide_features(guide, sigma_rgb, sigma_xy).to(dtype)
+    features = guide_features(guide, sigma_rgb, sigma_xy)
     energy = PairwiseEnergy.apply(
         (mask * probability).flatten(2), mask.flatten(2), features, cutoff, form == "quadratic", from_logits
     )[0]
@@ -226,7 +226,7 @@ def grid_potts(
     mask = _mask(valid, logits.to(dtype))
     inside = mask * _probability(logits.to(dtype), from_logits)
     outside = mask - inside
-    guide = guide_colour(image.to(dtype), sigma_rgb).to(dtype)
+    guide = guide_colour(image.to(dtype), sigma_rgb)
     energy = inside.new_zeros(len(inside))
     for (i, j), (s, t), (not_s, not_t) in neighbours((guide, inside, outside), _OFFSETS[connectivity]):
         weight = torch.exp((i - j).square().sum(1) / -2)
@@ -275,7 +275,7 @@ def _check_settings(form: str, scale_factor: float, normalize: str | None) -> No
 def _check(logits: Tensor, image: Tensor, valid: Tensor | None, from_logits: bool, reduction: Reduction) -> None:
     check_bool("from_logits", from_logits)
     if from_logits:
-        check_logits(logits, spatial=2)
+        check_logits(logits, flat=True)
     else:
         check_floating("logits", logits)
         if logits.dim() != 4 or logits.shape[1] < 1:

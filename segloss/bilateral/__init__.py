@@ -84,7 +84,7 @@ def guide_features(image: Tensor, sigma_rgb: float | Tensor, sigma_xy: float | T
     rows = torch.arange(height, dtype=colour.dtype, device=image.device)[:, None].expand(height, width)
     columns = torch.arange(width, dtype=colour.dtype, device=image.device).expand(height, width)
     place = torch.stack([rows, columns]).flatten(1) / _at_least(sigma_xy, _NARROWEST)
-    return torch.cat([colour.flatten(2), place.to(colour.dtype).expand(image.shape[0], -1, -1)], 1)
+    return torch.cat([colour.flatten(2), place.expand(image.shape[0], -1, -1)], 1)
 
 
 def guide_colour(image: Tensor, sigma_rgb: float | Tensor) -> Tensor:
