@@ -2,7 +2,16 @@
 
 from segloss._checks import check_values
 from segloss.bilateral import bilateral_filter
-from segloss.crf import GridPotts, PottsCRF, grid_potts, potts_crf
+from segloss.crf import (
+    GridPotts,
+    PottsCRF,
+    WindowedPotts,
+    confidence_gate,
+    grid_potts,
+    potts_crf,
+    window_mass,
+    windowed_potts,
+)
 from segloss.images import denormalize
 from segloss.seeds import (
     BalancedSeeding,
@@ -47,6 +56,7 @@ __all__ = [
     "SizeBarrier",
     "SizeKL",
     "Suppression",
+    "WindowedPotts",
     "average_prediction",
     "balance_kl",
     "balanced_seeding",
@@ -54,6 +64,7 @@ __all__ = [
     "boundary_constraint",
     "check_values",
     "class_balanced_weights",
+    "confidence_gate",
     "corrupt_sizes",
     "denormalize",
     "flat_barrier",
@@ -67,4 +78,6 @@ __all__ = [
     "size_kl",
     "sizes_from_labels",
     "suppression",
+    "window_mass",
+    "windowed_potts",
 ]

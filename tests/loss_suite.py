@@ -61,6 +61,10 @@ def image_for(logits: Tensor) -> Tensor:
     )
 
 
+def gate_for(logits: Tensor) -> Tensor:
+    return torch.rand(logits.shape[0], *logits.shape[2:], dtype=logits.dtype if logits.dtype == torch.float64 else None)
+
+
 def refined_for(logits: Tensor) -> Tensor:
     return torch.softmax(torch.randn(logits.shape, dtype=logits.dtype if logits.dtype == torch.float64 else None), 1)
 
@@ -177,7 +181,20 @@ LOSSES = [
         settings={"sigma_xy": 4.0, "sigma_rgb": 0.5, "form": "quadratic", "normalize": "pairs", "scale_factor": 0.5},
         name="potts_crf_quadratic_scaled",
     ),
+    Loss(
+        segloss.potts_crf,
+        segloss.PottsCRF,
+        lambda x: {"image": image_for(x), "gate": gate_for(x)},
+        settings={"sigma_xy": 3.0, "sigma_rgb": 0.5},
+        name="potts_crf_gated",
+    ),
     Loss(segloss.grid_potts, segloss.GridPotts, lambda x: {"image": image_for(x)}, settings={"connectivity": 8}),
+    Loss(
+        segloss.windowed_potts,
+        segloss.WindowedPotts,
+        lambda x: {"image": image_for(x)},
+        settings={"sigma_xy": 3.0, "sigma_rgb": 0.5, "radius": 2, "normalize": "pairs"},
+    ),
 ]
 
 

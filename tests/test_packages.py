@@ -67,9 +67,12 @@ def test_names_are_the_published_ones() -> None:
         "partial_cross_entropy": "(logits, labels, *, ignore_index, reduction)",
         "balanced_seeding": "(logits, seeds, *, background, floor, reduction)",
         "boundary_constraint": "(logits, refined, *, clip, reduction)",
-        "potts_crf": "(logits, image, *, sigma_rgb, sigma_xy, valid, from_logits, form, scale_factor, normalize, "
+        "potts_crf": "(logits, image, *, sigma_rgb, sigma_xy, valid, gate, from_logits, form, scale_factor, normalize, "
         "method, tolerance, backend, reduction)",
         "grid_potts": "(logits, image, *, sigma_rgb, connectivity, valid, from_logits, reduction)",
+        "windowed_potts": "(logits, image, *, sigma_rgb, sigma_xy, radius, valid, from_logits, normalize, reduction)",
+        "window_mass": "(image, *, sigma_rgb, sigma_xy, radius)",
+        "confidence_gate": "(logits, labels, *, ignore_index, from_logits)",
         "bilateral_filter": "(values, image, *, sigma_rgb, sigma_xy, method, tolerance, backend)",
         "denormalize": "(image, mean, std)",
         "check_values": "(enabled)",

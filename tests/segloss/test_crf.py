@@ -272,3 +272,159 @@ def test_the_filter_runs_once_under_functional_transforms_too(monkeypatch: pytes
     image = torch.rand(1, 3, 8, 8)
     torch.func.grad(lambda x: segloss.potts_crf(x, image))(torch.randn(1, 2, 8, 8))
     assert len(runs) == 1
+
+
+def gated_reference(
+    probability: Tensor, image: Tensor, valid: Tensor, gate: Tensor, form: str, sigma_rgb: float, sigma_xy: float
+) -> tuple[Tensor, Tensor]:
+    """Energies by dense matrices, and the matrices."""
+    height, width = image.shape[2:]
+    pixels = torch.eye(height * width, dtype=torch.float64).expand(len(image), -1, -1)
+    weights = gaussian_filter_reference(pixels, guide_features(image, sigma_rgb, sigma_xy))
+    mask = valid.flatten(1)[:, None].double()
+    inside = mask * probability.flatten(2)
+    partner = -inside if form == "quadratic" else mask - inside
+    return torch.einsum("bp,bkp,bpq,bkq->b", gate.flatten(1), partner, weights, inside), weights
+
+
+@settings(max_examples=30)
+@given(seed=seeds, kind=images, sigma_rgb=sigmas, sigma_xy=widths, classes=st.integers(1, 4))
+@pytest.mark.parametrize("form", ["potts", "quadratic"])
+@pytest.mark.parametrize("method", METHODS)
+def test_gated_value_and_gradients_are_those_of_the_dense_formula(
+    method: str, form: str, seed: int, kind: str, sigma_rgb: float, sigma_xy: float, classes: int
+) -> None:
+    torch.manual_seed(seed)
+    image = picture(kind, 7, 8, batch=2, seed=seed).requires_grad_()
+    probability = torch.rand(2, classes, 7, 8, dtype=torch.float64, requires_grad=True)
+    valid, gate = torch.rand(2, 7, 8) < 0.8, torch.rand(2, 7, 8, dtype=torch.float64)
+    energy = segloss.potts_crf(
+        probability,
+        image,
+        sigma_rgb=sigma_rgb,
+        sigma_xy=sigma_xy,
+        valid=valid,
+        gate=gate,
+        from_logits=False,
+        form=form,
+        method=method,
+        tolerance=1e-9,
+        reduction="none",
+    )
+    expected, _ = gated_reference(probability, image, valid, gate, form, sigma_rgb, sigma_xy)
+    torch.testing.assert_close(energy, expected, rtol=1e-6, atol=1e-9)
+    weight = torch.randn(2, dtype=torch.float64)
+    inputs = (probability, image)
+    found, wanted = (torch.autograd.grad((value * weight).sum(), inputs) for value in (energy, expected))
+    for grad, truth in zip(found, wanted, strict=True):
+        torch.testing.assert_close(grad, truth, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["potts", "quadratic"])
+def test_an_open_gate_changes_nothing_a_closed_one_ends_all(form: str) -> None:
+    image, logits = picture("smooth", 9, 8), torch.randn(1, 3, 9, 8, dtype=torch.float64, requires_grad=True)
+    options = {"sigma_xy": 4.0, "form": form, "valid": torch.rand(1, 9, 8) < 0.8, "normalize": "pixels"}
+    plain = segloss.potts_crf(logits, image, **options)
+    opened, closed = (segloss.potts_crf(logits, image, gate=torch.full((1, 9, 8), g), **options) for g in (1.0, 0.0))
+    torch.testing.assert_close(opened, plain)
+    torch.testing.assert_close(*(torch.autograd.grad(value, logits)[0] for value in (opened, plain)))
+    assert closed == 0
+    assert (torch.autograd.grad(closed, logits)[0] == 0).all()
+
+
+def test_dense_energy_loss_has_the_gated_value_but_not_its_gradient() -> None:
+    image, logits = picture("noise", 6, 7, batch=2), torch.randn(2, 3, 6, 7, dtype=torch.float64)
+    labels = torch.randint(0, 3, (2, 6, 7)).masked_fill(torch.rand(2, 6, 7) < 0.5, 255)
+    probability = logits.softmax(1).requires_grad_()
+    gate = segloss.confidence_gate(probability, labels, from_logits=False)
+    sigma = {"sigma_rgb": 0.5, "sigma_xy": 3.0}
+    everything = torch.ones(2, 6, 7, dtype=torch.bool)
+    _, weights = gated_reference(probability, image, everything, gate, "quadratic", **sigma)
+    # What the public code computes: AS is gated once, and gives value and gradient.
+    gated = gate[:, None].flatten(2) * (probability.detach().flatten(2) @ weights)
+    public_value, public_slope = -(probability.detach().flatten(2) * gated).sum() / 2, -2 * gated.view_as(logits) / 2
+    loss = segloss.potts_crf(probability, image, gate=gate, from_logits=False, form="quadratic", **sigma)
+    torch.testing.assert_close(loss, public_value)
+    slope = torch.autograd.grad(loss, probability)[0]
+    other_half = -((gate[:, None] * probability.detach()).flatten(2) @ weights).view_as(logits) / 2
+    torch.testing.assert_close(slope, public_slope / 2 + other_half)
+    # A step against the slope lowers the value by what the slope says; one against the public slope does not.
+    for direction, true in ((slope, True), (public_slope, False)):
+        moved = (probability - 1e-6 * direction).detach()
+        change = segloss.potts_crf(moved, image, gate=gate, from_logits=False, form="quadratic", **sigma) - loss
+        expected = -1e-6 * direction.square().sum()
+        assert (abs(change / expected - 1) < 1e-3) == true
+
+
+def test_a_gate_is_a_constant() -> None:
+    image, logits = picture("noise", 5, 6), torch.randn(1, 3, 5, 6, dtype=torch.float64, requires_grad=True)
+    gate = (1 - logits.softmax(1).amax(1)).requires_grad_()
+    through, constant = (segloss.potts_crf(logits, image, sigma_rgb=0.5, gate=g) for g in (gate, gate.detach()))
+    torch.testing.assert_close(*(torch.autograd.grad(value, logits)[0] for value in (through, constant)))
+    made = segloss.confidence_gate(logits)
+    assert not made.requires_grad
+    torch.testing.assert_close(made, gate)
+
+
+def test_a_gate_is_scaled_like_the_mask() -> None:
+    image, gate = picture("smooth", 16, 24), torch.rand(1, 16, 24, dtype=torch.float64)
+    logits, valid = torch.randn(1, 3, 16, 24, dtype=torch.float64), torch.rand(1, 16, 24) < 0.8
+    small = torch.nn.functional.interpolate(logits.softmax(1), scale_factor=0.5, mode="bilinear")
+    expected = segloss.potts_crf(
+        small,
+        image[:, :, ::2, ::2],
+        sigma_xy=4.0,
+        gate=gate[:, ::2, ::2],
+        valid=valid[:, ::2, ::2],
+        from_logits=False,
+    )
+    scaled = segloss.potts_crf(logits, image, sigma_xy=8.0, gate=gate, valid=valid, scale_factor=0.5)
+    torch.testing.assert_close(scaled, expected)
+
+
+def test_confidence_gate_spares_labelled_pixels_that_are_sure() -> None:
+    probability = torch.tensor([[[0.75, 0.5, 1.0005, 0.2]], [[0.25, 0.5, 0.0, 0.3]]])[None]
+    labels = torch.tensor([[[0, 9, 1, 1]]], dtype=torch.uint8)
+    gate = segloss.confidence_gate(probability, labels, ignore_index=9, from_logits=False)
+    torch.testing.assert_close(gate, torch.tensor([[[0.25, 1.0, 0.0, 0.7]]]))
+    logits = torch.randn(2, 3, 4, 5)
+    everywhere = segloss.confidence_gate(logits)
+    torch.testing.assert_close(everywhere, 1 - logits.softmax(1).amax(1))
+    assert (segloss.confidence_gate(logits, torch.full((2, 4, 5), 255)) == 1).all()
+    assert segloss.confidence_gate(logits.half()).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("gate", "error", "message"),
+    [
+        (torch.full((2, 6, 5), 1.5), ValueError, "gate: expected weights from 0 to 1, got values outside or NaN"),
+        (torch.full((2, 6, 5), -0.1), ValueError, "gate: expected weights from 0 to 1"),
+        (torch.full((2, 6, 5), math.nan), ValueError, "gate: expected weights from 0 to 1"),
+        (torch.ones(2, 6, 5, dtype=torch.bool), TypeError, r"gate: expected a floating-point tensor, got torch\.bool"),
+        (
+            torch.ones(2, 1, 6, 5),
+            ValueError,
+            r"gate: expected \[2, 6, 5\] to go with logits \[2, 3, 6, 5\], got \[2, 1",
+        ),
+    ],
+)
+def test_gates_that_make_no_sense_are_refused(gate: Tensor, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        segloss.potts_crf(torch.randn(2, 3, 6, 5), torch.zeros(2, 3, 6, 5), gate=gate)
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "error", "message"),
+    [
+        (torch.zeros(2, 6, 5), {}, TypeError, r"labels: expected an integer tensor, got torch\.float32"),
+        (torch.full((2, 6, 5), 3), {}, ValueError, "labels: expected classes 0 to 2 or 255 to ignore, got 3"),
+        (torch.zeros(1, 6, 5).long(), {}, ValueError, r"labels: expected \[2, 6, 5\] to go with logits"),
+        (None, {"ignore_index": 1.0}, TypeError, "ignore_index: expected an int, got float"),
+        (None, {"from_logits": False}, ValueError, "logits: expected probabilities from 0 to 1 with from_logits=False"),
+    ],
+)
+def test_confidence_gate_refuses_what_makes_no_sense(
+    labels: Tensor | None, options: dict[str, Any], error: type, message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        segloss.confidence_gate(torch.randn(2, 3, 6, 5), labels, **options)
