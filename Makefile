@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test fast lint bench clean
+.PHONY: demo test fast lint bench frontier clean
 demo: .venv/ready
 	$(BIN)/python examples/quickstart.py
 
@@ -20,6 +20,11 @@ lint: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks
+
+# With other libraries in the comparison; without them: .venv/bin/python -m benchmarks.frontier
+frontier: .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[peers]"
+	$(BIN)/python -m benchmarks.frontier
 
 # torch first, on its own: anything that depends on torch could otherwise pull another build of it.
 .venv/ready: pyproject.toml constraints.txt

@@ -17,17 +17,18 @@ def log_space_size_kl(logits: Tensor, sizes: Tensor) -> Tensor:
     return (torch.special.xlogy(sizes, sizes) - sizes * log_average).sum(1).mean()
 
 
-def dense_filter(values: Tensor, features: Tensor, rows: int = 8) -> Tensor:
+def dense_filter(values: Tensor, features: Tensor, rows: int = 8, queries: Tensor | None = None) -> Tensor:
     """Brute force over all pairs of pixels, ``values [N, K]``, ``features [N, D]``.
 
     As fast as plain torch makes it: few rows at a time, so that they stay in cache (8 were the best of 4 to 1,024), the
-    distances by one matrix product, exponents clamped to keep denormal numbers out.
+    distances by one matrix product, exponents clamped to keep denormal numbers out. ``queries`` are the features of the
+    pixels to compute, all of them if None.
     """
-    square = features.square().sum(1)
-    out = torch.empty_like(values)
-    for part in range(0, len(features), rows):
-        query = features[part : part + rows]
-        exponent = torch.addmm(square, query, features.t(), alpha=-2)
-        exponent.add_(square[part : part + rows, None]).mul_(-0.5).clamp_(-80, 0)
+    queries = features if queries is None else queries
+    square, query_square = features.square().sum(1), queries.square().sum(1)
+    out = values.new_empty(len(queries), values.shape[1])
+    for part in range(0, len(queries), rows):
+        exponent = torch.addmm(square, queries[part : part + rows], features.t(), alpha=-2)
+        exponent.add_(query_square[part : part + rows, None]).mul_(-0.5).clamp_(-80, 0)
         out[part : part + rows] = exponent.exp_() @ values
     return out
