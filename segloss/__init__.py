@@ -1,7 +1,7 @@
 """Losses for weakly supervised segmentation: from tensors to a scalar."""
 
 from segloss._checks import check_values
-from segloss.bilateral import bilateral_filter
+from segloss.bilateral import ToleranceError, bilateral_error, bilateral_filter
 from segloss.crf import (
     GridPotts,
     PottsCRF,
@@ -56,10 +56,12 @@ __all__ = [
     "SizeBarrier",
     "SizeKL",
     "Suppression",
+    "ToleranceError",
     "WindowedPotts",
     "average_prediction",
     "balance_kl",
     "balanced_seeding",
+    "bilateral_error",
     "bilateral_filter",
     "boundary_constraint",
     "check_values",

@@ -25,10 +25,11 @@ from segloss._window import WindowedEnergy
 from segloss.bilateral import (
     bilateral_filter,
     check_guide,
+    check_plan,
     check_sigma,
-    choose_tolerance,
     guide_colour,
     guide_features,
+    make_plan,
 )
 from segloss.bilateral.operator import Bilateral, PairwiseEnergy
 
@@ -52,6 +53,7 @@ def potts_crf(
     method: str = "auto",
     tolerance: float = 1e-2,
     backend: str = "auto",
+    precision: str = "auto",
     reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Dense CRF loss: bilinear relaxation of the Potts model over all pairs of pixels.
@@ -89,12 +91,12 @@ def potts_crf(
             power. Ignored pixels next to a border of the mask then have a share in the S of their valid neighbours.
         normalize: divide each image's loss by its number of valid ``"pixels"`` or ``"pairs"`` (their square), at the
             scale of the computation; None for the formula.
-        method, tolerance, backend: as in :func:`~segloss.bilateral.bilateral_filter`.
+        method, tolerance, backend, precision: as in :func:`~segloss.bilateral.bilateral_filter`.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` over the images.
 
     Returns:
         A scalar, or ``[B]`` for ``"none"``; float32 (float64 where logits or image are float64); at least 0 up to
-        rounding for ``"potts"``, 0 for images without valid pixels. NaN and infinity that are not checked (see
+        the tolerance for ``"potts"``, 0 for images without valid pixels. NaN and infinity that are not checked (see
         :func:`~segloss.check_values`) make the loss of their image NaN; other values that are not checked count as they
         are.
 
@@ -104,7 +106,8 @@ def potts_crf(
         ValueError: shapes or devices that do not fit each other, a single class of logits, NaN or infinity,
             probabilities outside [0, 1] by more than 1e-3, ``gate`` outside [0, 1], sigmas that are not above 0,
             ``scale_factor`` outside (0, 1] or that leaves no pixel, ``tolerance`` outside (0, 1), an unknown ``form``,
-            ``normalize``, ``method`` or ``backend``.
+            ``normalize``, ``method``, ``backend`` or ``precision``; a ``backend`` that cannot run, and with
+            ``method="lowrank"`` a ``tolerance`` that it cannot reach.
 
     Source:
         *Approximate Size Targets Are Sufficient for Accurate Semantic Segmentation*, eq. (3); *On Regularized Losses
@@ -129,15 +132,15 @@ def potts_crf(
         probability, guide, mask = _shrink(probability, guide, mask, scale_factor)
         gate = None if gate is None else F.interpolate(gate[:, None], scale_factor=scale_factor)[:, 0]
         sigma_xy = sigma_xy * scale_factor
-    cutoff = choose_tolerance(method, tolerance, backend, guide.shape[2] * guide.shape[3])
+    plan = make_plan(method, tolerance, backend, precision, guide)
     features = guide_features(guide, sigma_rgb, sigma_xy)
     values, flat_mask = (mask * probability).flatten(2), mask.flatten(2)
     if gate is None:
-        energy = PairwiseEnergy.apply(values, flat_mask, features, cutoff, form == "quadratic", from_logits)[0]
+        energy = PairwiseEnergy.apply(values, flat_mask, features, plan, form == "quadratic", from_logits)[0]
     else:
         partner = -values if form == "quadratic" else flat_mask - values
         weighted = gate.detach().to(dtype).flatten(1)[:, None] * partner
-        energy = (weighted * Bilateral.apply(values, features, cutoff)).sum((1, 2))
+        energy = (weighted * Bilateral.apply(values, features, plan)[0]).sum((1, 2))
     if normalize is not None:
         pixels = mask.sum((1, 2, 3)).clamp(min=1)
         energy = energy / (pixels if normalize == "pixels" else pixels**2)
@@ -156,6 +159,7 @@ class PottsCRF(LossModule):
     method: str
     tolerance: float
     backend: str
+    precision: str
 
     def __init__(
         self,
@@ -169,6 +173,7 @@ class PottsCRF(LossModule):
         method: str = "auto",
         tolerance: float = 1e-2,
         backend: str = "auto",
+        precision: str = "auto",
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__(
@@ -182,12 +187,13 @@ class PottsCRF(LossModule):
             method=method,
             tolerance=tolerance,
             backend=backend,
+            precision=precision,
         )
         _check_settings(form, scale_factor, normalize)
         check_sigma("sigma_rgb", sigma_rgb)
         check_sigma("sigma_xy", sigma_xy)
         check_bool("from_logits", from_logits)
-        choose_tolerance(method, tolerance, backend, 0)
+        check_plan(method, tolerance, backend, precision)
 
     def forward(self, logits: Tensor, image: Tensor, valid: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
         return potts_crf(
@@ -204,6 +210,7 @@ class PottsCRF(LossModule):
             method=self.method,
             tolerance=self.tolerance,
             backend=self.backend,
+            precision=self.precision,
             reduction=self.reduction,
         )
 

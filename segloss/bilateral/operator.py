@@ -1,45 +1,147 @@
 """The filter as an operator with gradients: what ``torch.compile``, ``vmap`` and autograd see of it."""
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from segloss._register import fold, known, register
-from segloss.bilateral import blocksparse
+from segloss.bilateral import blocksparse, lowrank
+from segloss.bilateral.error import sample_pixels, sampled_error
 from segloss.bilateral.reference import guide_gradient_reference
 
+_LOW_RANK = ("auto", "lowrank")  # methods that choose landmarks
 
-def _bilateral(values: Tensor, features: Tensor, tolerance: float) -> Tensor:
+
+class ToleranceError(ValueError):
+    """The method that was asked for cannot reach the tolerance on an image."""
+
+
+class Plan(NamedTuple):
+    """How to filter."""
+
+    width: int  # of the image
+    method: str  # "auto" prefers low rank and takes block-sparse where that misses the tolerance
+    tolerance: float
+    full: bool  # keep the large products of the low-rank method out of bfloat16
+    triton: bool  # kernels instead of plain torch for the methods that visit pairs of pixels
+
+
+def _bilateral(values: Tensor, features: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    plan = Plan(*settings)
+    landmarks = _no_landmarks(features)
     with torch.autocast(values.device.type, enabled=False):
-        return blocksparse.gaussian_filter(values, features, tolerance)
+        if plan.method in _LOW_RANK and values.numel() > 0:
+            return _choose(values, features, landmarks, plan)
+        return _by_tiles(values, features, plan), landmarks
 
 
-def _bilateral_guide(grad: Tensor, values: Tensor, features: Tensor, tolerance: float) -> Tensor:
+def _bilateral_with(values: Tensor, features: Tensor, landmarks: Tensor, *settings: Any) -> Tensor:
+    plan = Plan(*settings)
     with torch.autocast(values.device.type, enabled=False):
-        return blocksparse.guide_gradient(grad, values, features, tolerance)
+        if plan.method in _LOW_RANK and values.numel() > 0:
+            return _filter(values, features, landmarks, plan)
+        return _by_tiles(values, features, plan)
 
 
-def _like_values(values: Tensor, features: Tensor, tolerance: float) -> Tensor:
-    return torch.empty_like(values, memory_format=torch.contiguous_format)
+def _no_landmarks(features: Tensor) -> Tensor:
+    batch, dims = features.shape[:2]
+    return features.new_full((batch, lowrank.MOST_LANDMARKS, dims - 2), torch.inf)
 
 
-def _like_features(grad: Tensor, values: Tensor, features: Tensor, tolerance: float) -> Tensor:
-    return torch.empty_like(features, memory_format=torch.contiguous_format)
+def _choose(values: Tensor, features: Tensor, landmarks: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Filter each image by low rank, or else by tiles; its landmarks become the first of the ``landmarks`` given."""
+    filtered = torch.empty_like(values, memory_format=torch.contiguous_format)
+    for b, image in enumerate(features):
+        result, asked = None, plan.method == "lowrank"
+        if asked or lowrank.is_worth_trying(image, plan.width, plan.tolerance):
+            result, chosen, error = lowrank.choose(
+                values[b], image, plan.width, plan.tolerance, plan.full, quick=not asked
+            )
+            if result is not None:
+                landmarks[b, : len(chosen)] = chosen
+            elif asked:
+                raise ToleranceError(
+                    f"method: 'lowrank' cannot reach tolerance={plan.tolerance:g} on image {b}, its error is about "
+                    f"{error:.2g}; expected a tolerance above that, or another method"
+                )
+        one = slice(b, b + 1)
+        filtered[b] = _by_tiles(values[one], features[one], plan)[0] if result is None else result
+    return filtered, landmarks
 
 
-register("bilateral(Tensor values, Tensor features, float tolerance) -> Tensor", _bilateral, fake=_like_values)
+def _filter(values: Tensor, features: Tensor, landmarks: Tensor, plan: Plan) -> Tensor:
+    """Filter with given landmarks, by tiles where there are none."""
+    filtered = torch.empty_like(values, memory_format=torch.contiguous_format)
+    for b, image in enumerate(features):
+        one, chosen = slice(b, b + 1), landmarks[b][landmarks[b, :, 0].isfinite()]
+        if len(chosen):
+            filtered[b] = lowrank.filter_with(values[b], image, plan.width, chosen, plan.tolerance, plan.full)
+        else:
+            filtered[b] = _by_tiles(values[one], features[one], plan)[0]
+    return filtered
+
+
+def _by_tiles(values: Tensor, features: Tensor, plan: Plan) -> Tensor:
+    run = _kernels().gaussian_filter if plan.triton else blocksparse.gaussian_filter
+    return run(values, features, _cutoff(plan))
+
+
+def _bilateral_guide(grad: Tensor, values: Tensor, features: Tensor, *settings: Any) -> Tensor:
+    plan = Plan(*settings)
+    run = _kernels().guide_gradient if plan.triton else blocksparse.guide_gradient
+    with torch.autocast(values.device.type, enabled=False):
+        return run(grad, values, features, _cutoff(plan))
+
+
+def _cutoff(plan: Plan) -> float:
+    """The share of the weights that may be left out."""
+    return 0.0 if plan.method == "exact" else plan.tolerance
+
+
+def _kernels() -> Any:
+    from segloss.bilateral import kernels  # needs triton
+
+    return kernels
+
+
+def _bilateral_error(values: Tensor, features: Tensor, filtered: Tensor) -> Tensor:
+    pixels = sample_pixels(features.shape[2]).to(features.device)
+    images = zip(values, features, filtered[:, :, pixels], strict=True)
+    return values.new_tensor([sampled_error(v, f, at_pixels, pixels) for v, f, at_pixels in images])
+
+
+def _like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+_PLAN = "SymInt width, str method, float tolerance, bool full, bool triton"
 register(
-    "bilateral_guide(Tensor grad, Tensor values, Tensor features, float tolerance) -> Tensor",
+    f"bilateral(Tensor values, Tensor features, {_PLAN}) -> (Tensor, Tensor)",
+    _bilateral,
+    fake=lambda values, features, *_: (_like(values), torch.empty_like(_no_landmarks(features))),
+)
+register(
+    f"bilateral_with(Tensor values, Tensor features, Tensor landmarks, {_PLAN}) -> Tensor",
+    _bilateral_with,
+    fake=lambda values, features, landmarks, *_: _like(values),
+)
+register(
+    f"bilateral_guide(Tensor grad, Tensor values, Tensor features, {_PLAN}) -> Tensor",
     _bilateral_guide,
-    fake=_like_features,
+    fake=lambda grad, values, features, *_: _like(features),
+)
+register(
+    "bilateral_error(Tensor values, Tensor features, Tensor filtered) -> Tensor",
+    _bilateral_error,
+    fake=lambda values, features, filtered: values.new_empty(len(values)),
 )
 
 
-def _guide_gradient(grad: Tensor, values: Tensor, features: Tensor, tolerance: float) -> Tensor:
+def _guide_gradient(grad: Tensor, values: Tensor, features: Tensor, plan: Plan) -> Tensor:
     def fast(grad: Tensor, values: Tensor, features: Tensor) -> Tensor:
-        return torch.ops.segloss.bilateral_guide(grad.contiguous(), values, features, tolerance)
+        return torch.ops.segloss.bilateral_guide(grad.contiguous(), values, features, *plan)
 
     return known(fast, guide_gradient_reference, (grad, values, features))
 
@@ -47,35 +149,69 @@ def _guide_gradient(grad: Tensor, values: Tensor, features: Tensor, tolerance: f
 class Bilateral(torch.autograd.Function):
     """``values [B, K, N]`` filtered by the Gaussian kernel of ``features [B, D, N]``, both of one dtype.
 
-    The kernel is symmetric: the gradient of the values is the same filter. Differentiable twice with respect to the
-    values at the same cost; with respect to the features by dense matrices, quadratic in N.
+    Returns the filtered values, and the landmarks for :class:`BilateralWith`. The kernel is symmetric: the gradient of
+    the values is the same filter with the same landmarks. The gradient of the features is that of the exact kernel up
+    to the tolerance, whatever the method. Differentiable twice with respect to the values at the same cost; with
+    respect to the features by dense matrices, quadratic in N.
     """
 
     @staticmethod
-    def forward(values: Tensor, features: Tensor, tolerance: float) -> Tensor:
-        return torch.ops.segloss.bilateral(values, features, tolerance)
+    def forward(values: Tensor, features: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+        return torch.ops.segloss.bilateral(values, features, *plan)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
-        values, features, ctx.tolerance = inputs
-        ctx.save_for_backward(values, features)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Plan], output: tuple[Tensor, Tensor]) -> None:
+        values, features, ctx.plan = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(values, features, output[1])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        values, features = ctx.saved_tensors
-        to_values = to_features = None
-        if ctx.needs_input_grad[0]:
-            to_values = Bilateral.apply(grad.contiguous(), features, ctx.tolerance)
-        if ctx.needs_input_grad[1]:
-            to_features = _guide_gradient(grad, values, features, ctx.tolerance)
-        return to_values, to_features, None
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        return *_gradients(ctx, grad), None
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[int | None, int | None, None], values: Tensor, features: Tensor, tolerance: float
+        info: Any, in_dims: tuple[int | None, ...], values: Tensor, features: Tensor, plan: Plan
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        size = info.batch_size
+        filtered, landmarks = Bilateral.apply(fold(values, in_dims[0], size), fold(features, in_dims[1], size), plan)
+        return (filtered.unflatten(0, (size, -1)), landmarks.unflatten(0, (size, -1))), (0, 0)
+
+
+class BilateralWith(torch.autograd.Function):
+    """:class:`Bilateral` with landmarks that were chosen before, and only the filtered values as result."""
+
+    @staticmethod
+    def forward(values: Tensor, features: Tensor, landmarks: Tensor, plan: Plan) -> Tensor:
+        return torch.ops.segloss.bilateral_with(values, features, landmarks, *plan)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Plan], output: Tensor) -> None:
+        *tensors, ctx.plan = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        return *_gradients(ctx, grad), None, None
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], values: Tensor, features: Tensor, landmarks: Tensor, plan: Plan
     ) -> tuple[Tensor, int]:
-        values, features = (fold(t, d, info.batch_size) for t, d in zip((values, features), in_dims[:2], strict=True))
-        return Bilateral.apply(values, features, tolerance).unflatten(0, (info.batch_size, -1)), 0
+        tensors = zip((values, features, landmarks), in_dims[:3], strict=True)
+        filtered = BilateralWith.apply(*(fold(t, d, info.batch_size) for t, d in tensors), plan)
+        return filtered.unflatten(0, (info.batch_size, -1)), 0
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Of values and features."""
+    values, features, landmarks = ctx.saved_tensors
+    to_values = to_features = None
+    if ctx.needs_input_grad[0]:
+        to_values = BilateralWith.apply(grad.contiguous(), features, landmarks, ctx.plan)
+    if ctx.needs_input_grad[1]:
+        to_features = _guide_gradient(grad, values, features, ctx.plan)
+    return to_values, to_features
 
 
 class PairwiseEnergy(torch.autograd.Function):
@@ -84,57 +220,69 @@ class PairwiseEnergy(torch.autograd.Function):
     ``values [B, K, N]`` are the probabilities times the mask ``mask [B, 1, N]``. The Potts form is
     sum_k (m - v_k)' W v_k, the quadratic one -sum_k v_k' W v_k. ``complete`` says that the values sum to the mask, so
     that W m is the sum of the filtered values and need not be computed. Returns the energies ``[B]`` and, for the
-    backward pass, the filtered values.
+    backward pass, the filtered values and the landmarks.
     """
 
     @staticmethod
     def forward(
-        values: Tensor, mask: Tensor, features: Tensor, tolerance: float, quadratic: bool, complete: bool
-    ) -> tuple[Tensor, Tensor]:
+        values: Tensor, mask: Tensor, features: Tensor, plan: Plan, quadratic: bool, complete: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
         inputs = values if quadratic or complete else torch.cat([values, mask], 1)
-        filtered = torch.ops.segloss.bilateral(inputs.contiguous(), features, tolerance)
+        filtered, landmarks = torch.ops.segloss.bilateral(inputs.contiguous(), features, *plan)
         partner = -values if quadratic else mask - values
-        return (partner * filtered[:, : values.shape[1]]).sum((1, 2)), filtered
+        return (partner * filtered[:, : values.shape[1]]).sum((1, 2)), filtered, landmarks
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        values, mask, features, ctx.tolerance, ctx.quadratic, ctx.complete = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(values, mask, features, output[1])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        values, mask, features, ctx.plan, ctx.quadratic, ctx.complete = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(values, mask, features, *output[1:])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None, None]:
-        values, mask, features, filtered = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        values, mask, features, filtered, landmarks = ctx.saved_tensors
         grad = grad[:, None, None]
         to_values = to_features = None
         if ctx.needs_input_grad[0]:
             fast = partial(_slope_of_filtered, ctx.quadratic, ctx.complete)
-            slope = known(fast, partial(_slope, ctx.tolerance, ctx.quadratic), (values, features), (mask, filtered))
-            to_values = grad * slope
+            slow = partial(_slope, ctx.plan, ctx.quadratic)
+            to_values = grad * known(fast, slow, (values, features), (mask, filtered, landmarks))
         if ctx.needs_input_grad[2]:
             partner = -values if ctx.quadratic else mask - values
-            to_features = _guide_gradient(grad * partner, values, features, ctx.tolerance)
+            to_features = _guide_gradient(grad * partner, values, features, ctx.plan)
         return to_values, None, to_features, None, None, None
 
     @staticmethod
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], values: Tensor, mask: Tensor, features: Tensor, *settings: Any
-    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         tensors = (fold(t, d, info.batch_size) for t, d in zip((values, mask, features), in_dims[:3], strict=True))
-        energy, filtered = PairwiseEnergy.apply(*tensors, *settings)
-        return (energy.unflatten(0, (info.batch_size, -1)), filtered.unflatten(0, (info.batch_size, -1))), (0, 0)
+        outputs = PairwiseEnergy.apply(*tensors, *settings)
+        return tuple(t.unflatten(0, (info.batch_size, -1)) for t in outputs), (0, 0, 0)
 
 
 def _slope(
-    tolerance: float, quadratic: bool, values: Tensor, features: Tensor, mask: Tensor, filtered: Tensor
+    plan: Plan,
+    quadratic: bool,
+    values: Tensor,
+    features: Tensor,
+    mask: Tensor,
+    filtered: Tensor,
+    landmarks: Tensor,
 ) -> Tensor:
     """Derivative of the energy with respect to the values: W m - 2 W v, or -2 W v."""
-    slope = -2 * Bilateral.apply(values, features, tolerance)
-    return slope if quadratic else slope + Bilateral.apply(mask, features, tolerance)
+    slope = -2 * BilateralWith.apply(values, features, landmarks, plan)
+    return slope if quadratic else slope + BilateralWith.apply(mask, features, landmarks, plan)
 
 
 def _slope_of_filtered(
-    quadratic: bool, complete: bool, values: Tensor, features: Tensor, mask: Tensor, filtered: Tensor
+    quadratic: bool,
+    complete: bool,
+    values: Tensor,
+    features: Tensor,
+    mask: Tensor,
+    filtered: Tensor,
+    landmarks: Tensor,
 ) -> Tensor:
     """The same from the saved output of the filter."""
     slope = -2 * filtered[:, : values.shape[1]]

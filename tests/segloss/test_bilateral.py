@@ -12,7 +12,7 @@ from torch import Tensor
 
 from segloss import bilateral_filter
 from segloss.bilateral import blocksparse, guide_features
-from segloss.bilateral.operator import Bilateral
+from segloss.bilateral.operator import Bilateral, Plan
 from segloss.bilateral.reference import gaussian_filter_reference, guide_gradient_reference
 
 CASES = ["a_24x20_k4_b2", "b_40x56_k21", "c_mask_40x56_k5", "d_onehot_17x13_k3_unit_image", "e_sigmoid_16x9_k2"]
@@ -106,7 +106,7 @@ def test_exact_filter_and_gradients_equal_the_definition(
     expected = gaussian_filter_reference(values, features)
     expected_grads = torch.autograd.grad(expected, (values, features), grad)
     cast = [t.detach().to(dtype).requires_grad_() for t in (values, features)]
-    filtered = Bilateral.apply(*cast, 0.0)
+    filtered = Bilateral.apply(*cast, Plan(width, "exact", 0.5, False, False))[0]
     grads = torch.autograd.grad(filtered, cast, grad.to(dtype))
     # Rounded features shift every distance d by about d eps |f|, which no filter of them can undo.
     rounding = torch.finfo(dtype).eps * (1 + features.detach().abs().max().item())
@@ -255,13 +255,22 @@ def test_the_narrowest_kernel_is_the_identity() -> None:
     torch.testing.assert_close(bilateral_filter(values, image, sigma_rgb=1e-35), values)
 
 
-def test_auto_is_exact_on_small_images_and_blocksparse_on_large_ones() -> None:
-    for side, method in ((16, "exact"), (64, "blocksparse")):
-        values, image = torch.rand(1, 2, side, side), picture("smooth", side, side).float()
-        auto = bilateral_filter(values, image, sigma_xy=5.0)
-        assert torch.equal(auto, bilateral_filter(values, image, sigma_xy=5.0, method=method))
-    exact = bilateral_filter(values, image, sigma_xy=5.0, method="exact")
-    assert 0 < relative_error(auto, exact.double()) < 1e-2
+@pytest.mark.parametrize(
+    ("kind", "side", "sigma_xy", "method"),
+    [
+        ("smooth", 16, 30.0, "exact"),  # few pixels
+        ("smooth", 50, 30.0, "blocksparse"),
+        ("smooth", 80, 30.0, "lowrank"),
+        ("smooth", 80, 5.0, "blocksparse"),  # a narrow kernel
+        ("noise", 80, 30.0, "blocksparse"),  # too many colours for low rank
+    ],
+)
+def test_auto_takes_the_method_that_suits_the_image(kind: str, side: int, sigma_xy: float, method: str) -> None:
+    values, image = torch.rand(1, 2, side, side), picture(kind, side, side).float()
+    auto = bilateral_filter(values, image, sigma_xy=sigma_xy)
+    assert torch.equal(auto, bilateral_filter(values, image, sigma_xy=sigma_xy, method=method))
+    exact = bilateral_filter(values, image, sigma_xy=sigma_xy, method="exact")
+    assert relative_error(auto, exact.double()) < 1e-2
 
 
 def test_result_does_not_depend_on_memory_layout_or_neighbours_in_the_batch() -> None:
@@ -301,8 +310,13 @@ def test_half_precision_and_autocast_are_computed_in_float32() -> None:
 
 def test_operators_are_registered_correctly() -> None:
     values, features = torch.randn(2, 3, 10, dtype=torch.float64), torch.randn(2, 5, 10, dtype=torch.float64)
-    torch.library.opcheck(torch.ops.segloss.bilateral.default, (values, features, 0.0))
-    torch.library.opcheck(torch.ops.segloss.bilateral_guide.default, (values, values, features, 1e-2))
+    for method in ("exact", "blocksparse", "auto"):
+        plan = Plan(5, method, 1e-2, False, False)
+        torch.library.opcheck(torch.ops.segloss.bilateral.default, (values, features, *plan))
+        _, landmarks = torch.ops.segloss.bilateral(values, features, *plan)
+        torch.library.opcheck(torch.ops.segloss.bilateral_with.default, (values, features, landmarks, *plan))
+        torch.library.opcheck(torch.ops.segloss.bilateral_guide.default, (values, values, features, *plan))
+    torch.library.opcheck(torch.ops.segloss.bilateral_error.default, (values, features, values))
 
 
 def test_compiles_into_one_graph_with_gradients_to_all_inputs() -> None:
@@ -366,8 +380,14 @@ def test_threads_and_random_numbers_stay_as_they_were() -> None:
         ({"sigma_xy": torch.tensor(-2.0)}, ValueError, "sigma_xy: expected a number above 0, got -2"),
         ({"sigma_xy": torch.ones(2)}, ValueError, r"sigma_xy: expected a number or a scalar tensor, got \[2\]"),
         ({"tolerance": 0.0}, ValueError, "tolerance: expected a finite number above 0 and below 1, got 0.0"),
-        ({"method": "fast"}, ValueError, "method: expected one of 'auto', 'exact', 'blocksparse', got 'fast'"),
-        ({"backend": "cuda"}, ValueError, "backend: expected one of 'auto', 'torch', got 'cuda'"),
+        (
+            {"method": "fast"},
+            ValueError,
+            "method: expected one of 'auto', 'exact', 'blocksparse', 'lowrank', got 'fast'",
+        ),
+        ({"precision": "half"}, ValueError, "precision: expected one of 'auto', 'float32', got 'half'"),
+        ({"backend": "triton"}, ValueError, "backend: expected a CUDA device for 'triton', got an image on cpu"),
+        ({"backend": "cuda"}, ValueError, "backend: expected one of 'auto', 'torch', 'triton', got 'cuda'"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(changes, error, message) -> None:  # type: ignore[no-untyped-def]

@@ -1,0 +1,235 @@
+"""A symmetric positive semi-definite kernel of low rank in place of the Gaussian one.
+
+With colours x and positions y, W_pq = exp(-|x_p - x_q|^2 / 2) exp(-|y_p - y_q|^2 / 2) is replaced by
+
+    W^ = A C A',    A = P o B,    C = G x (K + ridge)^-1
+
+where B_pm = exp(-|x_p - z_m|^2 / 2) for some landmark colours z (Nystroem's method) with K the same between landmarks,
+P are the constant and the linear functions on square blocks of pixels, and G is the spatial kernel projected onto them.
+The work is one matrix product for each block on the way to the core, A' v, and one on the way back: linear in the
+number of pixels. Blocks are large where the spatial kernel is smooth, which makes the products several times smaller
+than with the eigenvectors of the spatial kernel. B holds exponentials, all in [0, 1], and the inverse is regularised:
+so bfloat16 is accurate enough for the large products.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from segloss.bilateral.error import sample_pixels, sampled_error
+from segloss.bilateral.gaussian import gaussian, is_compact, squared_distances
+from segloss.bilateral.landmarks import choose_landmarks
+
+_SMALLEST_BLOCK, _LARGEST_BLOCK = 4, 32  # pixels a side, in "auto" and always
+_CHUNK = {"cpu": 1 << 18}  # exponentials at a time: they stay in cache
+_CHUNK_ELSEWHERE = 1 << 27
+_LARGEST_CORE = 1 << 26  # numbers at a time on the way to the core
+MOST_LANDMARKS = 512
+_SHARE, _LEAST_SHARE = 0.12, 0.03  # error of filtered probabilities / residual: usual on photographs, least seen
+_SAFE = 0.8  # of the tolerance, for what the estimate of the error may miss
+_EXHAUSTED = 1e-5  # residual below which more landmarks change nothing
+_LEAST_FOR_BFLOAT16 = 5e-3  # tolerance
+_RIDGE = {torch.float32: 1e-3, torch.float64: 1e-8}
+
+
+class Axis(NamedTuple):
+    """The spatial kernel along one side of an image, cut into blocks: of each, a constant and a linear function."""
+
+    functions: Tensor  # [degree, block], orthonormal
+    vectors: Tensor  # [blocks, degree, R]: their product with their transpose is the projected kernel
+
+
+def _axis(length: int, block: int, step: float, cutoff: float) -> Axis:
+    """``step``: between neighbours, in units of sigma; ``cutoff``: eigenvalues left out, as a share of the largest.
+
+    The projection is orthogonal: the kernel stays positive semi-definite and is the best that the functions allow.
+    """
+    blocks, degree = -(-length // block), min(2, block)
+    place = torch.arange(blocks * block, dtype=torch.float64)
+    kernel = torch.exp((place[:, None] - place).mul_(step).square_().div_(-2))
+    powers = (place[:block, None] - (block - 1) / 2) ** torch.arange(degree)
+    functions = torch.linalg.qr(powers)[0].t().contiguous()
+    kernel = kernel.view(blocks, block, blocks, block)
+    projected = torch.einsum("ip,apbq,jq->aibj", functions, kernel, functions)
+    values, vectors = torch.linalg.eigh(projected.reshape(blocks * degree, -1))
+    kept = values > cutoff * values[-1]
+    return Axis(functions, (vectors[:, kept] * values[kept].sqrt()).view(blocks, degree, -1))
+
+
+def block_side(step: float, tolerance: float) -> int:
+    """Pixels a side; linear functions are off by about .03 (block / sigma)^2, which may be a third of the tolerance."""
+    return max(1, min(_LARGEST_BLOCK, int(math.sqrt(10 * tolerance) / max(step, 1e-6))))
+
+
+class LowRank:
+    """W^ of one image; ``dtype`` is that of the large products."""
+
+    def __init__(self, features: Tensor, width: int, landmarks: Tensor, tolerance: float, dtype: torch.dtype) -> None:
+        """``features [C + 2, N]`` are colour and position as of :func:`guide_features`, ``landmarks`` ``[M, C]``."""
+        colour, self.width, self.height = features[:-2], width, features.shape[1] // width
+        self.landmarks, self.dtype = landmarks, dtype
+        step = spacing(features, width)
+        self.block = block = block_side(step, tolerance)
+        down, right = (_axis(n, block, step, tolerance / 10) for n in (self.height, self.width))
+        self.rows, self.columns = len(down.vectors), len(right.vectors)
+        self.compact = is_compact(colour)
+        self.inverse = self._inverse()
+        self._set_functions(down, right)
+        blocks = self._blocks(colour)
+        self.colour = blocks.permute(1, 3, 2, 4, 0).reshape(self.rows, self.columns, block**2, -1)
+
+    def _inverse(self) -> Tensor:
+        """(K + ridge)^-1 in float64."""
+        z = self.landmarks.double()
+        kernel = squared_distances(z, z).div_(-2).exp_()
+        kernel.diagonal().add_(_RIDGE[self.landmarks.dtype])
+        return torch.cholesky_inverse(torch.linalg.cholesky(kernel))
+
+    def _set_functions(self, down: Axis, right: Axis) -> None:
+        """The functions of a block are products of total degree below 2: constant, and linear in one direction."""
+        degree = len(down.functions)
+        self.powers = [(i, j) for i in range(degree) for j in range(degree) if i + j < 2]
+        products = [torch.outer(down.functions[i], right.functions[j]).flatten() for i, j in self.powers]
+        self.functions = torch.stack(products).to(self.landmarks)  # [F, block^2]
+        across = right.vectors.new_zeros(self.columns, len(self.powers), degree, right.vectors.shape[2])
+        for f, (i, j) in enumerate(self.powers):
+            across[:, f, i] = right.vectors[:, j]
+        self.across = across.flatten(2).flatten(0, 1).to(self.landmarks)  # [columns F, degree R_x]
+        self.down = down.vectors.to(self.landmarks)  # [rows, degree, R_y]
+        self.right = right.vectors.to(self.landmarks)
+
+    def _blocks(self, maps: Tensor) -> Tensor:
+        """``[K, N]`` to ``[K, rows, block, columns, block]``, with zeros beyond the image."""
+        block = self.block
+        beyond = (0, self.columns * block - self.width, 0, self.rows * block - self.height)
+        padded = F.pad(maps.view(len(maps), self.height, self.width), beyond)
+        return padded.view(len(maps), self.rows, block, self.columns, block)
+
+    def _chunks(self) -> list[slice]:
+        """Blocks of a row that are handled at a time."""
+        chunk = _CHUNK.get(self.landmarks.device.type, _CHUNK_ELSEWHERE)
+        step = max(1, chunk // (self.block**2 * len(self.landmarks)))
+        return [slice(first, first + step) for first in range(0, self.columns, step)]
+
+    def _exponentials(self, row: int, part: slice) -> Tensor:
+        """B of some blocks, ``[blocks, block^2, M]``."""
+        x = self.colour[row, part]
+        weights = gaussian(x.flatten(0, 1), self.landmarks, compact=self.compact)
+        return weights.view(*x.shape[:2], -1).to(self.dtype)
+
+    def parts(self, values: Tensor) -> tuple[Tensor, ...]:
+        """Channels that are handled at a time."""
+        each = self.rows * self.across.shape[1] * len(self.landmarks)
+        return values.split(max(1, _LARGEST_CORE // each))
+
+    def gather(self, values: Tensor) -> Tensor:
+        """A' v, ``[K, N]`` to ``[R_y, R_x, K, M]``."""
+        classes, most = len(values), len(self.landmarks)
+        blocks = self._blocks(values)
+        sums = values.new_empty(self.rows, self.across.shape[1], classes * most)
+        for row in range(self.rows):
+            products = []
+            for part in self._chunks():
+                v = blocks[:, row, :, part].permute(2, 0, 1, 3).reshape(-1, 1, classes, self.block**2)
+                v = (v * self.functions[:, None]).flatten(1, 2).to(self.dtype)
+                products.append(torch.bmm(v, self._exponentials(row, part)))
+            sums[row] = self.across.t() @ torch.cat(products).to(sums.dtype).view(len(self.across), -1)
+        core = self.down.flatten(0, 1).t() @ sums.view(self.rows * self.down.shape[1], -1)
+        return core.view(len(core), -1, classes, most)
+
+    def solve(self, core: Tensor) -> Tensor:
+        """(K + ridge)^-1 from the right, in float64."""
+        return (core.double() @ self.inverse).to(core.dtype)
+
+    def expand(self, core: Tensor) -> Tensor:
+        """A c, ``[R_y, R_x, K, M]`` to ``[K, N]``."""
+        classes, most = core.shape[2:]
+        sums = (self.down.flatten(0, 1) @ core.flatten(1)).view(self.rows, -1, classes * most)
+        out = core.new_empty(classes, self.rows, self.block, self.columns, self.block)
+        for row in range(self.rows):
+            products = (self.across @ sums[row]).view(self.columns, -1, most).to(self.dtype)
+            for part in self._chunks():
+                filtered = torch.bmm(products[part], self._exponentials(row, part).transpose(1, 2))
+                filtered = filtered.view(-1, len(self.functions), classes, self.block**2) * self.functions[:, None]
+                blocks = filtered.sum(1).view(-1, classes, self.block, self.block)
+                out[:, row, :, part] = blocks.permute(1, 2, 0, 3)
+        image = out.view(classes, self.rows * self.block, -1)[:, : self.height, : self.width]
+        return image.reshape(classes, -1)
+
+    def expand_at(self, core: Tensor, pixels: Tensor) -> Tensor:
+        """The same at some pixels ``[P]`` only, ``[K, P]``."""
+        y, x = pixels // self.width, pixels % self.width
+        row, column = y // self.block, x // self.block
+        inside = y % self.block * self.block + x % self.block
+        space = core.new_zeros(len(pixels), core.shape[0], core.shape[1])
+        for function, (i, j) in zip(self.functions, self.powers, strict=True):
+            space += function[inside, None, None] * self.down[row, i, :, None] * self.right[column, j, None]
+        weights = gaussian(self.colour[row, column, inside], self.landmarks, compact=self.compact)
+        products = (space.flatten(1) @ core.flatten(2).flatten(0, 1)).view(len(pixels), *core.shape[2:])
+        return torch.einsum("pkm,pm->kp", products, weights)
+
+
+def spacing(features: Tensor, width: int) -> float:
+    """Distance between neighbouring pixels in units of sigma_xy; 0 for a single pixel."""
+    if features.shape[1] == 1:
+        return 0.0
+    return (features[-1, 1] - features[-1, 0] if width > 1 else features[-2, 1] - features[-2, 0]).item()
+
+
+def choose(
+    values: Tensor, features: Tensor, width: int, tolerance: float, full: bool, *, quick: bool
+) -> tuple[Tensor | None, Tensor, float]:
+    """``values [K, N]`` times W^, with as few landmarks as the tolerance allows.
+
+    The residual of the colour kernel makes a first guess, and the error on some pixels (:func:`sampled_error`) the
+    verdict: on failure the next try has more landmarks. ``quick`` gives up where the residual leaves no hope.
+
+    Returns:
+        The product, or None where it misses the tolerance; the landmarks; the error as measured last.
+    """
+    residual, dtype = tolerance / _SHARE, _product_dtype(values, tolerance, full)
+    pixels = sample_pixels(features.shape[1]).to(features.device)
+    while True:
+        landmarks, left = choose_landmarks(features[:-2], residual, MOST_LANDMARKS)
+        reached = left[-1].item()
+        if quick and reached * _LEAST_SHARE > tolerance:
+            return None, landmarks, math.inf
+        kernel = LowRank(features, width, landmarks, tolerance, dtype)
+        cores = [kernel.solve(kernel.gather(part)) for part in kernel.parts(values)]
+        at_pixels = torch.cat([kernel.expand_at(core, pixels) for core in cores])
+        error = sampled_error(values, features, at_pixels, pixels)
+        if error <= _SAFE * tolerance:
+            return torch.cat([kernel.expand(core) for core in cores]), landmarks, error
+        if reached > residual or residual < _EXHAUSTED or not math.isfinite(error):
+            return None, landmarks, error
+        residual = min(residual, reached) * min(0.7, 0.7 * tolerance / error)
+
+
+def filter_with(
+    values: Tensor, features: Tensor, width: int, landmarks: Tensor, tolerance: float, full: bool
+) -> Tensor:
+    """``values [K, N]`` times the W^ of given landmarks."""
+    kernel = LowRank(features, width, landmarks, tolerance, _product_dtype(values, tolerance, full))
+    return torch.cat([kernel.expand(kernel.solve(kernel.gather(part))) for part in kernel.parts(values)])
+
+
+def is_worth_trying(features: Tensor, width: int, tolerance: float) -> bool:
+    """Whether the blocks are large enough to make the method faster than visiting pairs of pixels."""
+    return block_side(spacing(features, width), tolerance) >= _SMALLEST_BLOCK
+
+
+def _product_dtype(values: Tensor, tolerance: float, full: bool) -> torch.dtype:
+    """bfloat16 where it is fast and its error, about 2e-3, fits the tolerance."""
+    if full or values.dtype != torch.float32 or tolerance < _LEAST_FOR_BFLOAT16 or not _fast_bfloat16(values.device):
+        return values.dtype
+    return torch.bfloat16
+
+
+def _fast_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    has = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # private: older versions of torch lack it
+    return device.type == "cpu" and has is not None and has()
