@@ -5,7 +5,7 @@ With colours x and positions y, W_pq = exp(-|x_p - x_q|^2 / 2) exp(-|y_p - y_q|^
     W^ = A C A',    A = P o B,    C = G x (K + ridge)^-1
 
 where B_pm = exp(-|x_p - z_m|^2 / 2) for some landmark colours z (Nystroem's method) with K the same between landmarks,
-P are the constant and the linear functions on square blocks of pixels, and G is the spatial kernel projected onto them.
+P are the constant and the linear functions on blocks of pixels, and G is the spatial kernel projected onto them.
 The work is one matrix product for each block on the way to the core, A' v, and one on the way back: linear in the
 number of pixels. Blocks are large where the spatial kernel is smooth, which makes the products several times smaller
 than with the eigenvectors of the spatial kernel. B holds exponentials, all in [0, 1], and the inverse is regularised:
@@ -24,12 +24,13 @@ from segloss.bilateral.gaussian import gaussian, is_compact, squared_distances
 from segloss.bilateral.landmarks import choose_landmarks
 
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 4, 32  # pixels a side, in "auto" and always
-_CHUNK = {"cpu": 1 << 18}  # exponentials at a time: they stay in cache
+_CHUNK = {"cpu": 1 << 19}  # exponentials at a time: they stay in cache
 _CHUNK_ELSEWHERE = 1 << 27
 _LARGEST_CORE = 1 << 26  # numbers at a time on the way to the core
 MOST_LANDMARKS = 512
-_SHARE, _LEAST_SHARE = 0.12, 0.03  # error of filtered probabilities / residual: usual on photographs, least seen
 _SAFE = 0.8  # of the tolerance, for what the estimate of the error may miss
+_SHARES = (0.35, 0.04)  # error of filtered probabilities / squared residual and / residual, on photographs
+_HOPELESS = 0.03  # error / residual is never less
 _EXHAUSTED = 1e-5  # residual below which more landmarks change nothing
 _LEAST_FOR_BFLOAT16 = 5e-3  # tolerance
 _RIDGE = {torch.float32: 1e-3, torch.float64: 1e-8}
@@ -38,15 +39,17 @@ _RIDGE = {torch.float32: 1e-3, torch.float64: 1e-8}
 class Axis(NamedTuple):
     """The spatial kernel along one side of an image, cut into blocks: of each, a constant and a linear function."""
 
-    functions: Tensor  # [degree, block], orthonormal
+    functions: Tensor  # [degree, width of a block], orthonormal
     vectors: Tensor  # [blocks, degree, R]: their product with their transpose is the projected kernel
 
 
-def _axis(length: int, block: int, step: float, cutoff: float) -> Axis:
+def _axis(length: int, side: float, step: float, cutoff: float) -> Axis:
     """``step``: between neighbours, in units of sigma; ``cutoff``: eigenvalues left out, as a share of the largest.
 
-    The projection is orthogonal: the kernel stays positive semi-definite and is the best that the functions allow.
+    Blocks are about ``side`` pixels wide, of equal width; the last may reach beyond the image. The projection is
+    orthogonal: the kernel stays positive semi-definite and is the best that the functions allow.
     """
+    block = -(-length // max(1, round(length / side)))
     blocks, degree = -(-length // block), min(2, block)
     place = torch.arange(blocks * block, dtype=torch.float64)
     kernel = torch.exp((place[:, None] - place).mul_(step).square_().div_(-2))
@@ -59,9 +62,9 @@ def _axis(length: int, block: int, step: float, cutoff: float) -> Axis:
     return Axis(functions, (vectors[:, kept] * values[kept].sqrt()).view(blocks, degree, -1))
 
 
-def block_side(step: float, tolerance: float) -> int:
+def block_side(step: float, tolerance: float) -> float:
     """Pixels a side; linear functions are off by about .03 (block / sigma)^2, which may be a third of the tolerance."""
-    return max(1, min(_LARGEST_BLOCK, int(math.sqrt(10 * tolerance) / max(step, 1e-6))))
+    return max(1.0, min(_LARGEST_BLOCK, math.sqrt(10 * tolerance) / max(step, 1e-6)))
 
 
 class LowRank:
@@ -72,14 +75,15 @@ class LowRank:
         colour, self.width, self.height = features[:-2], width, features.shape[1] // width
         self.landmarks, self.dtype = landmarks, dtype
         step = spacing(features, width)
-        self.block = block = block_side(step, tolerance)
-        down, right = (_axis(n, block, step, tolerance / 10) for n in (self.height, self.width))
+        side = block_side(step, tolerance)
+        down, right = (_axis(n, side, step, tolerance / 10) for n in (self.height, self.width))
+        self.block = down.functions.shape[1], right.functions.shape[1]
+        self.area = math.prod(self.block)  # of a block, in pixels
         self.rows, self.columns = len(down.vectors), len(right.vectors)
         self.compact = is_compact(colour)
         self.inverse = self._inverse()
         self._set_functions(down, right)
-        blocks = self._blocks(colour)
-        self.colour = blocks.permute(1, 3, 2, 4, 0).reshape(self.rows, self.columns, block**2, -1)
+        self.colour = self._blocks(colour).permute(1, 3, 2, 4, 0).reshape(self.rows, self.columns, self.area, -1)
 
     def _inverse(self) -> Tensor:
         """(K + ridge)^-1 in float64."""
@@ -91,9 +95,9 @@ class LowRank:
     def _set_functions(self, down: Axis, right: Axis) -> None:
         """The functions of a block are products of total degree below 2: constant, and linear in one direction."""
         degree = len(down.functions)
-        self.powers = [(i, j) for i in range(degree) for j in range(degree) if i + j < 2]
+        self.powers = [(i, j) for i in range(degree) for j in range(len(right.functions)) if i + j < 2]
         products = [torch.outer(down.functions[i], right.functions[j]).flatten() for i, j in self.powers]
-        self.functions = torch.stack(products).to(self.landmarks)  # [F, block^2]
+        self.functions = torch.stack(products).to(self.landmarks)  # [F, area]
         across = right.vectors.new_zeros(self.columns, len(self.powers), degree, right.vectors.shape[2])
         for f, (i, j) in enumerate(self.powers):
             across[:, f, i] = right.vectors[:, j]
@@ -102,20 +106,21 @@ class LowRank:
         self.right = right.vectors.to(self.landmarks)
 
     def _blocks(self, maps: Tensor) -> Tensor:
-        """``[K, N]`` to ``[K, rows, block, columns, block]``, with zeros beyond the image."""
-        block = self.block
-        beyond = (0, self.columns * block - self.width, 0, self.rows * block - self.height)
-        padded = F.pad(maps.view(len(maps), self.height, self.width), beyond)
-        return padded.view(len(maps), self.rows, block, self.columns, block)
+        """``[K, N]`` to ``[K, rows, height, columns, width]`` of blocks, with zeros beyond the image."""
+        down, right = self.block
+        beyond = (0, self.columns * right - self.width, 0, self.rows * down - self.height)
+        image = maps.view(len(maps), self.height, self.width)
+        padded = F.pad(image, beyond) if any(beyond) else image
+        return padded.view(len(maps), self.rows, down, self.columns, right)
 
     def _chunks(self) -> list[slice]:
         """Blocks of a row that are handled at a time."""
         chunk = _CHUNK.get(self.landmarks.device.type, _CHUNK_ELSEWHERE)
-        step = max(1, chunk // (self.block**2 * len(self.landmarks)))
+        step = max(1, chunk // (self.area * len(self.landmarks)))
         return [slice(first, first + step) for first in range(0, self.columns, step)]
 
     def _exponentials(self, row: int, part: slice) -> Tensor:
-        """B of some blocks, ``[blocks, block^2, M]``."""
+        """B of some blocks, ``[blocks, area, M]``."""
         x = self.colour[row, part]
         weights = gaussian(x.flatten(0, 1), self.landmarks, compact=self.compact)
         return weights.view(*x.shape[:2], -1).to(self.dtype)
@@ -133,7 +138,7 @@ class LowRank:
         for row in range(self.rows):
             products = []
             for part in self._chunks():
-                v = blocks[:, row, :, part].permute(2, 0, 1, 3).reshape(-1, 1, classes, self.block**2)
+                v = blocks[:, row, :, part].permute(2, 0, 1, 3).reshape(-1, 1, classes, self.area)
                 v = (v * self.functions[:, None]).flatten(1, 2).to(self.dtype)
                 products.append(torch.bmm(v, self._exponentials(row, part)))
             sums[row] = self.across.t() @ torch.cat(products).to(sums.dtype).view(len(self.across), -1)
@@ -148,22 +153,24 @@ class LowRank:
         """A c, ``[R_y, R_x, K, M]`` to ``[K, N]``."""
         classes, most = core.shape[2:]
         sums = (self.down.flatten(0, 1) @ core.flatten(1)).view(self.rows, -1, classes * most)
-        out = core.new_empty(classes, self.rows, self.block, self.columns, self.block)
+        down, right = self.block
+        out = core.new_empty(classes, self.rows, down, self.columns, right)
         for row in range(self.rows):
             products = (self.across @ sums[row]).view(self.columns, -1, most).to(self.dtype)
             for part in self._chunks():
                 filtered = torch.bmm(products[part], self._exponentials(row, part).transpose(1, 2))
-                filtered = filtered.view(-1, len(self.functions), classes, self.block**2) * self.functions[:, None]
-                blocks = filtered.sum(1).view(-1, classes, self.block, self.block)
+                filtered = filtered.view(-1, len(self.functions), classes, self.area) * self.functions[:, None]
+                blocks = filtered.sum(1).view(-1, classes, down, right)
                 out[:, row, :, part] = blocks.permute(1, 2, 0, 3)
-        image = out.view(classes, self.rows * self.block, -1)[:, : self.height, : self.width]
+        image = out.view(classes, self.rows * down, -1)[:, : self.height, : self.width]
         return image.reshape(classes, -1)
 
     def expand_at(self, core: Tensor, pixels: Tensor) -> Tensor:
         """The same at some pixels ``[P]`` only, ``[K, P]``."""
         y, x = pixels // self.width, pixels % self.width
-        row, column = y // self.block, x // self.block
-        inside = y % self.block * self.block + x % self.block
+        down, right = self.block
+        row, column = y // down, x // right
+        inside = y % down * right + x % right
         space = core.new_zeros(len(pixels), core.shape[0], core.shape[1])
         for function, (i, j) in zip(self.functions, self.powers, strict=True):
             space += function[inside, None, None] * self.down[row, i, :, None] * self.right[column, j, None]
@@ -190,12 +197,12 @@ def choose(
     Returns:
         The product, or None where it misses the tolerance; the landmarks; the error as measured last.
     """
-    residual, dtype = tolerance / _SHARE, _product_dtype(values, tolerance, full)
+    residual, dtype = _residual_for(_SAFE * tolerance), _product_dtype(values, tolerance, full)
     pixels = sample_pixels(features.shape[1]).to(features.device)
     while True:
         landmarks, left = choose_landmarks(features[:-2], residual, MOST_LANDMARKS)
         reached = left[-1].item()
-        if quick and reached * _LEAST_SHARE > tolerance:
+        if quick and reached * _HOPELESS > tolerance:
             return None, landmarks, math.inf
         kernel = LowRank(features, width, landmarks, tolerance, dtype)
         cores = [kernel.solve(kernel.gather(part)) for part in kernel.parts(values)]
@@ -206,6 +213,12 @@ def choose(
         if reached > residual or residual < _EXHAUSTED or not math.isfinite(error):
             return None, landmarks, error
         residual = min(residual, reached) * min(0.7, 0.7 * tolerance / error)
+
+
+def _residual_for(error: float) -> float:
+    """The residual at which the error is to be expected."""
+    square, linear = _SHARES
+    return (math.sqrt(linear**2 + 4 * square * error) - linear) / (2 * square)
 
 
 def filter_with(

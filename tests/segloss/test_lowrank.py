@@ -134,18 +134,18 @@ def test_it_is_the_product_of_its_parts() -> None:
     side, sigma = 20, 20.0
     image = photograph("coffee", side)
     kernel = kernel_of(image, 0.01, 0.2, sigma)
-    assert kernel.block == 6  # the last block of a side is cut off
-    place = torch.arange(24, dtype=torch.float64)
-    constant = (place[:, None] // 6 == torch.arange(4)).double()
-    linear = constant * (place % 6 - 2.5)[:, None]
+    assert kernel.block == (7, 7)  # the last block of a side is cut off
+    place = torch.arange(21, dtype=torch.float64)
+    constant = (place[:, None] // 7 == torch.arange(3)).double()
+    linear = constant * (place % 7 - 3)[:, None]
     space = [
-        torch.einsum("yi,xj->yxij", u, v).reshape(24**2, -1) for u, v in ((constant, constant), (constant, linear))
+        torch.einsum("yi,xj->yxij", u, v).reshape(21**2, -1) for u, v in ((constant, constant), (constant, linear))
     ]
-    space.append(torch.einsum("yi,xj->yxij", linear, constant).reshape(24**2, -1))
+    space.append(torch.einsum("yi,xj->yxij", linear, constant).reshape(21**2, -1))
     base = torch.linalg.qr(torch.cat(space, 1))[0]
     along = torch.exp(-(place[:, None] - place).square() / (2 * sigma**2))
-    exact = torch.einsum("yz,xw->yxzw", along, along).reshape(24**2, 24**2)
-    projected = (base @ (base.t() @ exact @ base) @ base.t()).view(24, 24, 24, 24)[:side, :side, :side, :side]
+    exact = torch.einsum("yz,xw->yxzw", along, along).reshape(21**2, 21**2)
+    projected = (base @ (base.t() @ exact @ base) @ base.t()).view(21, 21, 21, 21)[:side, :side, :side, :side]
     colour = guide_features(image, 0.2, sigma)[0, :-2].t()
     z = kernel.landmarks
     nystroem = gaussian(colour, z, compact=False)
