@@ -136,7 +136,9 @@ def potts_crf(
     features = guide_features(guide, sigma_rgb, sigma_xy)
     values, flat_mask = (mask * probability).flatten(2), mask.flatten(2)
     if gate is None:
-        energy = PairwiseEnergy.apply(values, flat_mask, features, plan, form == "quadratic", from_logits)[0]
+        value_only = not (torch.is_grad_enabled() and (values.requires_grad or features.requires_grad))
+        quadratic = form == "quadratic"
+        energy = PairwiseEnergy.apply(values, flat_mask, features, plan, quadratic, from_logits, value_only)[0]
     else:
         partner = -values if form == "quadratic" else flat_mask - values
         weighted = gate.detach().to(dtype).flatten(1)[:, None] * partner

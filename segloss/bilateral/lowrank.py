@@ -113,35 +113,38 @@ class LowRank:
         padded = F.pad(image, beyond) if any(beyond) else image
         return padded.view(len(maps), self.rows, down, self.columns, right)
 
-    def _chunks(self) -> list[slice]:
-        """Blocks of a row that are handled at a time."""
+    def _chunks(self) -> list[tuple[slice, list[slice]]]:
+        """Rows of blocks that are handled at a time, and blocks of each of them."""
         chunk = _CHUNK.get(self.landmarks.device.type, _CHUNK_ELSEWHERE)
-        step = max(1, chunk // (self.area * len(self.landmarks)))
-        return [slice(first, first + step) for first in range(0, self.columns, step)]
+        blocks = max(1, chunk // (self.area * len(self.landmarks)))
+        rows = max(1, blocks // self.columns)
+        parts = [slice(first, first + blocks) for first in range(0, self.columns, blocks)]
+        return [(slice(first, first + rows), parts) for first in range(0, self.rows, rows)]
 
-    def _exponentials(self, row: int, part: slice) -> Tensor:
-        """B of some blocks, ``[blocks, area, M]``."""
-        x = self.colour[row, part]
-        weights = gaussian(x.flatten(0, 1), self.landmarks, compact=self.compact)
-        return weights.view(*x.shape[:2], -1).to(self.dtype)
+    def _exponentials(self, rows: slice, part: slice) -> Tensor:
+        """B of some blocks, ``[rows, blocks, area, M]``."""
+        x = self.colour[rows, part]
+        weights = gaussian(x.flatten(0, 2), self.landmarks, compact=self.compact)
+        return weights.view(*x.shape[:3], -1).to(self.dtype)
 
-    def parts(self, values: Tensor) -> tuple[Tensor, ...]:
-        """Channels that are handled at a time."""
+    def parts(self, tensor: Tensor, dim: int) -> tuple[Tensor, ...]:
+        """The channels that are handled at a time."""
         each = self.rows * self.across.shape[1] * len(self.landmarks)
-        return values.split(max(1, _LARGEST_CORE // each))
+        return tensor.split(max(1, _LARGEST_CORE // each), dim)
 
     def gather(self, values: Tensor) -> Tensor:
         """A' v, ``[K, N]`` to ``[R_y, R_x, K, M]``."""
         classes, most = len(values), len(self.landmarks)
         blocks = self._blocks(values)
         sums = values.new_empty(self.rows, self.across.shape[1], classes * most)
-        for row in range(self.rows):
+        for rows, parts in self._chunks():
             products = []
-            for part in self._chunks():
-                v = blocks[:, row, :, part].permute(2, 0, 1, 3).reshape(-1, 1, classes, self.area)
-                v = (v * self.functions[:, None]).flatten(1, 2).to(self.dtype)
-                products.append(torch.bmm(v, self._exponentials(row, part)))
-            sums[row] = self.across.t() @ torch.cat(products).to(sums.dtype).view(len(self.across), -1)
+            for part in parts:
+                v = blocks[:, rows, :, part].permute(1, 3, 0, 2, 4)
+                v = v.reshape(*v.shape[:2], 1, classes, self.area) * self.functions[:, None]
+                products.append(v.flatten(2, 3).to(self.dtype) @ self._exponentials(rows, part))
+            along = torch.cat(products, 1).to(sums.dtype).view(-1, len(self.across), classes * most)
+            torch.matmul(self.across.t(), along, out=sums[rows])
         core = self.down.flatten(0, 1).t() @ sums.view(self.rows * self.down.shape[1], -1)
         return core.view(len(core), -1, classes, most)
 
@@ -152,16 +155,15 @@ class LowRank:
     def expand(self, core: Tensor) -> Tensor:
         """A c, ``[R_y, R_x, K, M]`` to ``[K, N]``."""
         classes, most = core.shape[2:]
-        sums = (self.down.flatten(0, 1) @ core.flatten(1)).view(self.rows, -1, classes * most)
         down, right = self.block
+        sums = (self.down.flatten(0, 1) @ core.flatten(1)).view(self.rows, -1, classes * most)
         out = core.new_empty(classes, self.rows, down, self.columns, right)
-        for row in range(self.rows):
-            products = (self.across @ sums[row]).view(self.columns, -1, most).to(self.dtype)
-            for part in self._chunks():
-                filtered = torch.bmm(products[part], self._exponentials(row, part).transpose(1, 2))
-                filtered = filtered.view(-1, len(self.functions), classes, self.area) * self.functions[:, None]
-                blocks = filtered.sum(1).view(-1, classes, down, right)
-                out[:, row, :, part] = blocks.permute(1, 2, 0, 3)
+        for rows, parts in self._chunks():
+            along = (self.across @ sums[rows]).view(-1, self.columns, len(self.functions) * classes, most)
+            for part in parts:
+                filtered = along[:, part].to(self.dtype) @ self._exponentials(rows, part).transpose(2, 3)
+                filtered = filtered.unflatten(2, (-1, classes)) * self.functions[:, None]
+                out[:, rows, :, part] = filtered.sum(2).unflatten(3, self.block).permute(2, 0, 3, 1, 4)
         image = out.view(classes, self.rows * down, -1)[:, : self.height, : self.width]
         return image.reshape(classes, -1)
 
@@ -186,16 +188,38 @@ def spacing(features: Tensor, width: int) -> float:
     return (features[-1, 1] - features[-1, 0] if width > 1 else features[-2, 1] - features[-2, 0]).item()
 
 
+class Product(NamedTuple):
+    """W^ v, on its way between core and pixels."""
+
+    kernel: LowRank
+    gathered: Tensor  # A' v, [R_y, R_x, K, M]
+    solved: Tensor  # C A' v in the same basis
+
+    def filtered(self) -> Tensor:
+        """``[K, N]``."""
+        return torch.cat([self.kernel.expand(part) for part in self.kernel.parts(self.solved, 2)])
+
+    def at(self, pixels: Tensor) -> Tensor:
+        """``[K, P]``."""
+        return torch.cat([self.kernel.expand_at(part, pixels) for part in self.kernel.parts(self.solved, 2)])
+
+
+def multiply(kernel: LowRank, values: Tensor) -> Product:
+    """``values [K, N]`` times W^."""
+    gathered = torch.cat([kernel.gather(part) for part in kernel.parts(values, 0)], 2)
+    return Product(kernel, gathered, kernel.solve(gathered))
+
+
 def choose(
     values: Tensor, features: Tensor, width: int, tolerance: float, full: bool, *, quick: bool
-) -> tuple[Tensor | None, Tensor, float]:
+) -> tuple[Product | None, float]:
     """``values [K, N]`` times W^, with as few landmarks as the tolerance allows.
 
     The residual of the colour kernel makes a first guess, and the error on some pixels (:func:`sampled_error`) the
     verdict: on failure the next try has more landmarks. ``quick`` gives up where the residual leaves no hope.
 
     Returns:
-        The product, or None where it misses the tolerance; the landmarks; the error as measured last.
+        The product, or None where it misses the tolerance; the error as measured last.
     """
     residual, dtype = _residual_for(_SAFE * tolerance), _product_dtype(values, tolerance, full)
     pixels = sample_pixels(features.shape[1]).to(features.device)
@@ -203,15 +227,13 @@ def choose(
         landmarks, left = choose_landmarks(features[:-2], residual, MOST_LANDMARKS)
         reached = left[-1].item()
         if quick and reached * _HOPELESS > tolerance:
-            return None, landmarks, math.inf
-        kernel = LowRank(features, width, landmarks, tolerance, dtype)
-        cores = [kernel.solve(kernel.gather(part)) for part in kernel.parts(values)]
-        at_pixels = torch.cat([kernel.expand_at(core, pixels) for core in cores])
-        error = sampled_error(values, features, at_pixels, pixels)
+            return None, math.inf
+        product = multiply(LowRank(features, width, landmarks, tolerance, dtype), values)
+        error = sampled_error(values, features, product.at(pixels), pixels)
         if error <= _SAFE * tolerance:
-            return torch.cat([kernel.expand(core) for core in cores]), landmarks, error
+            return product, error
         if reached > residual or residual < _EXHAUSTED or not math.isfinite(error):
-            return None, landmarks, error
+            return None, error
         residual = min(residual, reached) * min(0.7, 0.7 * tolerance / error)
 
 
@@ -225,8 +247,8 @@ def filter_with(
     values: Tensor, features: Tensor, width: int, landmarks: Tensor, tolerance: float, full: bool
 ) -> Tensor:
     """``values [K, N]`` times the W^ of given landmarks."""
-    kernel = LowRank(features, width, landmarks, tolerance, _product_dtype(values, tolerance, full))
-    return torch.cat([kernel.expand(kernel.solve(kernel.gather(part))) for part in kernel.parts(values)])
+    dtype = _product_dtype(values, tolerance, full)
+    return multiply(LowRank(features, width, landmarks, tolerance, dtype), values).filtered()
 
 
 def is_worth_trying(features: Tensor, width: int, tolerance: float) -> bool:

@@ -53,22 +53,54 @@ def _no_landmarks(features: Tensor) -> Tensor:
 def _choose(values: Tensor, features: Tensor, landmarks: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     """Filter each image by low rank, or else by tiles; its landmarks become the first of the ``landmarks`` given."""
     filtered = torch.empty_like(values, memory_format=torch.contiguous_format)
-    for b, image in enumerate(features):
-        result, asked = None, plan.method == "lowrank"
-        if asked or lowrank.is_worth_trying(image, plan.width, plan.tolerance):
-            result, chosen, error = lowrank.choose(
-                values[b], image, plan.width, plan.tolerance, plan.full, quick=not asked
-            )
-            if result is not None:
-                landmarks[b, : len(chosen)] = chosen
-            elif asked:
-                raise ToleranceError(
-                    f"method: 'lowrank' cannot reach tolerance={plan.tolerance:g} on image {b}, its error is about "
-                    f"{error:.2g}; expected a tolerance above that, or another method"
-                )
-        one = slice(b, b + 1)
-        filtered[b] = _by_tiles(values[one], features[one], plan)[0] if result is None else result
+    for b in range(len(values)):
+        product = _low_rank(values, features, b, plan)
+        if product is None:
+            filtered[b] = _by_tiles(values[b : b + 1], features[b : b + 1], plan)[0]
+        else:
+            filtered[b] = product.filtered()
+            landmarks[b, : len(product.kernel.landmarks)] = product.kernel.landmarks
     return filtered, landmarks
+
+
+def _low_rank(values: Tensor, features: Tensor, b: int, plan: Plan) -> lowrank.Product | None:
+    """The product for image b, or None where ``"auto"`` should filter by tiles."""
+    asked = plan.method == "lowrank"
+    if not asked and not lowrank.is_worth_trying(features[b], plan.width, plan.tolerance):
+        return None
+    product, error = lowrank.choose(values[b], features[b], plan.width, plan.tolerance, plan.full, quick=not asked)
+    if product is None and asked:
+        raise ToleranceError(
+            f"method: 'lowrank' cannot reach tolerance={plan.tolerance:g} on image {b}, its error is about {error:.2g};"
+            " expected a tolerance above that, or another method"
+        )
+    return product
+
+
+def _bilateral_energy(
+    values: Tensor, mask: Tensor, features: Tensor, quadratic: bool, complete: bool, *settings: Any
+) -> Tensor:
+    """The energy of :class:`PairwiseEnergy` alone: by low rank from the core, at half the cost of filtering."""
+    plan = Plan(*settings)
+    inputs = values if quadratic or complete else torch.cat([values, mask], 1)
+    classes = values.shape[1]
+    energy = values.new_zeros(len(values))
+    with torch.autocast(values.device.type, enabled=False):
+        for b in range(len(values) if values.numel() else 0):
+            product = _low_rank(inputs, features, b, plan) if plan.method in _LOW_RANK else None
+            if product is None:
+                filtered = _by_tiles(values[b : b + 1], features[b : b + 1], plan)
+                energy[b] = (_partner(values[b : b + 1], mask[b : b + 1], quadratic) * filtered).sum()
+                continue
+            v, solved = product.gathered[:, :, :classes], product.solved[:, :, :classes]
+            m = v.sum(2, keepdim=True) if complete else product.gathered[:, :, classes:]
+            energy[b] = (_partner(v, m, quadratic) * solved).sum()
+    return energy
+
+
+def _partner(values: Tensor, mask: Tensor, quadratic: bool) -> Tensor:
+    """What the filtered values are multiplied with."""
+    return -values if quadratic else mask - values
 
 
 def _filter(values: Tensor, features: Tensor, landmarks: Tensor, plan: Plan) -> Tensor:
@@ -126,6 +158,11 @@ register(
     f"bilateral_with(Tensor values, Tensor features, Tensor landmarks, {_PLAN}) -> Tensor",
     _bilateral_with,
     fake=lambda values, features, landmarks, *_: _like(values),
+)
+register(
+    f"bilateral_energy(Tensor values, Tensor mask, Tensor features, bool quadratic, bool complete, {_PLAN}) -> Tensor",
+    _bilateral_energy,
+    fake=lambda values, *_: values.new_empty(len(values)),
 )
 register(
     f"bilateral_guide(Tensor grad, Tensor values, Tensor features, {_PLAN}) -> Tensor",
@@ -220,21 +257,24 @@ class PairwiseEnergy(torch.autograd.Function):
     ``values [B, K, N]`` are the probabilities times the mask ``mask [B, 1, N]``. The Potts form is
     sum_k (m - v_k)' W v_k, the quadratic one -sum_k v_k' W v_k. ``complete`` says that the values sum to the mask, so
     that W m is the sum of the filtered values and need not be computed. Returns the energies ``[B]`` and, for the
-    backward pass, the filtered values and the landmarks.
+    backward pass, the filtered values and the landmarks: nothing of them if there will be none, ``value_only``.
     """
 
     @staticmethod
     def forward(
-        values: Tensor, mask: Tensor, features: Tensor, plan: Plan, quadratic: bool, complete: bool
+        values: Tensor, mask: Tensor, features: Tensor, plan: Plan, quadratic: bool, complete: bool, value_only: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if value_only:
+            energy = torch.ops.segloss.bilateral_energy(values, mask, features, quadratic, complete, *plan)
+            return energy, values.new_empty(len(values), 0), values.new_empty(len(values), 0)
         inputs = values if quadratic or complete else torch.cat([values, mask], 1)
         filtered, landmarks = torch.ops.segloss.bilateral(inputs.contiguous(), features, *plan)
-        partner = -values if quadratic else mask - values
+        partner = _partner(values, mask, quadratic)
         return (partner * filtered[:, : values.shape[1]]).sum((1, 2)), filtered, landmarks
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        values, mask, features, ctx.plan, ctx.quadratic, ctx.complete = inputs
+        values, mask, features, ctx.plan, ctx.quadratic, ctx.complete, _ = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(values, mask, features, *output[1:])
 
@@ -248,9 +288,9 @@ class PairwiseEnergy(torch.autograd.Function):
             slow = partial(_slope, ctx.plan, ctx.quadratic)
             to_values = grad * known(fast, slow, (values, features), (mask, filtered, landmarks))
         if ctx.needs_input_grad[2]:
-            partner = -values if ctx.quadratic else mask - values
+            partner = _partner(values, mask, ctx.quadratic)
             to_features = _guide_gradient(grad * partner, values, features, ctx.plan)
-        return to_values, None, to_features, None, None, None
+        return to_values, None, to_features, None, None, None, None
 
     @staticmethod
     def vmap(

@@ -177,6 +177,28 @@ def test_energy_and_gradient_are_of_one_kernel() -> None:
     assert relative_error(gradient, expected) < 0.1
 
 
+@pytest.mark.parametrize("form", ["potts", "quadratic"])
+@pytest.mark.parametrize("from_logits", [True, False])
+@pytest.mark.parametrize("method", ["exact", "lowrank"])
+def test_the_value_alone_is_that_of_the_filtered_image(form: str, from_logits: bool, method: str) -> None:
+    image = torch.cat([photograph("coffee", 40), photograph("rocket", 40)])
+    values = torch.rand(2, 3, 40, 40, dtype=torch.float64)
+    valid = torch.rand(2, 40, 40) < 0.8
+    options = {"sigma_xy": 10.0, "method": method, "tolerance": 4e-2, "form": form, "from_logits": from_logits}
+    value = segloss.potts_crf(values, image, valid=valid, reduction="none", **options)
+    trained = segloss.potts_crf(values.requires_grad_(), image, valid=valid, reduction="none", **options)
+    assert trained.requires_grad
+    assert not value.requires_grad
+    torch.testing.assert_close(value, trained.detach())
+
+
+def test_the_value_alone_expands_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lowrank.LowRank, "expand", None)
+    segloss.potts_crf(
+        torch.randn(1, 3, 40, 40), photograph("coffee", 40), sigma_xy=10.0, method="lowrank", tolerance=0.1
+    )
+
+
 def test_gradients_of_values_come_from_the_same_landmarks() -> None:
     image = photograph("astronaut", 48)
     values, grad = torch.rand(2, 1, 2, 48, 48, dtype=torch.float64)
@@ -219,6 +241,15 @@ def test_images_of_a_batch_have_their_own_rank_and_result() -> None:
     for i in range(3):
         alone = bilateral_filter(values[i : i + 1], image[i : i + 1], sigma_xy=20.0, method="lowrank")
         assert torch.equal(together[i], alone[0])
+
+
+def test_chunks_of_any_size_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = kernel_of(photograph("rocket", 37)[:, :, :, :29], 0.05, 0.1, 9.0)
+    values = torch.randn(3, 37 * 29, dtype=torch.float64)
+    whole = kernel.expand(kernel.gather(values))
+    for chunk in (1, 3 * kernel.area * len(kernel.landmarks), 2 * kernel.area * kernel.columns * len(kernel.landmarks)):
+        monkeypatch.setitem(lowrank._CHUNK, "cpu", chunk)
+        torch.testing.assert_close(kernel.expand(kernel.gather(values)), whole)
 
 
 def test_many_channels_are_filtered_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
