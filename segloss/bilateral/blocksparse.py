@@ -1,9 +1,10 @@
-"""Gaussian filter over pairs of pixel tiles, leaving out the pairs that do not count; exact if none is left out.
+"""Gaussian filter over pairs of pixel tiles: exact, or with only as many exact pairs as a tolerance asks for.
 
-Pixels are ordered by a k-d tree in feature space and cut into tiles of about 64. Of all pairs of tiles those are left
-out whose weights are provably negligible (:func:`kept_pairs`); each of the others is visited once, for both its
-directions, since the kernel is symmetric. Everything is a batched product of small matrices: no loop over pixels, and
-one Python step for some hundred tile pairs.
+Pixels are ordered by a k-d tree in feature space and cut into tiles of about 128. Of pairs of tiles with provably
+negligible weights only the mean weight counts (in :func:`guide_gradient` nothing); pairs of small tiles are expanded
+about their centres (``farfield.py``); each of the others is visited once, for both its directions, since the kernel is
+symmetric. Everything is a batched product of small matrices: no loop over pixels, and one Python step for some hundred
+tile pairs.
 """
 
 import math
@@ -14,9 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_TILE = 64  # pixels per tile: smaller ones keep fewer pairs, larger ones multiply faster
-_MOST_TILES = 4096  # per image; beyond that tiles grow, so that the table of pairs stays small
+from segloss.bilateral import farfield
+
+_TILE = 128  # pixels per tile: smaller ones keep fewer pairs, larger ones multiply faster
+_MOST_TILES = 2048  # per image; beyond that tiles grow, so that the table of pairs stays small
 _CHUNK = 1 << 19  # pixel pairs at a time: the weights stay in cache
+_NEGLIGIBLE = 1 / 16  # share of the tolerance for pairs of which only the mean weight counts
 _LOG2E = math.log2(math.e)
 _UNDERFLOW = -100.0  # powers of two below it are as good as 0 and would become denormal numbers, which are slow
 # Largest squared extent of a tile, in units of sigma, for which |a|^2 + |b|^2 - 2ab is accurate enough in place of
@@ -74,43 +78,56 @@ def kept_pairs(tiles: Tiles, tolerance: float) -> tuple[Tensor, Tensor]:
     adds up to at most ``tolerance`` times a lower bound of all weights of the tile (Jensen's inequality for the mean
     over the pixels of two tiles). So the weights missing in a tile sum to at most ``tolerance`` of the tile's weights.
     """
-    count = tiles.features.shape[0] // tiles.batch
     if tolerance == 0:
-        keep = torch.ones(tiles.batch, count, count, dtype=torch.bool, device=tiles.features.device)
-    else:
-        features = tiles.features.unflatten(0, (tiles.batch, -1))
-        real = (tiles.order < tiles.pixels).to(features.dtype).unflatten(1, (count, -1))
-        keep = torch.stack([_keep(*image, tolerance) for image in zip(features, real, strict=True)])
+        count = tiles.features.shape[0] // tiles.batch
+        return _pairs(torch.ones(tiles.batch, count, count, dtype=torch.bool, device=tiles.features.device))
+    masks = []
+    for features, real in _images(tiles):
+        most, least = _bounds(features, real)
+        masks.append(~_cheapest(most, tolerance * least))
+    return _pairs(torch.stack(masks))
+
+
+def _images(tiles: Tiles) -> Iterator[tuple[Tensor, Tensor]]:
+    """Features ``[T, D, t]`` of each image, and ``[T, t]`` that is 0 at padding."""
+    features = tiles.features.unflatten(0, (tiles.batch, -1))
+    real = (tiles.order < tiles.pixels).to(features.dtype).unflatten(1, (features.shape[1], -1))
+    return zip(features, real, strict=True)
+
+
+def _pairs(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers (I, J), I <= J, of the tile pairs in symmetric ``[B, T, T]`` masks."""
     image, first, second = keep.triu().nonzero(as_tuple=True)
-    return image * count + first, image * count + second
+    return image * keep.shape[1] + first, image * keep.shape[1] + second
 
 
-def _keep(tiles: Tensor, real: Tensor, tolerance: float) -> Tensor:
-    """``[T, D, t]`` features, and ``[T, t]`` 0 at padding, to a symmetric ``[T, T]`` mask."""
-    count, dims, _ = tiles.shape
+def _bounds(tiles: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """Upper bounds ``[T, T]`` of the weights between two tiles, and lower ones ``[T]`` of all weights of a tile."""
     low, high = tiles.amin(2), tiles.amax(2)
     pixels = real.sum(1)
     share = (real / pixels.clamp(min=1)[:, None])[:, None]
     centre = (tiles * share).sum(2)
     spread = ((tiles - centre[:, :, None]).square() * share).sum((1, 2))
-    drop = torch.empty(count, count, dtype=torch.bool, device=tiles.device)
-    rows = max(1, (1 << 22) // count)
-    for start in range(0, count, rows):
-        part = slice(start, start + rows)
-        gap = torch.zeros(len(low[part]), count, dtype=tiles.dtype, device=tiles.device)
-        between = spread[part, None] + spread
-        for d in range(dims):
-            apart = torch.maximum(low[part, None, d] - high[:, d], low[:, d] - high[part, None, d])
-            gap.addcmul_(apart.clamp_(min=0), apart)
-            between.add_((centre[part, None, d] - centre[:, d]).square_())
-        most = gap.div_(-2).exp_().mul_(pixels)
-        # Every pixel has weight 1 with itself.
-        least = between.div_(-2).exp_().mul_(pixels).sum(1).clamp_(min=1)
-        ascending, by_most = most.sort(1)
-        negligible = ascending.cumsum(1) <= tolerance * least[:, None]
-        drop[part] = torch.zeros_like(negligible).scatter_(1, by_most, negligible)
-    keep = ~(drop & drop.t())
-    return keep.fill_diagonal_(True)
+    gap = torch.zeros(len(tiles), len(tiles), dtype=tiles.dtype, device=tiles.device)
+    between = spread[:, None] + spread
+    for d in range(tiles.shape[1]):
+        apart = torch.maximum(low[:, None, d] - high[:, d], low[:, d] - high[:, None, d])
+        gap.addcmul_(apart.clamp_(min=0), apart)
+        between.add_((centre[:, None, d] - centre[:, d]).square_())
+    most = gap.div_(-2).exp_().mul_(pixels).mul_(pixels[:, None])
+    # Every pixel has weight 1 with itself.
+    least = between.div_(-2).exp_().mul_(pixels).sum(1).clamp_(min=1).mul_(pixels)
+    return most, least
+
+
+def _cheapest(cost: Tensor, budget: Tensor) -> Tensor:
+    """Symmetric mask of pairs, none on the diagonal, whose costs ``[T, T]`` sum to at most the budget ``[T]``."""
+    chosen = torch.empty_like(cost, dtype=torch.bool)
+    rows = max(1, (1 << 20) // len(cost))
+    for part, limit, out in zip(cost.split(rows), budget.split(rows), chosen.split(rows), strict=True):
+        ascending, order = part.sort(1)
+        out.scatter_(1, order, ascending.cumsum(1) <= limit[:, None])
+    return (chosen & chosen.t()).fill_diagonal_(False)
 
 
 class _Pairs(NamedTuple):
@@ -123,14 +140,13 @@ class _Pairs(NamedTuple):
     weights: Tensor  # [P, t, t], halved for a tile with itself, which is visited for both its directions
 
 
-def _weighted(tiles: Tiles, tolerance: float) -> Iterator[_Pairs]:
-    """The kept pairs in chunks."""
+def _weighted(tiles: Tiles, first: Tensor, second: Tensor) -> Iterator[_Pairs]:
+    """The tile pairs in chunks."""
     features = tiles.features
     dims, size = features.shape[1:]
     centre = features.mean(2, keepdim=True)
     centred = features - centre
     extent = centred.square().sum(1).amax(1)
-    first, second = kept_pairs(tiles, tolerance)
     compact = extent[first] + extent[second] <= _COMPACT[features.dtype]
     step = max(1, _CHUNK // size**2)
     buffer = features.new_empty(step, size, size)
@@ -154,29 +170,61 @@ def _weighted(tiles: Tiles, tolerance: float) -> Iterator[_Pairs]:
 
 
 def gaussian_filter(values: Tensor, features: Tensor, tolerance: float) -> Tensor:
-    """``values [B, K, N]`` times the kernel of ``features [B, D, N]``; see :func:`kept_pairs` for the tolerance."""
+    """``values [B, K, N]`` times the kernel of ``features [B, D, N]``.
+
+    The weights that are missing or wrong in a tile, added up as absolute values, are at most ``tolerance`` times all
+    weights of the tile. For 0 every pair of pixels is visited.
+    """
     if values.numel() == 0:
         return torch.zeros_like(values, memory_format=torch.contiguous_format)
     tiles = cut(features)
     v = tiles.gather(values)
-    out = torch.zeros_like(v)
-    for pair in _weighted(tiles, tolerance):
+    if tolerance == 0:
+        out = torch.zeros_like(v)
+        first, second = kept_pairs(tiles, 0)
+    else:
+        parts = [
+            _approximate(part, *image, tolerance)
+            for part, image in zip(v.unflatten(0, (tiles.batch, -1)), _images(tiles), strict=True)
+        ]
+        out = torch.cat([part for part, _ in parts])
+        first, second = _pairs(torch.stack([near for _, near in parts]))
+    for pair in _weighted(tiles, first, second):
         out.index_add_(0, pair.first, torch.bmm(v.index_select(0, pair.second), pair.weights.transpose(1, 2)))
         out.index_add_(0, pair.second, torch.bmm(v.index_select(0, pair.first), pair.weights))
     return tiles.scatter(out)
 
 
+def _approximate(values: Tensor, features: Tensor, real: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+    """What ``values [T, K, t]`` of an image receive from pairs that need not be exact, and a mask of those that do."""
+    expansion = farfield.expand(features, real)
+    first, second, z = farfield.sums(expansion)
+    most, least = _bounds(features, real)
+    upper = (2 * second).mul_(expansion.bound).add_(first).nan_to_num_(nan=math.inf, posinf=math.inf)
+    most = torch.minimum(most, upper)
+    known = expansion.bound.isfinite()
+    least = torch.maximum(least, first.clamp(min=0).where(known, 0).sum(1))
+    # Of negligible pairs only the sum over the two tiles is right, and then only within twice their weights.
+    negligible = _cheapest(2 * most, tolerance * _NEGLIGIBLE * least)
+    error = expansion.bound.mul(2).add_(1).mul_(second).nan_to_num_(nan=math.inf).masked_fill_(negligible, 0)
+    expanded = _cheapest(error, tolerance * (1 - _NEGLIGIBLE) * least) & ~negligible
+    out = farfield.expanded_filter(values.transpose(1, 2).contiguous(), expansion, z, expanded).transpose(1, 2)
+    pixels = real.sum(1).clamp(min=1)
+    mean = first.add_(second).clamp_(min=0).minimum(most).where(negligible & known, 0) / pixels / pixels[:, None]
+    return out.contiguous().add_((mean @ values.sum(2))[:, :, None]), ~(negligible | expanded)
+
+
 def guide_gradient(grad: Tensor, values: Tensor, features: Tensor, tolerance: float) -> Tensor:
     """Gradient of ``(grad * gaussian_filter(values, features)).sum()`` with respect to ``features``, ``[B, D, N]``.
 
-    For pixel p it is the sum over q of (g_p . v_q + v_p . g_q) W_pq (f_q - f_p), over the same pairs as the filter.
+    For pixel p it is the sum over q of (g_p . v_q + v_p . g_q) W_pq (f_q - f_p), over the kept pairs.
     """
     if values.numel() == 0:
         return torch.zeros_like(features, memory_format=torch.contiguous_format)
     tiles = cut(features)
     gv, vg = tiles.gather(torch.cat([grad, values], 1)), tiles.gather(torch.cat([values, grad], 1))
     out = torch.zeros_like(tiles.features)
-    for pair in _weighted(tiles, tolerance):
+    for pair in _weighted(tiles, *kept_pairs(tiles, tolerance)):
         products = torch.bmm(gv.index_select(0, pair.first).transpose(1, 2), vg.index_select(0, pair.second))
         products.mul_(pair.weights)
         to_first = torch.bmm(pair.b, products.transpose(1, 2)) - pair.a * products.sum(2)[:, None]
