@@ -47,12 +47,12 @@ def bilateral_filter(
             Infinite: colour does not count.
         sigma_xy: width of the kernel in space, in pixels, likewise.
         method: ``"exact"`` visits all pairs of pixels; ``"blocksparse"`` leaves out pairs of pixel tiles that do not
-            count; ``"lowrank"`` replaces W by a symmetric positive semi-definite matrix of low rank, far faster on
+            count, and expands the weights of others; ``"lowrank"`` replaces W by a symmetric positive semi-definite matrix of low rank, far faster on
             photographs and wide kernels; ``"auto"`` is exact below 2,048 pixels, block-sparse on CUDA and below 4,096
             pixels, and else takes low rank where that reaches the tolerance and block-sparse where it does not.
-        tolerance: the error that is allowed, in (0, 1). Block-sparse: the weights left out sum to at most this share of
-            all weights in every tile of pixels (a guarantee; errors of filtered probabilities are usually 10 to 100
-            times smaller). Low rank: the relative error of the result in the Euclidean norm, as measured on some
+        tolerance: the error that is allowed, in (0, 1). Block-sparse: the errors of the weights, in absolute terms,
+            sum to at most this share of all weights in every tile of pixels (a guarantee; errors of filtered
+            probabilities are usually 10 to 100 times smaller). Low rank: the relative error of the result in the Euclidean norm, as measured on some
             pixels (see :func:`bilateral_error`); it decides on the rank.
         backend: ``"torch"`` runs on any device, ``"triton"`` on CUDA devices (low rank is plain torch there too);
             ``"auto"`` takes Triton where it can.

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from segloss._precision import full_precision
 from segloss._register import fold, known, register
 from segloss.bilateral import blocksparse, lowrank
 from segloss.bilateral.error import sample_pixels, sampled_error
@@ -31,7 +32,7 @@ class Plan(NamedTuple):
 def _bilateral(values: Tensor, features: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
     plan = Plan(*settings)
     landmarks = _no_landmarks(features)
-    with torch.autocast(values.device.type, enabled=False):
+    with torch.autocast(values.device.type, enabled=False), full_precision():
         if plan.method in _LOW_RANK and values.numel() > 0:
             return _choose(values, features, landmarks, plan)
         return _by_tiles(values, features, plan), landmarks
@@ -39,7 +40,7 @@ def _bilateral(values: Tensor, features: Tensor, *settings: Any) -> tuple[Tensor
 
 def _bilateral_with(values: Tensor, features: Tensor, landmarks: Tensor, *settings: Any) -> Tensor:
     plan = Plan(*settings)
-    with torch.autocast(values.device.type, enabled=False):
+    with torch.autocast(values.device.type, enabled=False), full_precision():
         if plan.method in _LOW_RANK and values.numel() > 0:
             return _filter(values, features, landmarks, plan)
         return _by_tiles(values, features, plan)
@@ -85,7 +86,7 @@ def _bilateral_energy(
     inputs = values if quadratic or complete else torch.cat([values, mask], 1)
     classes = values.shape[1]
     energy = values.new_zeros(len(values))
-    with torch.autocast(values.device.type, enabled=False):
+    with torch.autocast(values.device.type, enabled=False), full_precision():
         for b in range(len(values) if values.numel() else 0):
             product = _low_rank(inputs, features, b, plan) if plan.method in _LOW_RANK else None
             if product is None:
@@ -123,7 +124,7 @@ def _by_tiles(values: Tensor, features: Tensor, plan: Plan) -> Tensor:
 def _bilateral_guide(grad: Tensor, values: Tensor, features: Tensor, *settings: Any) -> Tensor:
     plan = Plan(*settings)
     run = _kernels().guide_gradient if plan.triton else blocksparse.guide_gradient
-    with torch.autocast(values.device.type, enabled=False):
+    with torch.autocast(values.device.type, enabled=False), full_precision():
         return run(grad, values, features, _cutoff(plan))
 
 
@@ -141,7 +142,8 @@ def _kernels() -> Any:
 def _bilateral_error(values: Tensor, features: Tensor, filtered: Tensor) -> Tensor:
     pixels = sample_pixels(features.shape[2]).to(features.device)
     images = zip(values, features, filtered[:, :, pixels], strict=True)
-    return values.new_tensor([sampled_error(v, f, at_pixels, pixels) for v, f, at_pixels in images])
+    with torch.autocast(values.device.type, enabled=False), full_precision():
+        return values.new_tensor([sampled_error(v, f, at_pixels, pixels) for v, f, at_pixels in images])
 
 
 def _like(tensor: Tensor) -> Tensor:
