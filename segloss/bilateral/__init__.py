@@ -14,8 +14,8 @@ __all__ = ["ToleranceError", "bilateral_error", "bilateral_filter"]
 _METHODS = ("auto", "exact", "blocksparse", "lowrank")
 _BACKENDS = ("auto", "torch", "triton")
 _PRECISIONS = ("auto", "float32")
-_WORTH_SORTING = 2048  # pixels; below, leaving out pairs saves less than finding them costs
-_WORTH_LANDMARKS = 4096  # pixels; below, pairs are cheaper than landmarks
+_WORTH_SORTING = 2500  # pixels; below, leaving out pairs saves less than finding them costs
+_WORTH_LANDMARKS = 6400  # pixels; below, pairs are cheaper than landmarks
 _NARROWEST = 1e-10  # smaller sigmas give the same kernel: no two different pixels meet
 _FARTHEST = 1e14  # sigmas from the middle of an image: squares of what is beyond would overflow
 
@@ -48,7 +48,7 @@ def bilateral_filter(
         sigma_xy: width of the kernel in space, in pixels, likewise.
         method: ``"exact"`` visits all pairs of pixels; ``"blocksparse"`` leaves out pairs of pixel tiles that do not
             count, and expands the weights of others; ``"lowrank"`` replaces W by a symmetric positive semi-definite matrix of low rank, far faster on
-            photographs and wide kernels; ``"auto"`` is exact below 2,048 pixels, block-sparse on CUDA and below 4,096
+            photographs and wide kernels; ``"auto"`` is exact below 2,500 pixels, block-sparse on CUDA and below 6,400
             pixels, and else takes low rank where that reaches the tolerance and block-sparse where it does not.
         tolerance: the error that is allowed, in (0, 1). Block-sparse: the errors of the weights, in absolute terms,
             sum to at most this share of all weights in every tile of pixels (a guarantee; errors of filtered

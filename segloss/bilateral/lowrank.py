@@ -46,10 +46,11 @@ class Axis(NamedTuple):
 def _axis(length: int, side: float, step: float, cutoff: float) -> Axis:
     """``step``: between neighbours, in units of sigma; ``cutoff``: eigenvalues left out, as a share of the largest.
 
-    Blocks are about ``side`` pixels wide, of equal width; the last may reach beyond the image. The projection is
+    Blocks are about ``side`` pixels wide, all alike; the last may reach beyond the image. The projection is
     orthogonal: the kernel stays positive semi-definite and is the best that the functions allow.
     """
-    block = -(-length // max(1, round(length / side)))
+    widest = int(1.1 * side)
+    block = -(-length // -(-length // widest))  # narrower where that fits the image better
     blocks, degree = -(-length // block), min(2, block)
     place = torch.arange(blocks * block, dtype=torch.float64)
     kernel = torch.exp((place[:, None] - place).mul_(step).square_().div_(-2))
