@@ -6,6 +6,8 @@ but the gradient. Exponentials are powers of 2, which are several times faster t
 """
 
 import math
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from segloss._register import fold, known, register
 
 _LOG2E = math.log2(math.e)
 _BLOCK = 1 << 19  # elements per block: it stays in cache, and the calls it costs are few
+_MOST_CLASSES = 256  # of the Triton kernels, which hold a pixel in registers
 
 
 def log_sum_reference(logits: Tensor, valid: Tensor | None) -> Tensor:
@@ -86,6 +89,14 @@ def _log_sum_cpu(logits: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, 
     return top, total, peak, inverse
 
 
+def _log_sum_cuda(logits: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if not _has_kernels(logits):
+        return _log_sum(logits, valid)
+    from segloss import _average_kernels
+
+    return _average_kernels.log_sum(logits, valid)
+
+
 def _log_sum_fake(logits: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, classes, pixels = logits.shape
     shapes = ((batch, classes), (batch, classes), (batch, pixels), (batch, pixels))
@@ -131,6 +142,26 @@ def _log_sum_backward_cpu(
     return out
 
 
+def _log_sum_backward_cuda(
+    grad: Tensor, logits: Tensor, top: Tensor, total: Tensor, peak: Tensor, inverse: Tensor
+) -> Tensor:
+    if not _has_kernels(logits):
+        return _log_sum_backward(grad, logits, top, total, peak, inverse)
+    from segloss import _average_kernels
+
+    return _average_kernels.log_sum_backward(grad, logits, top, total, peak, inverse)
+
+
+def _has_kernels(logits: Tensor) -> bool:
+    """The kernels hold all classes of a pixel in registers."""
+    return logits.shape[1] <= _MOST_CLASSES and logits.numel() > 0 and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
 def _log_sum_backward_fake(grad: Tensor, logits: Tensor, *saved: Tensor) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
@@ -140,12 +171,14 @@ register(
     _log_sum,
     fake=_log_sum_fake,
     cpu=_log_sum_cpu,
+    cuda=_log_sum_cuda,
 )
 register(
     "log_sum_backward(Tensor grad, Tensor logits, Tensor top, Tensor total, Tensor peak, Tensor inverse) -> Tensor",
     _log_sum_backward,
     fake=_log_sum_backward_fake,
     cpu=_log_sum_backward_cpu,
+    cuda=_log_sum_backward_cuda,
 )
 
 

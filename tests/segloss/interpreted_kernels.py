@@ -1,0 +1,293 @@
+"""What the Triton kernels compute, in Triton's interpreter on the CPU; ``test_kernels.py`` runs this file."""
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from segloss import _average, _average_kernels
+from segloss.bilateral import guide_features, kernels
+from segloss.bilateral.reference import gaussian_filter_reference, guide_gradient_reference
+
+REACH = {torch.float32: 6e-4, torch.float64: 1e-13}  # of the sum of the absolute terms, at most
+USUAL = {torch.float32: 1e-3, torch.float64: 1e-14}  # in the norm
+
+sigmas = st.sampled_from([0.002, 0.05, 0.3, 5.0, math.inf])
+dtypes = st.sampled_from([torch.float32, torch.float64])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _poison() -> Iterator[None]:
+    """Memory that is not initialised is full of NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def inputs(
+    batch: int, channels: int, dims: int, pixels: int, sigma: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, a gradient, and clustered features, all rounded to the dtype but in float64."""
+    centres = torch.rand(batch, dims, 4, dtype=torch.float64)
+    features = centres[:, :, torch.randint(4, (pixels,))] + 0.05 * torch.randn(batch, dims, pixels, dtype=torch.float64)
+    values, grad = torch.randn(2, batch, channels, pixels, dtype=torch.float64)
+    return values.to(dtype).double(), grad.to(dtype).double(), (features / sigma).to(dtype).double()
+
+
+def check_filter(values: Tensor, features: Tensor, dtype: torch.dtype) -> None:
+    filtered = kernels.gaussian_filter(values.to(dtype), features.to(dtype), 0.0)
+    assert filtered.dtype == dtype
+    expected = gaussian_filter_reference(values, features)
+    error = (filtered.double() - expected).abs()
+    # Half precision ends at 6e-8 of the largest value of a tile.
+    least = 1e-6 * values.abs().amax(2, keepdim=True) * values.shape[2] ** 0.5 if dtype == torch.float32 else 0
+    assert (error <= REACH[dtype] * gaussian_filter_reference(values.abs(), features) + least).all()
+    assert error.norm() <= USUAL[dtype] * expected.norm()
+
+
+def check_gradient(grad: Tensor, values: Tensor, features: Tensor, dtype: torch.dtype) -> None:
+    gradient = kernels.guide_gradient(grad.to(dtype), values.to(dtype), features.to(dtype), 0.0)
+    assert gradient.dtype == dtype
+    expected = guide_gradient_reference(grad, values, features)
+    scale = gaussian_filter_reference(values.abs(), features).max() * grad.abs().sum(1).max()
+    assert (gradient - expected).abs().max() <= (3e-5 if dtype == torch.float32 else 1e-13) * scale
+
+
+@settings(max_examples=8)
+@given(
+    batch=st.integers(1, 2),
+    channels=st.sampled_from([1, 2, 5, 17]),
+    dims=st.integers(1, 6),
+    pixels=st.integers(1, 150),
+    sigma=sigmas,
+    dtype=dtypes,
+)
+def test_filter_and_guide_gradient_equal_their_definitions(
+    batch: int, channels: int, dims: int, pixels: int, sigma: float, dtype: torch.dtype
+) -> None:
+    values, grad, features = inputs(batch, channels, dims, pixels, sigma, dtype)
+    check_filter(values, features, dtype)
+    check_gradient(grad, values, features, dtype)
+
+
+@pytest.mark.parametrize(
+    ("channels", "dims"),
+    [(70, 5), (3, 10), (3, 21), (3, 25)],
+    ids=["blocks of channels", "32 columns", "64 columns", "no columns"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_many_channels_and_features(channels: int, dims: int, dtype: torch.dtype) -> None:
+    values, grad, features = inputs(1, channels, dims, 70, 0.5, dtype)
+    check_filter(values, features, dtype)
+    check_gradient(grad, values, features, dtype)
+
+
+@settings(max_examples=5)
+@given(side=st.integers(7, 11), sigma=st.sampled_from([0.02, 0.1, 1.0]), tolerance=st.sampled_from([0.3, 1e-2, 1e-3]))
+def test_what_is_left_out_is_symmetric_and_below_the_tolerance(side: int, sigma: float, tolerance: float) -> None:
+    image = (torch.rand(1, 3, 4, 4, dtype=torch.float64) * 3).repeat_interleave(side // 4 + 1, 2)
+    image = image.repeat_interleave(side // 4 + 1, 3)[:, :, :side, :side]
+    features = guide_features(image, sigma, side / 5)
+    identity = torch.eye(side * side, dtype=torch.float64)[None]
+    exact = gaussian_filter_reference(identity, features)
+    kernel = kernels.gaussian_filter(identity, features, tolerance)
+    assert torch.equal(kernel, kernel.transpose(1, 2))
+    kept = kernel > 0
+    torch.testing.assert_close(kernel[kept], exact[kept])
+    assert (exact - kernel).sum() <= tolerance * exact.sum()
+    # The guide gradient is that of the same kernel.
+    values, grad = torch.rand(2, 1, 2, side * side, dtype=torch.float64)
+    difference = features[:, :, None, :] - features[:, :, :, None]
+    products = grad.transpose(1, 2) @ values
+    expected = ((products + products.transpose(1, 2)) * kernel)[:, None] * difference
+    torch.testing.assert_close(kernels.guide_gradient(grad, values, features, tolerance), expected.sum(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pairs_are_left_out_where_that_is_allowed(dtype: torch.dtype) -> None:
+    # Two colours far apart in random places: sorting brings them together, and their tiles do not meet.
+    features = 50 * torch.randint(2, (1, 1, 512)).to(dtype)
+    tiles = kernels._cut_tiles(features, 1e-2, 64)
+    counts = torch.cat([counts.sum(1) for _, _, counts in kernels._lists(tiles, 1e-2)])
+    assert counts.sum() < 48
+    values = torch.rand(1, 3, 512, dtype=dtype)
+    filtered = kernels.gaussian_filter(values, features, 1e-2)
+    torch.testing.assert_close(filtered, gaussian_filter_reference(values, features), rtol=1e-4, atol=0)
+
+
+def test_lists_are_made_for_a_group_of_tiles_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    values, grad, features = (t.float() for t in inputs(2, 3, 3, 150, 0.1, torch.float32))
+    filtered = kernels.gaussian_filter(values, features, 1e-2)
+    gradient = kernels.guide_gradient(grad, values, features, 1e-2)
+    monkeypatch.setattr(kernels, "_MOST_ENTRIES", 6)  # two rows of three tiles
+    assert torch.equal(kernels.gaussian_filter(values, features, 1e-2), filtered)
+    assert torch.equal(kernels.guide_gradient(grad, values, features, 1e-2), gradient)
+
+
+@pytest.mark.parametrize("level", [1e2, 1e4, 1e8, 1e14])
+@pytest.mark.parametrize("tolerance", [0.0, 1e-2])
+def test_features_far_out_are_compared_by_differences(level: float, tolerance: float) -> None:
+    # Equal colours meet, at any distance from the middle; two dimensions besides keep the weights different.
+    features = torch.cat([level * torch.randint(-1, 2, (1, 1, 150)), torch.rand(1, 2, 150)], 1)
+    values, grad = torch.rand(2, 1, 2, 150)
+    filtered = kernels.gaussian_filter(values, features, tolerance)
+    expected = gaussian_filter_reference(values.double(), features.double())
+    torch.testing.assert_close(filtered.double(), expected, rtol=4e-4, atol=0)
+    gradient = kernels.guide_gradient(grad, values, features, tolerance)
+    expected = guide_gradient_reference(grad.double(), values.double(), features.double())
+    torch.testing.assert_close(gradient.double(), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-4, 1e6, 1e34])
+def test_values_of_any_magnitude(scale: float) -> None:
+    values, grad, features = inputs(1, 4, 3, 150, 0.1, torch.float32)
+    values *= torch.tensor([1.0, scale, 0.0, 1e-3 * scale])[:, None]
+    check_filter(values, features, torch.float32)
+    alone = values[:, 1:2]
+    gradient = kernels.guide_gradient(grad[:, :1].float(), alone.float(), features.float(), 0.0).double()
+    expected = guide_gradient_reference(grad[:, :1], alone, features)
+    assert (gradient - expected).norm() <= 1e-4 * expected.norm()
+
+
+def test_filtered_probabilities_are_accurate_to_a_few_parts_in_ten_thousand() -> None:
+    image = torch.rand(1, 3, 4, 4, dtype=torch.float64).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    features = guide_features(image, 0.2, 5.0).float()
+    values = torch.softmax(2 * torch.randn(1, 21, 256), 1)
+    exact = gaussian_filter_reference(values.double(), features.double())
+    filtered = kernels.gaussian_filter(values, features, 0.0)
+    torch.testing.assert_close(filtered.double(), exact, rtol=3e-4, atol=0)
+    assert (filtered - exact).norm() <= 1e-4 * exact.norm()
+
+
+def test_one_large_value_does_not_drown_small_ones() -> None:
+    values, _, features = inputs(1, 1, 2, 64, 1e-4, torch.float32)
+    values[0, 0, 7] = 1e4
+    filtered = kernels.gaussian_filter(values.float(), features.float(), 0.0)
+    torch.testing.assert_close(filtered.double(), gaussian_filter_reference(values, features), rtol=1e-4, atol=1e-4)
+
+
+class Filter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values: Tensor, features: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(values, features)
+        return kernels.gaussian_filter(values, features, 0.0)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+        values, features = ctx.saved_tensors
+        return kernels.gaussian_filter(grad, features, 0.0), kernels.guide_gradient(grad, values, features, 0.0)
+
+
+def test_gradients_of_the_full_precision_kernels() -> None:
+    values, _, features = inputs(2, 2, 3, 40, 0.5, torch.float64)
+    assert torch.autograd.gradcheck(Filter.apply, (values.requires_grad_(), features.requires_grad_()), fast_mode=True)
+
+
+def test_strided_inputs() -> None:
+    values, grad, features = (t.float() for t in inputs(2, 3, 3, 70, 0.2, torch.float32))
+    strided = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (grad, values, features)]
+    assert torch.equal(kernels.gaussian_filter(*strided[1:], 1e-2), kernels.gaussian_filter(values, features, 1e-2))
+    expected = kernels.guide_gradient(grad, values, features, 1e-2)
+    assert torch.equal(kernels.guide_gradient(*strided, 1e-2), expected)
+    one = values[:, :1].expand(-1, 3, -1)
+    filtered = kernels.gaussian_filter(one, features[:1].expand(2, -1, -1), 1e-2)
+    torch.testing.assert_close(filtered[:, 0], filtered[:, 2])
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 5), (2, 0, 5), (2, 2, 0)])
+def test_nothing_to_filter(shape: tuple[int, int, int]) -> None:
+    values, features = torch.rand(shape), torch.rand(shape[0], 3, shape[2])
+    assert kernels.gaussian_filter(values, features, 1e-2).shape == shape
+    gradient = kernels.guide_gradient(values, values, features, 1e-2)
+    assert torch.equal(gradient, torch.zeros_like(features))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of NaN
+def test_nan_stays_in_its_image_and_pixels_stay_in_place() -> None:
+    values, grad, features = (t.float() for t in inputs(2, 2, 3, 100, 0.2, torch.float32))
+    features[0, 0, 5] = torch.nan
+    filtered = kernels.gaussian_filter(values, features, 1e-2)
+    alone = kernels.gaussian_filter(values[1:], features[1:], 1e-2)
+    assert torch.equal(filtered[1:], alone)
+    assert kernels.guide_gradient(grad, values, features, 1e-2)[1].isfinite().all()
+
+
+def log_sums(top: Tensor, total: Tensor) -> Tensor:
+    return (top + total.log()).clamp(min=_average.LOG_FLOOR)
+
+
+def check_log_sum(logits: Tensor, valid: Tensor | None) -> None:
+    top, total, peak, inverse = _average_kernels.log_sum(logits, valid)
+    exact = _average._log_sum(logits, valid)
+    eps = 20 * torch.finfo(top.dtype).eps
+    expected = _average.log_sum_reference(logits.double(), valid)
+    torch.testing.assert_close(log_sums(top, total).double(), expected, rtol=eps, atol=10 * eps)
+    torch.testing.assert_close(top, exact[0], rtol=eps, atol=0)
+    torch.testing.assert_close(peak, exact[2], rtol=0, atol=0)
+    torch.testing.assert_close(inverse, exact[3], rtol=10 * eps, atol=0)
+    grad = torch.randn_like(top)
+    gradient = _average_kernels.log_sum_backward(grad, logits, top, total, peak, inverse)
+    assert gradient.dtype == logits.dtype
+    assert gradient.is_contiguous()
+    wanted = _average._log_sum_backward(grad, logits.to(top.dtype), *exact)
+    eps = max(10 * eps, torch.finfo(logits.dtype).eps)
+    torch.testing.assert_close(gradient.to(top.dtype), wanted, rtol=eps, atol=eps * wanted.abs().max().item())
+
+
+@settings(max_examples=10)
+@given(
+    batch=st.integers(1, 3),
+    classes=st.sampled_from([2, 3, 21, 33]),
+    pixels=st.integers(1, 120),
+    masked=st.booleans(),
+    last=st.booleans(),
+    spread=st.sampled_from([0.1, 3.0, 50.0]),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+)
+def test_log_sum_equals_its_definition(
+    batch: int, classes: int, pixels: int, masked: bool, last: bool, spread: float, dtype: torch.dtype
+) -> None:
+    logits = (spread * torch.randn(batch, classes, pixels)).to(dtype)
+    valid = torch.rand(batch, pixels) < 0.5 if masked else None
+    if last:  # channels last
+        logits = logits.transpose(1, 2).contiguous().transpose(1, 2)
+    check_log_sum(logits, valid)
+
+
+@pytest.mark.parametrize("classes", [100, 256])
+def test_log_sum_of_many_classes(classes: int) -> None:
+    check_log_sum(torch.randn(1, classes, 50), None)
+
+
+@pytest.mark.parametrize("gap", [30.0, 59.0, 61.0, 200.0, 1e4, 1e29])
+def test_classes_that_have_vanished_keep_their_sum_and_gradient(gap: float) -> None:
+    logits = torch.randn(2, 3, 400)
+    logits[0, 1] -= gap
+    logits[1, 2, ::7] -= gap
+    check_log_sum(logits, None)
+    check_log_sum(logits, torch.rand(2, 400) < 0.1)
+
+
+def test_images_without_valid_pixels() -> None:
+    logits, valid = torch.randn(2, 3, 40), torch.zeros(2, 40, dtype=torch.bool)
+    valid[0] = True
+    check_log_sum(logits, valid)
+    assert (_average_kernels.log_sum(logits, valid)[1][1] == 0).all()
+
+
+def test_strided_masks_and_gradients() -> None:
+    logits, valid = torch.randn(2, 3, 40), torch.rand(40, 2) < 0.5
+    check_log_sum(logits, valid.t())
+    saved = _average_kernels.log_sum(logits, valid.t())
+    grad = torch.randn(3, 2).t()
+    expected = _average_kernels.log_sum_backward(grad.contiguous(), logits, *saved)
+    assert torch.equal(_average_kernels.log_sum_backward(grad, logits, *saved), expected)
+
+
+def test_many_pixels_are_shared_between_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_average_kernels, "_PROGRAMS", 6)
+    check_log_sum(torch.randn(2, 21, 500), torch.rand(2, 500) < 0.8)
