@@ -1,6 +1,7 @@
 """The bilateral filter against its dense definition."""
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from segloss.bilateral.reference import gaussian_filter_reference, guide_gradien
 
 CASES = ["a_24x20_k4_b2", "b_40x56_k21", "c_mask_40x56_k5", "d_onehot_17x13_k3_unit_image", "e_sigmoid_16x9_k2"]
 CASES += ["f_const_12x12_k2", "g_huge_sigma_12x12_k2"]
-METHODS = ["exact", "blocksparse"]
+METHODS = ["exact", "blocksparse"]  # those that reach any tolerance
+ALL_METHODS = [*METHODS, "lowrank"]
 
 images = st.sampled_from(["smooth", "noise", "constant", "photograph", "two colours", "odd last pixel"])
 sides = st.integers(1, 24)
@@ -284,6 +286,42 @@ def test_result_does_not_depend_on_memory_layout_or_neighbours_in_the_batch() ->
     )
     turned = bilateral_filter(values.transpose(2, 3), image.transpose(2, 3), sigma_xy=4.0)
     torch.testing.assert_close(turned.transpose(2, 3), filtered)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Uninitialised memory is filled with NaN."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("method", ALL_METHODS)
+@pytest.mark.parametrize(("height", "width"), [(37, 41), (16, 8), (1, 30)])
+def test_nothing_is_read_that_was_not_written(method: str, height: int, width: int) -> None:
+    image = picture("smooth", height, width, batch=2).requires_grad_()
+    values = torch.rand(2, 3, height, width, dtype=torch.float64, requires_grad=True)
+    filtered = bilateral_filter(values, image, sigma_xy=8.0, method=method)
+    assert filtered.isfinite().all()
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(filtered.square().sum(), (values, image)))
+
+
+@pytest.mark.parametrize("method", ALL_METHODS)
+def test_gradients_that_arrive_strided_are_handled(method: str) -> None:
+    image, others = picture("smooth", 20, 18).float(), torch.rand(1, 2, 20, 18)
+    values, grad = torch.rand(1, 3, 20, 18, requires_grad=True), torch.randn(1, 5, 20, 18)
+    filtered = bilateral_filter(values, image, sigma_xy=5.0, method=method, tolerance=0.05)
+    (expected,) = torch.autograd.grad(filtered, values, grad[:, 1:4].contiguous(), retain_graph=True)
+    joined = torch.cat([others[:, :1], filtered, others[:, 1:]], 1)
+    torch.testing.assert_close(torch.autograd.grad(joined, values, grad)[0], expected)
+    turned = bilateral_filter(
+        values.transpose(2, 3), image.transpose(2, 3), sigma_xy=5.0, method=method, tolerance=0.05
+    )
+    (strided,) = torch.autograd.grad(turned.transpose(2, 3), values, grad[:, 1:4])
+    torch.testing.assert_close(strided, expected, rtol=0.1, atol=0.1 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 4, 4), (2, 0, 4, 4), (2, 2, 0, 4)])
