@@ -317,11 +317,6 @@ def test_gradients_that_arrive_strided_are_handled(method: str) -> None:
     (expected,) = torch.autograd.grad(filtered, values, grad[:, 1:4].contiguous(), retain_graph=True)
     joined = torch.cat([others[:, :1], filtered, others[:, 1:]], 1)
     torch.testing.assert_close(torch.autograd.grad(joined, values, grad)[0], expected)
-    turned = bilateral_filter(
-        values.transpose(2, 3), image.transpose(2, 3), sigma_xy=5.0, method=method, tolerance=0.05
-    )
-    (strided,) = torch.autograd.grad(turned.transpose(2, 3), values, grad[:, 1:4])
-    torch.testing.assert_close(strided, expected, rtol=0.1, atol=0.1 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 4, 4), (2, 0, 4, 4), (2, 2, 0, 4)])
