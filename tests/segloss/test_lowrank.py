@@ -39,14 +39,23 @@ def matrix(kernel: lowrank.LowRank) -> Tensor:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_golden_values_within_the_tolerance(golden: Any, case: str) -> None:
+@pytest.mark.parametrize("tolerance", [4e-2, 1e-2, 2e-3])
+def test_golden_values_within_the_tolerance(golden: Any, case: str, tolerance: float) -> None:
     arrays = golden(f"crf/{case}")
-    values = arrays["S"].double() * (arrays["mask"].double()[:, None] if "mask" in arrays else 1)
-    sigma_rgb, sigma_xy = arrays["sigma_rgb"].item(), arrays["sigma_xy"].item()
-    for tolerance in (4e-2, 1e-2, 1e-3):
-        options = {"sigma_rgb": sigma_rgb, "sigma_xy": sigma_xy, "method": "lowrank", "tolerance": tolerance}
-        filtered = bilateral_filter(values, arrays["image"].double(), **options)
-        assert relative_error(filtered, arrays["WS"]) <= tolerance
+    probability, image = arrays["S"].double().requires_grad_(), arrays["image"].double()
+    mask = arrays["mask"].double() if "mask" in arrays else torch.ones_like(probability[:, 0])
+    options = {"sigma_rgb": arrays["sigma_rgb"].item(), "sigma_xy": arrays["sigma_xy"].item()}
+    options |= {"method": "lowrank", "tolerance": tolerance}
+    filtered = bilateral_filter(probability * mask[:, None], image, **options)
+    assert relative_error(filtered, arrays["WS"]) <= tolerance
+    options |= {"valid": mask > 0, "from_logits": False, "reduction": "none"}
+    quadratic = segloss.potts_crf(probability, image, form="quadratic", **options)
+    assert relative_error(quadratic, arrays["neg_quad"]) <= tolerance
+    energy = segloss.potts_crf(probability, image, **options)
+    # The energy is a difference of such terms, and its gradient W m - 2 W S.
+    assert (energy - arrays["potts"]).abs().max() <= 2 * tolerance * arrays["neg_quad"].abs().max() + 1e-9
+    (gradient,) = torch.autograd.grad(energy.sum(), probability)
+    assert (gradient - arrays["grad_S"]).norm() <= 4 * tolerance * arrays["WS"].sum(1).norm()
 
 
 @pytest.mark.parametrize("name", ["astronaut", "chelsea", "coffee", "rocket"])
