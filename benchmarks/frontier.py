@@ -84,7 +84,7 @@ METHODS |= {
 METHODS |= {
     f"{name} {tolerance}": partial(ours, method="lowrank", tolerance=float(tolerance), precision=precision)
     for name, precision in (("lowrank", "auto"), ("lowrank float32", "float32"))
-    for tolerance in ("4e-2", "2e-2", "1e-2", "5e-3")
+    for tolerance in ("1e-1", "4e-2", "2e-2", "1e-2", "5e-3")
 }
 
 

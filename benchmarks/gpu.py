@@ -1,16 +1,17 @@
-"""The CUDA half, checked against float64 first, then timed: under eight minutes on an H200.
+"""The CUDA half, checked against float64 and timed: under eight minutes on an H200.
 
 Times are medians of ``triton.testing.do_bench``. ``bilateral_filter`` and ``potts_crf`` run on bundled photographs with
 sigma 15/255 and 50 pixels at 256 pixels a side, in proportion at other sizes. Limits come from the device: exponentials
 at 16 a clock and multiprocessor, half-precision products at 1,024 (from compute capability 9 on 2,048) multiplications,
-memory from a measured copy.
+memory from a measured copy. A case that fails or misses its bound is marked as such and not timed, the others go on,
+and the exit status is 1. What is measured is written after every case.
 """
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,11 @@ from torch import Tensor
 import segloss
 from benchmarks.__main__ import environment
 from benchmarks.baselines import log_space_size_kl, naive_size_kl
-from benchmarks.photos import photo
+from benchmarks.photos import SIGMA_RGB, TUNED, photo, probabilities, sigma_xy, truth
 from segloss.bilateral import guide_features
-from segloss.bilateral.operator import ToleranceError
 
 HERE = Path(__file__).parent
-PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")
+DEVICE = "cuda"
 SIDES = (256, 384, 512)
 METHODS: dict[str, dict[str, Any]] = {
     "exact": {"method": "exact"},
@@ -33,9 +33,53 @@ METHODS: dict[str, dict[str, Any]] = {
     "lowrank 4e-2": {"method": "lowrank", "tolerance": 4e-2},
     "lowrank 2e-2": {"method": "lowrank", "tolerance": 2e-2},
     "lowrank 1e-2": {"method": "lowrank", "tolerance": 1e-2},
+    "lowrank 1e-2 float32": {"method": "lowrank", "tolerance": 1e-2, "precision": "float32"},
 }
 SHAPES = ((2, 21, 64, 64), (4, 21, 256, 256), (16, 21, 512, 512))
 _EXPONENTIALS = 16  # a clock and multiprocessor
+_WORDS = ("group", "method", "failed", "refused")  # of a row; all else are numbers
+
+Row = dict[str, Any]
+
+
+class Report:
+    """Rows of results, in a file after each of them."""
+
+    def __init__(self, folder: Path, where: dict[str, Any]) -> None:
+        self.folder, self.where, self.rows = folder, where, list[Row]()
+
+    def add(self, group: str, method: str, measure: Callable[[Row], None]) -> None:
+        """``measure`` fills a row; where it raises, the row says so and keeps what was measured before."""
+        row: Row = {"group": group, "method": method}
+        try:
+            measure(row)
+        except segloss.ToleranceError as problem:
+            row["refused"] = str(problem)
+        except Exception as problem:  # whatever it is, the other cases count
+            row["failed"] = f"{type(problem).__name__}: {problem}".splitlines()[0]
+        self.rows.append(row)
+        print(line(row), flush=True)
+        self.write()
+
+    def attempt(self, group: str, measure: Callable[[], None]) -> None:
+        """``measure`` adds rows; where it raises, an extra row says so."""
+        try:
+            measure()
+        except Exception as problem:
+            reason = problem
+
+            def fail(row: Row) -> None:
+                raise reason
+
+            self.add(group, "set-up", fail)
+
+    def write(self) -> None:
+        results = {"environment": self.where, "results": self.rows}
+        (self.folder / "gpu.json").write_text(json.dumps(results, indent=1) + "\n")
+        (self.folder / "gpu.md").write_text(markdown(self.rows, self.where))
+
+    def failed(self) -> int:
+        return sum("failed" in row for row in self.rows)
 
 
 def milliseconds(call: Callable[[], object]) -> float:
@@ -44,17 +88,22 @@ def milliseconds(call: Callable[[], object]) -> float:
     return float(do_bench(call, warmup=50, rep=200, return_mode="median"))
 
 
-def clock() -> float:
-    """Highest clock of the multiprocessors, in Hz; the driver tells it."""
-    query = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
-    return 1e6 * float(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0])
+def extra_megabytes(call: Callable[[], object]) -> float:
+    """Peak memory of a call beyond what was in use."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def limits() -> dict[str, float]:
     """Exponentials, multiply-adds in half precision, and bytes of a copy, a second."""
+    from triton.runtime import driver
+
     device = torch.cuda.get_device_properties(0)
-    cycles = device.multi_processor_count * clock()
-    source = torch.rand(1 << 28, device="cuda")
+    kilohertz = driver.active.utils.get_device_properties(0)["sm_clock_rate"]
+    cycles = device.multi_processor_count * 1e3 * kilohertz
+    source = torch.rand(1 << 28, device=DEVICE)
     target = torch.empty_like(source)
     copy = 2 * source.nbytes / milliseconds(lambda: target.copy_(source)) * 1e3
     products = 2048 if device.major >= 9 else 1024
@@ -62,148 +111,140 @@ def limits() -> dict[str, float]:
 
 
 def options(side: int) -> dict[str, Any]:
-    return {"sigma_rgb": 15 / 255, "sigma_xy": 50 * side / 256}
+    return {"sigma_rgb": SIGMA_RGB, "sigma_xy": sigma_xy(side)}
 
 
-def case(name: str, side: int, classes: int) -> tuple[Tensor, Tensor]:
-    """Probabilities and an image, on the CPU."""
-    torch.manual_seed(0)
-    return torch.softmax(2 * torch.randn(1, classes, side, side), 1), photo(name, side)
+def relative(result: Tensor, exact: Tensor) -> float:
+    return ((result - exact).norm() / exact.norm()).item()
 
 
-def error_of(filtered: Tensor, values: Tensor, image: Tensor, side: int) -> float:
-    """Relative error at 512 random pixels against float64."""
-    features = guide_features(image.cuda().double(), **options(side))[0].t()
-    pixels = torch.randperm(side**2)[:512].cuda()
-    weights = torch.exp(-(features[pixels, None] - features).square().sum(2) / 2)
-    exact = weights @ values.cuda()[0].flatten(1).t().double()
-    error = filtered[0].flatten(1).t()[pixels] - exact
-    return (error.norm() / exact.norm()).item()
+def require(error: float, bound: float) -> None:
+    if not error <= bound:
+        raise ArithmeticError(f"error {error:.1e} above {bound:g}")
 
 
 def kept_share(image: Tensor, side: int, method: str, tolerance: float) -> float:
     """Share of the pixel pairs that the kernels visit."""
-    from segloss.bilateral import kernels
+    from segloss.bilateral import kernel_tiles, kernels
 
     if method == "exact":
         return 1.0
-    features = guide_features(image.cuda(), **options(side))
-    tiles = kernels._cut_tiles(features, tolerance, kernels._config(kernels._FILTER, features).tile)
-    counts = sum(int(counts.sum()) for _, _, counts in kernels._lists(tiles, tolerance))
-    return counts / tiles.low.shape[2] ** 2
+    features = guide_features(image, **options(side))
+    tiles = kernel_tiles.cut(features, tolerance, kernels._config(kernels._FILTER, features).tile)
+    counts = sum(int(counts.sum()) for _, _, counts in kernel_tiles.lists(tiles, tolerance))
+    return counts / tiles.number**2
 
 
-def filtering(names: tuple[str, ...], most: dict[str, float]) -> list[dict[str, Any]]:
-    rows = []
-    for side in SIDES:
-        for classes in (21, 1, 81) if side == SIDES[0] else (21,):
-            for name in names if classes == 21 else names[:1]:
-                values, image = case(name, side, classes)
-                for label, choice in METHODS.items():
-                    try:
-                        rows.append(filtering_row(label, choice, name, values, image, most))
-                    except ToleranceError as problem:
-                        print(f"{label} {name} {side}: left out, {problem}", flush=True)
-                    else:
-                        print(line(rows[-1]), flush=True)
-    return rows
+def filtering(report: Report, name: str, side: int, classes: int, most: dict[str, float]) -> None:
+    values, image = probabilities(classes, side).to(DEVICE), photo(name, side).to(DEVICE)
+    pixels = torch.randperm(side**2, generator=torch.Generator().manual_seed(1))[:256].to(DEVICE)
+    exact = truth(image, values, pixels)[0]
+    for label, choice in METHODS.items():
+        measure = partial(filter_case, choice=choice, values=values, image=image, most=most, pixels=pixels, exact=exact)
+        report.add(f"bilateral_filter K={classes} {side}x{side} {name}", label, measure)
 
 
-def filtering_row(
-    label: str, choice: dict[str, Any], name: str, values: Tensor, image: Tensor, most: dict[str, float]
-) -> dict[str, Any]:
-    classes, side = values.shape[1], values.shape[2]
-    on_gpu, guide = values.cuda(), image.cuda()
+def filter_case(
+    row: Row,
+    choice: dict[str, Any],
+    values: Tensor,
+    image: Tensor,
+    most: dict[str, float],
+    pixels: Tensor,
+    exact: Tensor,
+) -> None:
+    classes, side = values.shape[1:3]
 
     def run() -> Tensor:
-        return segloss.bilateral_filter(on_gpu, guide, **choice, **options(side))
+        return segloss.bilateral_filter(values, image, **choice, **options(side))
 
-    error = error_of(run(), values, image, side)
+    row["error"] = relative(run()[0].flatten(1).t()[pixels], exact)
     # The low-rank method measures its error on other pixels.
-    bound = 5e-4 if label == "exact" else 1.3 * choice["tolerance"]
-    if not error <= bound:
-        raise SystemExit(f"bilateral_filter {label} {name} {side}: error {error:.1e} above {bound:g}, nothing is timed")
-    time = milliseconds(run)
-    row = {"group": f"bilateral_filter K={classes} {side}x{side} {name}", "method": label, "milliseconds": time}
-    row["error"] = error
-    if choice["method"] != "lowrank":
-        share = kept_share(image, side, choice["method"], choice.get("tolerance", 0.0))
-        pairs = share * side**4
-        # 16 columns for the distances; values in two limbs, padded to a power of two.
-        columns = 16 + 2 * max(16, 1 << (classes - 1).bit_length())
-        row["share of pairs"] = share
-        row["of exponential limit"] = 1e3 * pairs / most["exponentials"] / time
-        row["of product limit"] = 1e3 * pairs * columns / most["products"] / time
-    return row
+    require(row["error"], 5e-4 if choice["method"] == "exact" else 1.3 * choice["tolerance"])
+    row["milliseconds"] = milliseconds(run)
+    if choice["method"] == "lowrank":
+        return
+    row["share of pairs"] = kept_share(image, side, choice["method"], choice.get("tolerance", 0.0))
+    pairs = row["share of pairs"] * side**4
+    # 16 columns for the distances; values in two limbs, padded to a power of two.
+    columns = 16 + 2 * max(16, 1 << (classes - 1).bit_length())
+    row["of exponential limit"] = 1e3 * pairs / most["exponentials"] / row["milliseconds"]
+    row["of product limit"] = 1e3 * pairs * columns / most["products"] / row["milliseconds"]
 
 
-def crf(most: dict[str, float]) -> list[dict[str, Any]]:
+def crf(report: Report, side: int) -> None:
     """Forward, and forward with backward, to the logits and to the image as well."""
-    rows = []
-    for side in SIDES:
-        values, image = case(PHOTOS[0], side, 21)
-        for label, choice in METHODS.items():
-            if label == "lowrank 4e-2":
-                continue
-            logits, guide = values.log().cuda().requires_grad_(), image.cuda()
-
-            def forward(guide: Tensor = guide, logits: Tensor = logits, choice: dict[str, Any] = choice) -> Tensor:
-                return segloss.potts_crf(logits, guide, **choice, **options(side))  # noqa: B023
-
-            moving = image.cuda().requires_grad_()
-            calls: dict[str, Callable[[], object]] = {
-                "forward": forward,
-                "forward and backward": lambda: torch.autograd.grad(forward(), logits),  # noqa: B023
-                "with the image": lambda: torch.autograd.grad(forward(moving), (logits, moving)),  # noqa: B023
-            }
-            for what, call in calls.items():
-                if "lowrank" in label and what == "with the image":
-                    continue
-                time = milliseconds(call)
-                rows.append({"group": f"potts_crf K=21 {side}x{side} {what}", "method": label, "milliseconds": time})
-                print(line(rows[-1]), flush=True)
-    return rows
+    logits, image = probabilities(21, side).log().to(DEVICE), photo(TUNED[0], side).to(DEVICE)
+    exact = None
+    if side == SIDES[0]:  # in float64 larger ones take long
+        exact = crf_gradients(logits.double(), image.double(), True, {"method": "exact"})
+    for label, choice in METHODS.items():
+        for what in ("forward", "forward and backward", "with the image"):
+            measure = partial(crf_case, choice=choice, what=what, logits=logits, image=image, exact=exact)
+            report.add(f"potts_crf K=21 {side}x{side} {what}", label, measure)
 
 
-def size_kl(most: dict[str, float]) -> list[dict[str, Any]]:
+def crf_case(
+    row: Row, choice: dict[str, Any], what: str, logits: Tensor, image: Tensor, exact: list[Tensor] | None
+) -> None:
+    def run() -> list[Tensor]:
+        if what == "forward":
+            return [segloss.potts_crf(logits, image, **choice, **options(image.shape[2]))]
+        return crf_gradients(logits, image, what == "with the image", choice)
+
+    results = run()
+    if exact is not None:
+        row["error"] = max(relative(result, right) for result, right in zip(results, exact, strict=False))
+        require(row["error"], 3e-3 if choice["method"] == "exact" else 10 * choice["tolerance"])
+    row["milliseconds"] = milliseconds(run)
+
+
+def crf_gradients(logits: Tensor, image: Tensor, with_image: bool, choice: dict[str, Any]) -> list[Tensor]:
+    """The loss and its gradients."""
+    logits, image = logits.detach().requires_grad_(), image.detach().requires_grad_(with_image)
+    loss = segloss.potts_crf(logits, image, **choice, **options(image.shape[2]))
+    return [loss.detach(), *torch.autograd.grad(loss, (logits, image) if with_image else (logits,))]
+
+
+def size_kl(report: Report, shape: tuple[int, ...], dtype: torch.dtype, most: dict[str, float]) -> None:
     """Forward and backward; the floor reads the logits twice and writes the gradient."""
-    rows = []
-    for shape in SHAPES:
-        for dtype in (torch.float32, torch.bfloat16):
-            torch.manual_seed(0)
-            logits = torch.randn(shape, device="cuda").to(dtype).requires_grad_()
-            sizes = torch.rand(shape[:2], device="cuda").softmax(1)
-            exact = logits.detach().double().requires_grad_()
-            expected = torch.autograd.grad(log_space_size_kl(exact, sizes.double()), exact)[0]
-            del exact
-            for label, loss in (("naive autograd", naive_size_kl), ("segloss.size_kl", segloss.size_kl)):
-
-                def run(loss: Callable[..., Tensor] = loss) -> Tensor:
-                    return torch.autograd.grad(loss(logits, sizes), logits)[0]  # noqa: B023
-
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
-                error = ((run() - expected).norm() / expected.norm()).item()
-                megabytes = (torch.cuda.max_memory_allocated() - before) / 2**20
-                if label == "segloss.size_kl" and not error <= (1e-4 if dtype == torch.float32 else 1e-2):
-                    raise SystemExit(f"size_kl {shape} {dtype}: error {error:.1e}, nothing is timed")
-                time = milliseconds(run)
-                size = "x".join(map(str, shape))
-                row = {"group": f"size_kl {size} {str(dtype).split('.')[1]}", "method": label, "milliseconds": time}
-                row |= {"error": error, "megabytes": megabytes}
-                row["of copy bandwidth"] = 1e3 * 3 * logits.nbytes / most["copy"] / time
-                rows.append(row)
-                print(line(row), flush=True)
-            del expected
-    return rows
+    torch.manual_seed(0)
+    logits = torch.randn(shape, device=DEVICE).to(dtype).requires_grad_()
+    sizes = torch.rand(shape[:2], device=DEVICE).softmax(1)
+    double = logits.detach().double().requires_grad_()
+    exact = torch.autograd.grad(log_space_size_kl(double, sizes.double()), double)[0]
+    for label, loss in (("naive autograd", naive_size_kl), ("segloss.size_kl", segloss.size_kl)):
+        measure = partial(size_kl_case, loss=loss, logits=logits, sizes=sizes, exact=exact, most=most)
+        report.add(f"size_kl {'x'.join(map(str, shape))} {str(dtype).split('.')[1]}", label, measure)
 
 
-def line(row: dict[str, Any]) -> str:
-    rest = [f"{key} {value:.2g}" for key, value in row.items() if key not in ("group", "method", "milliseconds")]
-    return ", ".join([f"{row['group']}: {row['method']} {row['milliseconds']:.4g} ms", *rest])
+def size_kl_case(
+    row: Row, loss: Callable[..., Tensor], logits: Tensor, sizes: Tensor, exact: Tensor, most: dict[str, float]
+) -> None:
+    def run() -> Tensor:
+        return torch.autograd.grad(loss(logits, sizes), logits)[0]
+
+    row["error"] = relative(run(), exact)
+    if loss is segloss.size_kl:
+        require(row["error"], 1e-4 if logits.dtype == torch.float32 else 1e-2)
+    row["megabytes"] = extra_megabytes(run)
+    row["milliseconds"] = milliseconds(run)
+    row["of copy bandwidth"] = 1e3 * 3 * logits.nbytes / most["copy"] / row["milliseconds"]
 
 
-def markdown(rows: list[dict[str, Any]], where: dict[str, Any]) -> str:
+def line(row: Row) -> str:
+    """A row for the terminal."""
+    numbers = [f"{key} {value:.2g}" for key, value in row.items() if key not in (*_WORDS, "milliseconds")]
+    return ", ".join([f"{row['group']}: {row['method']} {outcome(row)}", *numbers])
+
+
+def outcome(row: Row) -> str:
+    if "failed" in row:
+        return f"FAILED ({row['failed']})"
+    return "refused" if "refused" in row else f"{row['milliseconds']:.4g} ms"
+
+
+def markdown(rows: list[Row], where: dict[str, Any]) -> str:
     text = [
         "# Benchmarks on a GPU",
         "",
@@ -212,13 +253,26 @@ def markdown(rows: list[dict[str, Any]], where: dict[str, Any]) -> str:
     ]
     for group in dict.fromkeys(row["group"] for row in rows):
         here = [row for row in rows if row["group"] == group]
-        keys = list(dict.fromkeys(key for row in here for key in row if key not in ("group", "method", "milliseconds")))
+        keys = list(dict.fromkeys(key for row in here for key in row if key not in (*_WORDS, "milliseconds")))
         text += ["", f"## {group}", "", "| " + " | ".join(["method", "time", *keys]) + " |"]
         text.append("|---" * (2 + len(keys)) + "|")
         for row in here:
             cells = [f"{row[key]:.2g}" if key in row else "-" for key in keys]
-            text.append("| " + " | ".join([row["method"], f"{row['milliseconds']:.4g} ms", *cells]) + " |")
+            text.append("| " + " | ".join([row["method"], outcome(row).replace("|", "\\|"), *cells]) + " |")
     return "\n".join(text) + "\n"
+
+
+def measure_all(report: Report, names: list[str], most: dict[str, float]) -> None:
+    for side in SIDES:
+        for name in names:
+            report.attempt(f"bilateral_filter {side} {name}", partial(filtering, report, name, side, 21, most))
+    for classes in (1, 81):
+        report.attempt(f"bilateral_filter K={classes}", partial(filtering, report, names[0], SIDES[0], classes, most))
+    for side in SIDES:
+        report.attempt(f"potts_crf {side}", partial(crf, report, side))
+    for shape in SHAPES:
+        for dtype in (torch.float32, torch.bfloat16):
+            report.attempt(f"size_kl {shape} {dtype}", partial(size_kl, report, shape, dtype, most))
 
 
 def main() -> int:
@@ -236,12 +290,12 @@ def main() -> int:
 
     most = limits()
     where = environment() | {"gpu": torch.cuda.get_device_name(), "triton": triton.__version__, "limits": most}
-    rows = [*filtering(PHOTOS[:1] if chosen.quick else PHOTOS, most), *crf(most), *size_kl(most)]
-    (chosen.out / "gpu.json").write_text(json.dumps({"environment": where, "results": rows}, indent=1) + "\n")
-    table = markdown(rows, where)
-    (chosen.out / "gpu.md").write_text(table)
-    print(table)
-    return 0
+    report = Report(chosen.out, where)
+    measure_all(report, TUNED[:1] if chosen.quick else TUNED, most)
+    print((chosen.out / "gpu.md").read_text())
+    if report.failed():
+        print(f"benchmarks.gpu: {report.failed()} of {len(report.rows)} cases failed", file=sys.stderr)
+    return int(report.failed() > 0)
 
 
 if __name__ == "__main__":

@@ -22,10 +22,13 @@ def _get() -> list[str]:
 
 
 def _set(precision: list[str]) -> None:
-    if _CPU:
-        _CUDA.fp32_precision, _CPU.fp32_precision = precision
-    else:
+    if not _CPU:
         torch.set_float32_matmul_precision(precision[0])
+        return
+    for backend, wanted in zip((_CUDA, _CPU), precision, strict=True):
+        backend.fp32_precision = "none"  # what torch.backends.fp32_precision says, and follows it in future
+        if backend.fp32_precision != wanted:
+            backend.fp32_precision = wanted
 
 
 @contextmanager

@@ -62,8 +62,17 @@ class _Known(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, constants = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
-        pull = torch.func.vjp(lambda *tensors: ctx.function(*tensors, *constants), *inputs)[1]
-        return None, None, None, *pull(grad), *(None for _ in constants)
+        wanted = [i for i in range(ctx.count) if ctx.needs_input_grad[3 + i]]
+
+        def function(*chosen: Tensor) -> Tensor:
+            arguments = list(inputs)
+            for i, tensor in zip(wanted, chosen, strict=True):
+                arguments[i] = tensor
+            return ctx.function(*arguments, *constants)
+
+        pulled = torch.func.vjp(function, *(inputs[i] for i in wanted))[1](grad)
+        grads: dict[int, Tensor] = dict(zip(wanted, pulled, strict=True))
+        return None, None, None, *(grads.get(i) for i in range(ctx.count)), *(None for _ in constants)
 
     @staticmethod
     def vmap(

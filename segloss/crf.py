@@ -95,10 +95,10 @@ def potts_crf(
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` over the images.
 
     Returns:
-        A scalar, or ``[B]`` for ``"none"``; float32 (float64 where logits or image are float64); at least 0 up to
-        the tolerance for ``"potts"``, 0 for images without valid pixels. NaN and infinity that are not checked (see
-        :func:`~segloss.check_values`) make the loss of their image NaN; other values that are not checked count as they
-        are.
+        A scalar, or ``[B]`` for ``"none"``; float32 (float64 where logits or image are float64); at least 0 for
+        ``"potts"`` up to the tolerance times the quadratic form, of which the value is a difference; 0 for images
+        without valid pixels. NaN and infinity that are not checked (see :func:`~segloss.check_values`) make the loss of
+        their image NaN; other values that are not checked count as they are.
 
     Raises:
         TypeError: ``logits``, ``image`` or ``gate`` that are not floating point, ``valid`` that is not bool, sigmas
@@ -416,10 +416,11 @@ def windowed_potts(
     probability = _probability(logits.to(dtype), from_logits)
     mask = _mask(valid, probability)
     features = guide_features(image.to(dtype), sigma_rgb, sigma_xy).unflatten(2, image.shape[2:])
-    energy = WindowedEnergy.apply(mask * probability, mask, features, int(radius))[0]
+    radius = min(int(radius), max(image.shape[2:]))
+    energy = WindowedEnergy.apply(mask * probability, mask, features, radius)[0]
     if normalize is not None:
         counted = mask
-        if normalize == "pairs":
+        if normalize == "pairs" and mask.numel():
             counted = mask * F.avg_pool2d(mask, 2 * radius + 1, stride=1, padding=radius, divisor_override=1)
         energy = energy / counted.sum((1, 2, 3)).clamp(min=1)
     return reduce(energy, reduction)
@@ -490,7 +491,8 @@ def window_mass(
         radius: rows and columns that two pixels may be apart, at least 0.
 
     Returns:
-        ``[B]`` in (0, 1], a constant, exact to a relative 1e-6 (float64 images) or 1e-4 (others).
+        ``[B]`` in (0, 1], 1 for images without pixels, a constant, exact to a relative 1e-6 (float64 images) or 1e-4
+        (others).
 
     Raises:
         TypeError: ``image`` that is not floating point, sigmas that are not numbers, ``radius`` that is not an int.
@@ -506,11 +508,12 @@ def window_mass(
     with torch.no_grad():
         features = guide_features(image, sigma_rgb, sigma_xy).unflatten(2, image.shape[2:])
         ones = torch.ones_like(features[:, :1])
-        near = torch.ops.segloss.window(ones, features, int(radius))
+        near = torch.ops.segloss.window(ones, features, min(int(radius), max(image.shape[2:])))
         everything = bilateral_filter(
             ones, image, sigma_rgb=sigma_rgb, sigma_xy=sigma_xy, method="blocksparse", tolerance=1e-6
         )
-        return (near.sum((1, 2, 3)) / everything.sum((1, 2, 3))).clamp(max=1)
+        whole = everything.sum((1, 2, 3))
+        return torch.where(whole > 0, near.sum((1, 2, 3)) / whole, 1).clamp(max=1)
 
 
 def _check_radius(radius: int) -> None:

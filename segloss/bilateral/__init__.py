@@ -14,8 +14,9 @@ __all__ = ["ToleranceError", "bilateral_error", "bilateral_filter"]
 _METHODS = ("auto", "exact", "blocksparse", "lowrank")
 _BACKENDS = ("auto", "torch", "triton")
 _PRECISIONS = ("auto", "float32")
+_HAS_TRITON = find_spec("triton") is not None
 _WORTH_SORTING = 2500  # pixels; below, leaving out pairs saves less than finding them costs
-_WORTH_LANDMARKS = 6400  # pixels; below, pairs are cheaper than landmarks
+_WORTH_LANDMARKS = 10000  # pixels; below, pairs are cheaper than landmarks
 _NARROWEST = 1e-10  # smaller sigmas give the same kernel: no two different pixels meet
 _FARTHEST = 1e14  # sigmas from the middle of an image: squares of what is beyond would overflow
 
@@ -47,15 +48,18 @@ def bilateral_filter(
             Infinite: colour does not count.
         sigma_xy: width of the kernel in space, in pixels, likewise.
         method: ``"exact"`` visits all pairs of pixels; ``"blocksparse"`` leaves out pairs of pixel tiles that do not
-            count, and expands the weights of others; ``"lowrank"`` replaces W by a symmetric positive semi-definite matrix of low rank, far faster on
-            photographs and wide kernels; ``"auto"`` is exact below 2,500 pixels, block-sparse on CUDA and below 6,400
-            pixels, and else takes low rank where that reaches the tolerance and block-sparse where it does not.
+            count, and expands the weights of others; ``"lowrank"`` replaces W by a symmetric positive semi-definite
+            matrix of low rank, far faster on photographs and wide kernels; ``"auto"`` is exact below 2,500 pixels,
+            block-sparse below 10,000 and with Triton, and else takes low rank where that is fast and reaches the
+            tolerance, and block-sparse where it is not or does not.
         tolerance: the error that is allowed, in (0, 1). Block-sparse: the errors of the weights, in absolute terms,
-            sum to at most this share of all weights in every tile of pixels (a guarantee; errors of filtered
-            probabilities are usually 10 to 100 times smaller). Low rank: the relative error of the result in the Euclidean norm, as measured on some
-            pixels (see :func:`bilateral_error`); it decides on the rank.
+            sum to at most this share of all weights in every tile of pixels: a guarantee for every region. Errors of
+            filtered probabilities are usually 10 to 100 times smaller; values that cancel may have larger ones. Low
+            rank: the relative error of the whole result in the Euclidean norm, as measured on some pixels (see
+            :func:`bilateral_error`); it decides on the rank. It is not an error per pixel: where colours are rare, and
+            sums of weights small, relative errors are larger. Choose block-sparse where those pixels matter.
         backend: ``"torch"`` runs on any device, ``"triton"`` on CUDA devices (low rank is plain torch there too);
-            ``"auto"`` takes Triton where it can.
+            ``"auto"`` takes Triton where it can. Devices of compute capability below 8.0 run plain torch in any case.
         precision: ``"auto"`` lets the low-rank method multiply in bfloat16 where the processor is fast at it and the
             tolerance is 5e-3 or more; ``"float32"`` does not.
 
@@ -86,9 +90,9 @@ def bilateral_filter(
     _check_values("values", values)
     check_guide(image, values, "values")
     plan = make_plan(method, tolerance, backend, precision, image)
-    features = guide_features(image, sigma_rgb, sigma_xy)
-    dtype = torch.promote_types(wide_dtype(values), features.dtype)
-    filtered = Bilateral.apply(values.flatten(2).to(dtype), features.to(dtype), plan)[0]
+    dtype = torch.promote_types(wide_dtype(values), wide_dtype(image))
+    features = guide_features(image.to(dtype), sigma_rgb, sigma_xy)
+    filtered = Bilateral.apply(values.flatten(2).to(dtype), features, plan)[0]
     return filtered.view_as(values)
 
 
@@ -105,7 +109,8 @@ def bilateral_error(
     .. math:: \frac{\|\tilde v - W v\|}{\|W v\|}
 
     in the Euclidean norm over the channels of 64 pixels (up to 256 in images below 256 x 256), which are the same in
-    every call and spread evenly. The error of all pixels is usually within 30% of the result.
+    every call and spread evenly. The error of all pixels is usually within 30% of the result; not so for errors near
+    the rounding of float32, and for values that are 0 at most pixels.
 
     Args:
         values: channels that were filtered, ``[B, K, H, W]``.
@@ -127,10 +132,10 @@ def bilateral_error(
     _check_values("filtered", filtered)
     check_like("filtered", filtered, values.shape, "values", values)
     check_guide(image, values, "values")
-    features = guide_features(image, sigma_rgb, sigma_xy).detach()
-    dtype = torch.promote_types(wide_dtype(values), features.dtype)
+    dtype = torch.promote_types(wide_dtype(values), wide_dtype(image))
+    features = guide_features(image.to(dtype), sigma_rgb, sigma_xy).detach()
     flat, result = (t.detach().flatten(2).to(dtype) for t in (values, filtered))
-    return torch.ops.segloss.bilateral_error(flat, features.to(dtype), result)
+    return torch.ops.segloss.bilateral_error(flat, features, result)
 
 
 def _check_values(name: str, values: Tensor) -> None:
@@ -147,7 +152,7 @@ def guide_features(image: Tensor, sigma_rgb: float | Tensor, sigma_xy: float | T
     height, width = image.shape[2:]
     rows = torch.arange(height, dtype=colour.dtype, device=image.device)[:, None].expand(height, width)
     columns = torch.arange(width, dtype=colour.dtype, device=image.device).expand(height, width)
-    place = torch.stack([rows, columns]).flatten(1) / _at_least(sigma_xy, _NARROWEST)
+    place = torch.stack([rows, columns]).flatten(1) / _at_least(sigma_xy, colour.dtype)
     return torch.cat([colour.flatten(2), place.expand(image.shape[0], -1, -1)], 1)
 
 
@@ -155,7 +160,7 @@ def guide_colour(image: Tensor, sigma_rgb: float | Tensor) -> Tensor:
     """Colour in units of its sigma, ``[B, C, H, W]``, around 0: only differences count, near 0 they are accurate."""
     check_sigma("sigma_rgb", sigma_rgb, image)
     image = image.to(wide_dtype(image))
-    sigma = _at_least(sigma_rgb, _NARROWEST)
+    sigma = _at_least(sigma_rgb, image.dtype)
     if image.numel() == 0:
         return image / sigma
     with torch.no_grad():
@@ -178,9 +183,9 @@ def make_plan(method: str, tolerance: float, backend: str, precision: str, image
     """The settings of :func:`bilateral_filter` for an image, checked; ``"auto"`` as far as the shape decides it."""
     check_plan(method, tolerance, backend, precision)
     height, width = image.shape[2:]
-    triton = image.is_cuda and backend != "torch" and find_spec("triton") is not None
+    triton = image.is_cuda and backend != "torch" and _HAS_TRITON
     if backend == "triton" and not triton:
-        lacks = "a CUDA device" if not image.is_cuda else "the package triton"
+        lacks = "the package triton" if image.is_cuda else "a CUDA device"
         raise ValueError(f"backend: expected {lacks} for 'triton', got an image on {image.device}")
     if method == "auto" and height * width < _WORTH_SORTING:
         method = "exact"
@@ -212,5 +217,5 @@ def check_sigma(name: str, sigma: float | Tensor, image: Tensor | None = None) -
     require(name, sigma, lambda: sigma > 0, lambda: f"expected a number above 0, got {sigma.item():.6g}")
 
 
-def _at_least(sigma: float | Tensor, least: float) -> float | Tensor:
-    return sigma.clamp(min=least) if isinstance(sigma, Tensor) else max(float(sigma), least)
+def _at_least(sigma: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    return sigma.to(dtype).clamp(min=_NARROWEST) if isinstance(sigma, Tensor) else max(float(sigma), _NARROWEST)

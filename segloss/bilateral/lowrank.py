@@ -2,14 +2,15 @@
 
 With colours x and positions y, W_pq = exp(-|x_p - x_q|^2 / 2) exp(-|y_p - y_q|^2 / 2) is replaced by
 
-    W^ = A C A',    A = P o B,    C = G x (K + ridge)^-1
+    W^ = A C A' + D,    A = P o B,    C = G x (K + ridge)^-1
 
 where B_pm = exp(-|x_p - z_m|^2 / 2) for some landmark colours z (Nystroem's method) with K the same between landmarks,
 P are the constant and the linear functions on blocks of pixels, and G is the spatial kernel projected onto them.
 The work is one matrix product for each block on the way to the core, A' v, and one on the way back: linear in the
 number of pixels. Blocks are large where the spatial kernel is smooth, which makes the products several times smaller
 than with the eigenvectors of the spatial kernel. B holds exponentials, all in [0, 1], and the inverse is regularised:
-so bfloat16 is accurate enough for the large products.
+so bfloat16 is accurate enough for the large products. The diagonal D gives pixels of rare colours, far from every
+landmark, their own weight of 1 back; since A C A' is never above W, D is never below 0.
 """
 
 import math
@@ -31,9 +32,12 @@ MOST_LANDMARKS = 512
 _SAFE = 0.8  # of the tolerance, for what the estimate of the error may miss
 _SHARES = (0.35, 0.04)  # error of filtered probabilities / squared residual and / residual, on photographs
 _HOPELESS = 0.03  # error / residual is never less
-_EXHAUSTED = 1e-5  # residual below which more landmarks change nothing
+_EXHAUSTED = 0.1  # residual / the one asked for: that far below, landmarks are not what is missing
+_PIXELS_A_LANDMARK = 64  # with fewer, visiting pairs of tiles is faster
 _LEAST_FOR_BFLOAT16 = 5e-3  # tolerance
-_RIDGE = {torch.float32: 1e-3, torch.float64: 1e-8}
+_RIDGES = {torch.float32: (1e-4, 1e-3), torch.float64: (1e-9, 1e-3)}  # least and largest; a tenth of the tolerance
+_RARE = 0.5  # pixels with less weight to every landmark get the rest of their own weight back
+_NARROW = 4096  # pixels beyond which blocks of a single pixel are refused
 
 
 class Axis(NamedTuple):
@@ -81,16 +85,18 @@ class LowRank:
         self.block = down.functions.shape[1], right.functions.shape[1]
         self.area = math.prod(self.block)  # of a block, in pixels
         self.rows, self.columns = len(down.vectors), len(right.vectors)
-        self.compact = is_compact(colour)
-        self.inverse = self._inverse()
+        self.points, self.compact = colour, is_compact(colour)
+        self.inverse = self._inverse(tolerance)
         self._set_functions(down, right)
         self.colour = self._blocks(colour).permute(1, 3, 2, 4, 0).reshape(self.rows, self.columns, self.area, -1)
+        self.near = torch.empty(self.colour.shape[:3], dtype=dtype, device=colour.device)
 
-    def _inverse(self) -> Tensor:
+    def _inverse(self, tolerance: float) -> Tensor:
         """(K + ridge)^-1 in float64."""
+        least, largest = _RIDGES[self.landmarks.dtype]
         z = self.landmarks.double()
         kernel = squared_distances(z, z).div_(-2).exp_()
-        kernel.diagonal().add_(_RIDGE[self.landmarks.dtype])
+        kernel.diagonal().add_(min(max(least, tolerance / 10), largest))
         return torch.cholesky_inverse(torch.linalg.cholesky(kernel))
 
     def _set_functions(self, down: Axis, right: Axis) -> None:
@@ -128,13 +134,29 @@ class LowRank:
         weights = gaussian(x.flatten(0, 2), self.landmarks, compact=self.compact)
         return weights.view(*x.shape[:3], -1).to(self.dtype)
 
+    def missing(self) -> Tensor:
+        """D, ``[N]``: 1 - W^_pp at pixels far from every landmark, 0 elsewhere. After :meth:`gather`."""
+        blocks = self.near.unflatten(2, self.block).transpose(1, 2).flatten(2).flatten(0, 1)
+        rare = (blocks[: self.height, : self.width] < _RARE).flatten().nonzero()[:, 0]
+        y, x = rare // self.width, rare % self.width
+        down, right = self.block
+        row, column, inside = y // down, x // right, y % down * right + x % right
+        squares_down, squares_right = self.down @ self.down.transpose(1, 2), self.right @ self.right.transpose(1, 2)
+        space = self.points.new_zeros(len(rare))
+        for f, (i, j) in zip(self.functions, self.powers, strict=True):
+            for g, (k, m) in zip(self.functions, self.powers, strict=True):
+                space += f[inside] * g[inside] * squares_down[row, i, k] * squares_right[column, j, m]
+        weights = gaussian(self.points[:, rare].t(), self.landmarks, compact=self.compact)
+        colour = ((weights @ self.inverse.to(weights.dtype)) * weights).sum(1)
+        return torch.zeros_like(self.points[0]).index_copy_(0, rare, (1 - space * colour).clamp_(0, 1))
+
     def parts(self, tensor: Tensor, dim: int) -> tuple[Tensor, ...]:
         """The channels that are handled at a time."""
         each = self.rows * self.across.shape[1] * len(self.landmarks)
         return tensor.split(max(1, _LARGEST_CORE // each), dim)
 
     def gather(self, values: Tensor) -> Tensor:
-        """A' v, ``[K, N]`` to ``[R_y, R_x, K, M]``."""
+        """A' v, ``[K, N]`` to ``[R_y, R_x, K, M]``; notes how near each pixel is to a landmark."""
         classes, most = len(values), len(self.landmarks)
         blocks = self._blocks(values)
         sums = values.new_empty(self.rows, self.across.shape[1], classes * most)
@@ -143,7 +165,9 @@ class LowRank:
             for part in parts:
                 v = blocks[:, rows, :, part].permute(1, 3, 0, 2, 4)
                 v = v.reshape(*v.shape[:2], 1, classes, self.area) * self.functions[:, None]
-                products.append(v.flatten(2, 3).to(self.dtype) @ self._exponentials(rows, part))
+                weights = self._exponentials(rows, part)
+                torch.amax(weights, 3, out=self.near[rows, part])
+                products.append(v.flatten(2, 3).to(self.dtype) @ weights)
             along = torch.cat(products, 1).to(sums.dtype).view(-1, len(self.across), classes * most)
             torch.matmul(self.across.t(), along, out=sums[rows])
         core = self.down.flatten(0, 1).t() @ sums.view(self.rows * self.down.shape[1], -1)
@@ -195,20 +219,22 @@ class Product(NamedTuple):
     kernel: LowRank
     gathered: Tensor  # A' v, [R_y, R_x, K, M]
     solved: Tensor  # C A' v in the same basis
+    own: Tensor  # D v, [K, N]
 
     def filtered(self) -> Tensor:
         """``[K, N]``."""
-        return torch.cat([self.kernel.expand(part) for part in self.kernel.parts(self.solved, 2)])
+        return torch.cat([self.kernel.expand(part) for part in self.kernel.parts(self.solved, 2)]) + self.own
 
     def at(self, pixels: Tensor) -> Tensor:
         """``[K, P]``."""
-        return torch.cat([self.kernel.expand_at(part, pixels) for part in self.kernel.parts(self.solved, 2)])
+        parts = self.kernel.parts(self.solved, 2)
+        return torch.cat([self.kernel.expand_at(part, pixels) for part in parts]) + self.own[:, pixels]
 
 
 def multiply(kernel: LowRank, values: Tensor) -> Product:
     """``values [K, N]`` times W^."""
     gathered = torch.cat([kernel.gather(part) for part in kernel.parts(values, 0)], 2)
-    return Product(kernel, gathered, kernel.solve(gathered))
+    return Product(kernel, gathered, kernel.solve(gathered), kernel.missing() * values)
 
 
 def choose(
@@ -220,21 +246,24 @@ def choose(
     verdict: on failure the next try has more landmarks. ``quick`` gives up where the residual leaves no hope.
 
     Returns:
-        The product, or None where it misses the tolerance; the error as measured last.
+        The product, or None where it misses the tolerance; the error of the last try, with a margin for the estimate.
     """
+    if not all(t.sum().isfinite() or t.isfinite().all() for t in (values, features)):  # sums are faster
+        return None, math.inf
+    most = min(MOST_LANDMARKS, features.shape[1] // _PIXELS_A_LANDMARK) if quick else MOST_LANDMARKS
     residual, dtype = _residual_for(_SAFE * tolerance), _product_dtype(values, tolerance, full)
     pixels = sample_pixels(features.shape[1]).to(features.device)
     while True:
-        landmarks, left = choose_landmarks(features[:-2], residual, MOST_LANDMARKS)
+        landmarks, left = choose_landmarks(features[:-2], residual, most)
         reached = left[-1].item()
-        if quick and reached * _HOPELESS > tolerance:
+        if quick and (reached > residual or reached * _HOPELESS > tolerance):
             return None, math.inf
         product = multiply(LowRank(features, width, landmarks, tolerance, dtype), values)
         error = sampled_error(values, features, product.at(pixels), pixels)
         if error <= _SAFE * tolerance:
             return product, error
-        if reached > residual or residual < _EXHAUSTED or not math.isfinite(error):
-            return None, error
+        if reached > residual or reached < _EXHAUSTED * residual or not math.isfinite(error):
+            return None, error / _SAFE
         residual = min(residual, reached) * min(0.7, 0.7 * tolerance / error)
 
 
@@ -255,6 +284,11 @@ def filter_with(
 def is_worth_trying(features: Tensor, width: int, tolerance: float) -> bool:
     """Whether the blocks are large enough to make the method faster than visiting pairs of pixels."""
     return block_side(spacing(features, width), tolerance) >= _SMALLEST_BLOCK
+
+
+def is_too_narrow(features: Tensor, width: int, tolerance: float) -> bool:
+    """Whether there would be nearly as many spatial functions as pixels, in an image of some size."""
+    return features.shape[1] > _NARROW and block_side(spacing(features, width), tolerance) < 2
 
 
 def _product_dtype(values: Tensor, tolerance: float, full: bool) -> torch.dtype:

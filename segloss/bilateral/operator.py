@@ -1,5 +1,6 @@
 """The filter as an operator with gradients: what ``torch.compile``, ``vmap`` and autograd see of it."""
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -65,15 +66,20 @@ def _choose(values: Tensor, features: Tensor, landmarks: Tensor, plan: Plan) -> 
 
 
 def _low_rank(values: Tensor, features: Tensor, b: int, plan: Plan) -> lowrank.Product | None:
-    """The product for image b, or None where ``"auto"`` should filter by tiles."""
+    """The product for image b, or None where pairs of tiles should do: in ``"auto"``, and for values not finite."""
     asked = plan.method == "lowrank"
     if not asked and not lowrank.is_worth_trying(features[b], plan.width, plan.tolerance):
         return None
-    product, error = lowrank.choose(values[b], features[b], plan.width, plan.tolerance, plan.full, quick=not asked)
-    if product is None and asked:
+    if asked and lowrank.is_too_narrow(features[b], plan.width, plan.tolerance):
         raise ToleranceError(
-            f"method: 'lowrank' cannot reach tolerance={plan.tolerance:g} on image {b}, its error is about {error:.2g};"
-            " expected a tolerance above that, or another method"
+            f"sigma_xy: expected a wider kernel for method='lowrank' and tolerance={plan.tolerance:g} on image {b}, "
+            "or another method: there would be as many spatial functions as pixels"
+        )
+    product, reached = lowrank.choose(values[b], features[b], plan.width, plan.tolerance, plan.full, quick=not asked)
+    if product is None and asked and math.isfinite(reached):
+        raise ToleranceError(
+            f"method: 'lowrank' cannot reach tolerance={plan.tolerance:g} on image {b}, its error is about "
+            f"{reached:.2g}; expected a larger tolerance, or another method"
         )
     return product
 
@@ -83,20 +89,22 @@ def _bilateral_energy(
 ) -> Tensor:
     """The energy of :class:`PairwiseEnergy` alone: by low rank from the core, at half the cost of filtering."""
     plan = Plan(*settings)
-    inputs = values if quadratic or complete else torch.cat([values, mask], 1)
-    classes = values.shape[1]
-    energy = values.new_zeros(len(values))
     with torch.autocast(values.device.type, enabled=False), full_precision():
-        for b in range(len(values) if values.numel() else 0):
-            product = _low_rank(inputs, features, b, plan) if plan.method in _LOW_RANK else None
+        if plan.method not in _LOW_RANK or values.numel() == 0:
+            return (_partner(values, mask, quadratic) * _by_tiles(values, features, plan)).sum((1, 2))
+        inputs = values if quadratic or complete else torch.cat([values, mask], 1)
+        energies = []
+        for b in range(len(values)):
+            product, one = _low_rank(inputs, features, b, plan), slice(b, b + 1)
+            partner = _partner(values[b], mask[b], quadratic)
             if product is None:
-                filtered = _by_tiles(values[b : b + 1], features[b : b + 1], plan)
-                energy[b] = (_partner(values[b : b + 1], mask[b : b + 1], quadratic) * filtered).sum()
+                energies.append((partner * _by_tiles(values[one], features[one], plan)).sum())
                 continue
+            classes = values.shape[1]
             v, solved = product.gathered[:, :, :classes], product.solved[:, :, :classes]
             m = v.sum(2, keepdim=True) if complete else product.gathered[:, :, classes:]
-            energy[b] = (_partner(v, m, quadratic) * solved).sum()
-    return energy
+            energies.append((_partner(v, m, quadratic) * solved).sum() + (partner * product.own[:classes]).sum())
+        return torch.stack(energies)
 
 
 def _partner(values: Tensor, mask: Tensor, quadratic: bool) -> Tensor:
@@ -117,13 +125,13 @@ def _filter(values: Tensor, features: Tensor, landmarks: Tensor, plan: Plan) -> 
 
 
 def _by_tiles(values: Tensor, features: Tensor, plan: Plan) -> Tensor:
-    run = _kernels().gaussian_filter if plan.triton else blocksparse.gaussian_filter
+    run = _kernels().gaussian_filter if _on_triton(plan, values) else blocksparse.gaussian_filter
     return run(values, features, _cutoff(plan))
 
 
 def _bilateral_guide(grad: Tensor, values: Tensor, features: Tensor, *settings: Any) -> Tensor:
     plan = Plan(*settings)
-    run = _kernels().guide_gradient if plan.triton else blocksparse.guide_gradient
+    run = _kernels().guide_gradient if _on_triton(plan, values) else blocksparse.guide_gradient
     with torch.autocast(values.device.type, enabled=False), full_precision():
         return run(grad, values, features, _cutoff(plan))
 
@@ -131,6 +139,11 @@ def _bilateral_guide(grad: Tensor, values: Tensor, features: Tensor, *settings: 
 def _cutoff(plan: Plan) -> float:
     """The share of the weights that may be left out."""
     return 0.0 if plan.method == "exact" else plan.tolerance
+
+
+def _on_triton(plan: Plan, values: Tensor) -> bool:
+    """Older devices lack the tensor cores that the kernels are made for."""
+    return plan.triton and torch.cuda.get_device_capability(values.device) >= (8, 0)
 
 
 def _kernels() -> Any:

@@ -21,16 +21,22 @@ HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is for Linux")
 
 
-def run(name: str, **variables: str) -> None:
+def run(name: str, *options: str, **variables: str) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | variables
-    command = [sys.executable, "-m", "pytest", str(HERE / name), "-q", "-x", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", str(HERE / name), "-q", "-x", "-p", "no:cacheprovider", *options]
     done = subprocess.run(command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @needs_triton
 def test_kernels_compute_what_they_should_in_the_interpreter() -> None:
-    run("interpreted_kernels.py", TRITON_INTERPRET="1")
+    run("interpreted_kernels.py", "-m", "not slow", TRITON_INTERPRET="1")
+
+
+@needs_triton
+@pytest.mark.slow
+def test_kernels_compute_what_they_should_in_more_cases() -> None:
+    run("interpreted_kernels.py", "-m", "slow", TRITON_INTERPRET="1")
 
 
 @needs_triton
@@ -81,6 +87,93 @@ def test_filter_on_the_gpu_at_extreme_sigmas(dtype: torch.dtype) -> None:
         exact = segloss.bilateral_filter(values.double(), image.double(), **sigmas)
         filtered = segloss.bilateral_filter(values.cuda(), image.cuda(), backend="triton", **sigmas)
         assert (filtered.cpu() - exact).norm() <= (5e-4 if dtype == torch.float32 else 1e-12) * exact.norm(), sigmas
+
+
+@pytest.mark.gpu
+def test_large_images_on_the_gpu() -> None:
+    values, image = (t.cuda() for t in scene(301, 21))
+    options = {"sigma_rgb": 15 / 255, "sigma_xy": 50.0, "backend": "triton"}
+    exact = segloss.bilateral_filter(values, image, method="exact", **options)
+    for method, tolerance, limit in (("exact", 1e-2, 1e-4), ("blocksparse", 1e-2, 1e-2), ("blocksparse", 1e-4, 2e-4)):
+        choice = {"method": method, "tolerance": tolerance}
+        filtered = segloss.bilateral_filter(values.float(), image.float(), **choice, **options)
+        assert (filtered - exact).norm() <= limit * exact.norm(), choice
+
+
+@pytest.mark.gpu
+def test_nan_stays_in_its_image_on_the_gpu() -> None:
+    values, image = (t.float().cuda() for t in scene(60, 3, 2))
+    good = segloss.bilateral_filter(values, image, backend="triton", **OPTIONS)
+    for poisoned in (values, image):
+        poisoned[0, 0, 5, 7] = torch.nan
+        filtered = segloss.bilateral_filter(values, image, backend="triton", **OPTIONS)
+        assert torch.equal(filtered[1], good[1])
+
+
+def check_low_rank(device: str, tolerance: float, precision: str, dtype: torch.dtype) -> None:
+    """The error, what is told of it, and the symmetry that makes its gradient."""
+    values, image = scene(84, 5, 2)
+    options = {"sigma_rgb": 0.2, "sigma_xy": 20.0}
+    exact = segloss.bilateral_filter(values, image, method="exact", **options)
+    on_device, guide = values.to(device, dtype).requires_grad_(), image.to(device, dtype)
+    filtered = segloss.bilateral_filter(
+        on_device, guide, method="lowrank", tolerance=tolerance, precision=precision, **options
+    )
+    assert filtered.dtype == dtype
+    errors = (filtered.detach().cpu() - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
+    assert (errors <= tolerance).all()
+    told = segloss.bilateral_error(on_device, guide, filtered, **options).cpu()
+    torch.testing.assert_close(told.double(), errors, rtol=0.5, atol=1e-6)
+    direction = torch.rand_like(on_device)
+    gradient = torch.autograd.grad(filtered, on_device, direction)[0]
+    wanted = segloss.bilateral_filter(direction.double().cpu(), image, method="exact", **options)
+    assert (gradient.cpu() - wanted).norm() <= 2 * tolerance * wanted.norm()
+
+
+LOW_RANK = pytest.mark.parametrize(
+    ("tolerance", "precision", "dtype"),
+    [
+        (4e-2, "auto", torch.float32),
+        (1e-2, "auto", torch.float32),
+        (1e-2, "float32", torch.float32),
+        (1e-3, "auto", torch.float64),
+    ],
+)
+
+
+@LOW_RANK
+def test_low_rank(tolerance: float, precision: str, dtype: torch.dtype) -> None:
+    check_low_rank("cpu", tolerance, precision, dtype)
+
+
+@pytest.mark.gpu
+@LOW_RANK
+def test_low_rank_on_the_gpu(tolerance: float, precision: str, dtype: torch.dtype) -> None:
+    check_low_rank("cuda", tolerance, precision, dtype)
+
+
+@pytest.mark.gpu
+def test_low_rank_on_the_gpu_says_no_where_the_cpu_does() -> None:
+    values, image = torch.rand(1, 2, 84, 84), torch.rand(1, 3, 84, 84)
+    for device in ("cpu", "cuda"):
+        with pytest.raises(segloss.ToleranceError):
+            segloss.bilateral_filter(values.to(device), image.to(device), method="lowrank", tolerance=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["exact", "blocksparse", "lowrank"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_results_on_the_gpu_do_not_depend_on_tf32(backend: str, method: str) -> None:
+    values, image = (t.float().cuda() for t in scene(84, 5))
+    options = {"sigma_rgb": 0.2, "sigma_xy": 20.0, "method": method, "backend": backend, "precision": "float32"}
+    expected = segloss.bilateral_filter(values, image, **options)
+    torch.set_float32_matmul_precision("high")
+    try:
+        filtered = segloss.bilateral_filter(values, image, **options)
+        # Landmarks come from sums in any order; distances in TF32 would be off by far more.
+        assert (filtered - expected).norm() <= 1e-3 * expected.norm()
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.gpu

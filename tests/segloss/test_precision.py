@@ -59,5 +59,20 @@ def test_results_do_not_depend_on_it(precision: str, method: str) -> None:
     values, image = torch.rand(1, 2, 20, 20), torch.rand(1, 1, 20, 20)
     options = {"sigma_rgb": 0.3, "sigma_xy": 10.0, "method": method}
     filtered = bilateral_filter(values, image, **options)
+    assert torch.get_float32_matmul_precision() == precision
     torch.set_float32_matmul_precision("highest")
     torch.testing.assert_close(filtered, bilateral_filter(values, image, **options), rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="settings per backend came with torch 2.9")
+def test_what_was_inherited_stays_inherited() -> None:
+    before = torch.backends.fp32_precision
+    try:
+        torch.backends.fp32_precision = "tf32"
+        with full_precision():
+            assert _get() == _FULL
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+        torch.backends.fp32_precision = "ieee"
+        assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+    finally:
+        torch.backends.fp32_precision = before

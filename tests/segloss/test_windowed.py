@@ -324,3 +324,12 @@ def test_mass_needs_an_image_and_a_radius() -> None:
         segloss.window_mass(image, radius=-1)
     with pytest.raises(ValueError, match="sigma_rgb: expected a number above 0, got 0"):
         segloss.window_mass(image, sigma_rgb=0)
+
+
+def test_windows_of_any_radius_and_images_without_pixels() -> None:
+    logits, image = torch.randn(1, 2, 5, 6), torch.rand(1, 3, 5, 6)
+    whole = segloss.windowed_potts(logits, image, radius=6, normalize="pairs")
+    torch.testing.assert_close(segloss.windowed_potts(logits, image, radius=2**40, normalize="pairs"), whole)
+    empty = segloss.windowed_potts(torch.zeros(1, 2, 0, 8), torch.zeros(1, 3, 0, 8), normalize="pairs")
+    assert empty == 0
+    assert segloss.window_mass(torch.zeros(1, 3, 0, 8)) == 1
