@@ -98,8 +98,8 @@ def test_help_explains_every_option() -> None:
     ("options", "message"),
     [
         (["--stpes", "3"], "Unrecognized options: --stpes, 3"),
-        (["--steps", "-1"], "--steps: expected at least 1, got -1"),
-        (["--split", "train"], "invalid choice 'train'"),
+        pytest.param(["--steps", "-1"], "--steps: expected at least 1, got -1", marks=pytest.mark.slow),
+        pytest.param(["--split", "train"], "invalid choice 'train'", marks=pytest.mark.slow),
         (["--out", f"{__file__}/below"], "cannot write to .*/below: Not a directory"),
     ],
 )
