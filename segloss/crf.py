@@ -499,6 +499,9 @@ def window_mass(
         ValueError: ``image`` that is not ``[B, C, H, W]``, NaN or infinity, sigmas that are not above 0, a negative
             ``radius``.
 
+    Source:
+        The W of *Approximate Size Targets Are Sufficient for Accurate Semantic Segmentation*, eq. (3).
+
     Example:
         >>> window_mass(torch.zeros(1, 3, 8, 8), sigma_xy=float("inf"), radius=1)
         tensor([0.1182])

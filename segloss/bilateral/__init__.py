@@ -123,6 +123,9 @@ def bilateral_error(
     Raises:
         TypeError, ValueError: as :func:`bilateral_filter`.
 
+    Source:
+        The W of :func:`bilateral_filter`, computed exactly for the pixels that are looked at.
+
     Example:
         >>> values, image = torch.rand(1, 2, 64, 64), torch.rand(1, 1, 64, 64)
         >>> bool(bilateral_error(values, image, bilateral_filter(values, image, tolerance=1e-2)) < 1e-2)

@@ -16,13 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from segloss.bilateral import farfield
+from segloss.bilateral.gaussian import LOG2E, UNDERFLOW
 
 _TILE = 128  # pixels per tile: smaller ones keep fewer pairs, larger ones multiply faster
 _MOST_TILES = 2048  # per image; beyond that tiles grow, so that the table of pairs stays small
 _CHUNK = 1 << 19  # pixel pairs at a time: the weights stay in cache
 _NEGLIGIBLE = 1 / 16  # share of the tolerance for pairs of which only the mean weight counts
-_LOG2E = math.log2(math.e)
-_UNDERFLOW = -100.0  # powers of two below it are as good as 0 and would become denormal numbers, which are slow
 # Largest squared extent of a tile, in units of sigma, for which |a|^2 + |b|^2 - 2ab is accurate enough in place of
 # |a - b|^2: rounding errors are this times the machine precision.
 _COMPACT = {torch.float32: 64.0, torch.float64: 1e6}
@@ -159,14 +158,14 @@ def _weighted(tiles: Tiles, first: Tensor, second: Tensor) -> Iterator[_Pairs]:
             if accurate:
                 # One product gives the exponent in base 2: log2(e) (ab - aa/2 - bb/2) - [same tile].
                 ones = torch.ones_like(a[:, :1])
-                left = torch.cat([a * _LOG2E, a.square().sum(1, keepdim=True) * (-_LOG2E / 2), ones], 1)
-                right = torch.cat([b, ones, b.square().sum(1, keepdim=True) * (-_LOG2E / 2) - half], 1)
+                left = torch.cat([a * LOG2E, a.square().sum(1, keepdim=True) * (-LOG2E / 2), ones], 1)
+                right = torch.cat([b, ones, b.square().sum(1, keepdim=True) * (-LOG2E / 2) - half], 1)
                 torch.bmm(left.transpose(1, 2), right, out=weights)
             else:
                 weights.copy_(-half.expand_as(weights))
                 for d in range(dims):
-                    weights.sub_((a[:, d, :, None] - b[:, d, None, :]).square_().mul_(_LOG2E / 2))
-            yield _Pairs(i, j, a, b, weights.clamp_(min=_UNDERFLOW).exp2_())
+                    weights.sub_((a[:, d, :, None] - b[:, d, None, :]).square_().mul_(LOG2E / 2))
+            yield _Pairs(i, j, a, b, weights.clamp_(min=UNDERFLOW).exp2_())
 
 
 def gaussian_filter(values: Tensor, features: Tensor, tolerance: float) -> Tensor:

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_LOG2E = math.log2(math.e)
-_UNDERFLOW = -100.0  # powers of two below it are as good as 0 and would become denormal numbers, which are slow
+from segloss.bilateral.gaussian import LOG2E, UNDERFLOW
+
 _LARGEST = 4.0  # radius of a tile that is expanded, in units of sigma
 _MOST_DIMS = 8  # with more the second moments cost more than they save
 _FAR = 1e4  # centres that are this far apart may as well be nearer: their weights underflow
@@ -41,7 +41,7 @@ class Expansion(NamedTuple):
         d = self.centre.index_select(0, tiles)[:, :, None] - self.centre.index_select(0, partners).t()
         d.clamp_(-_FAR, _FAR)
         right = torch.cat([d, torch.ones_like(d[:, :1]), d.square().sum(1, keepdim=True)], 1)
-        return torch.bmm(self.exponent.index_select(0, tiles), right).clamp_(min=_UNDERFLOW).exp2_()
+        return torch.bmm(self.exponent.index_select(0, tiles), right).clamp_(min=UNDERFLOW).exp2_()
 
 
 def expand(features: Tensor, real: Tensor) -> Expansion:
@@ -54,7 +54,7 @@ def expand(features: Tensor, real: Tensor) -> Expansion:
     a, radius = a.where(small[:, None, None], 0), radius.where(small, 0)
     ones, square = torch.ones_like(a[:, :1]), a.square().sum(1, keepdim=True)
     fall = (square / 2).where(real[:, None] > 0, _FAR)
-    exponent = torch.cat([-a, -fall, -ones / 4], 1).transpose(1, 2).contiguous() * _LOG2E
+    exponent = torch.cat([-a, -fall, -ones / 4], 1).transpose(1, 2).contiguous() * LOG2E
     i, j = torch.triu_indices(dims, dims, device=a.device)
     products = a[:, i] * a[:, j] * torch.where(i == j, 1.0, math.sqrt(2)).to(a)[:, None]
     # s(a) is a^T C a for the mean covariance C of the tiles: exact where all tiles are equally spread.

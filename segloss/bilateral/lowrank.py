@@ -120,6 +120,11 @@ class LowRank:
         padded = F.pad(image, beyond) if any(beyond) else image
         return padded.view(len(maps), self.rows, down, self.columns, right)
 
+    def _place(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Row and column of the block of each pixel, and the place inside it."""
+        (y, x), (down, right) = (pixels // self.width, pixels % self.width), self.block
+        return y // down, x // right, y % down * right + x % right
+
     def _chunks(self) -> list[tuple[slice, list[slice]]]:
         """Rows of blocks that are handled at a time, and blocks of each of them."""
         chunk = _CHUNK.get(self.landmarks.device.type, _CHUNK_ELSEWHERE)
@@ -138,9 +143,7 @@ class LowRank:
         """D, ``[N]``: 1 - W^_pp at pixels far from every landmark, 0 elsewhere. After :meth:`gather`."""
         blocks = self.near.unflatten(2, self.block).transpose(1, 2).flatten(2).flatten(0, 1)
         rare = (blocks[: self.height, : self.width] < _RARE).flatten().nonzero()[:, 0]
-        y, x = rare // self.width, rare % self.width
-        down, right = self.block
-        row, column, inside = y // down, x // right, y % down * right + x % right
+        row, column, inside = self._place(rare)
         squares_down, squares_right = self.down @ self.down.transpose(1, 2), self.right @ self.right.transpose(1, 2)
         space = self.points.new_zeros(len(rare))
         for f, (i, j) in zip(self.functions, self.powers, strict=True):
@@ -194,10 +197,7 @@ class LowRank:
 
     def expand_at(self, core: Tensor, pixels: Tensor) -> Tensor:
         """The same at some pixels ``[P]`` only, ``[K, P]``."""
-        y, x = pixels // self.width, pixels % self.width
-        down, right = self.block
-        row, column = y // down, x // right
-        inside = y % down * right + x % right
+        row, column, inside = self._place(pixels)
         space = core.new_zeros(len(pixels), core.shape[0], core.shape[1])
         for function, (i, j) in zip(self.functions, self.powers, strict=True):
             space += function[inside, None, None] * self.down[row, i, :, None] * self.right[column, j, None]

@@ -17,7 +17,7 @@ _LOW_RANK = ("auto", "lowrank")  # methods that choose landmarks
 
 
 class ToleranceError(ValueError):
-    """The method that was asked for cannot reach the tolerance on an image."""
+    """``method="lowrank"`` cannot reach the tolerance on an image; the message names image and error."""
 
 
 class Plan(NamedTuple):

@@ -21,28 +21,30 @@ HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is for Linux")
 
 
-def run(name: str, *options: str, **variables: str) -> None:
+def run(name: str, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | variables
     command = [sys.executable, "-m", "pytest", str(HERE / name), "-q", "-x", "-p", "no:cacheprovider", *options]
-    done = subprocess.run(command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    return subprocess.run(command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True)
 
 
 @needs_triton
 def test_kernels_compute_what_they_should_in_the_interpreter() -> None:
-    run("interpreted_kernels.py", "-m", "not slow", TRITON_INTERPRET="1")
+    done = run("interpreted_kernels.py", "-m", "not slow", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @needs_triton
 @pytest.mark.slow
 def test_kernels_compute_what_they_should_in_more_cases() -> None:
-    run("interpreted_kernels.py", "-m", "slow", TRITON_INTERPRET="1")
+    done = run("interpreted_kernels.py", "-m", "slow", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @needs_triton
 @pytest.mark.slow
 def test_kernels_compile_without_spills(tmp_path: Path) -> None:
-    run("compiled_kernels.py", TRITON_CACHE_DIR=str(tmp_path))
+    done = run("compiled_kernels.py", TRITON_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_nothing_imports_triton_before_it_is_needed() -> None:
@@ -219,6 +221,8 @@ def test_nothing_waits_for_the_gpu() -> None:
             segloss.bilateral_filter(values, image, method=method, backend="triton", **OPTIONS).sum().backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+        assert values.grad is not None
+        assert values.grad.isfinite().all()
 
 
 @pytest.mark.gpu
