@@ -7,11 +7,11 @@ demo: .venv/ready
 	$(BIN)/python examples/quickstart.py
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
 fast: lint
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
 
 lint: .venv/ready
 	$(BIN)/ruff check .

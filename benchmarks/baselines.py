@@ -1,5 +1,7 @@
 """What the library is measured against: the same formulas as one would write them in plain torch."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -32,3 +34,21 @@ def dense_filter(values: Tensor, features: Tensor, rows: int = 8, queries: Tenso
         exponent.add_(query_square[part : part + rows, None]).mul_(-0.5).clamp_(-80, 0)
         out[part : part + rows] = exponent.exp_() @ values
     return out
+
+
+def naive_feature_similarity(maps: Tensor, image: Tensor, sigma: float = 5.0, mu: float = 2.5) -> Tensor:
+    """All pairs of pixels as matrices, left to autograd: ``maps [B, C, H, W]`` in [0, 1], ``image [B, 3, H, W]``.
+
+    The squared distances of the maps by one matrix product: the fastest plain form, 4 times faster than differences
+    class by class, but wrong where the maps hardly vary.
+    """
+    height, width = maps.shape[2:]
+    place = torch.cartesian_prod(torch.arange(height), torch.arange(width)).to(maps.dtype)
+    weight = torch.exp((place[:, None] - place).square().sum(2) / (-2 * sigma**2)) / (2 * math.pi * sigma**2)
+    loss = maps.new_zeros(())
+    for y, x in zip(maps.flatten(2).mT, image.flatten(2).mT, strict=True):
+        delta = (x[:, None] - x).abs().sum(2) / 3
+        square = y.square().sum(1)
+        gate = (square[:, None] + square) / 2 - y @ y.t()
+        loss = loss - (weight * gate * torch.tanh(mu + torch.log(delta / (1 - delta)))).sum()
+    return loss / (len(maps) * height * width)

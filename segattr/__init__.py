@@ -1,3 +1,5 @@
 """Attribution for weakly supervised segmentation: from a classifier and images to maps."""
 
-__all__: list[str] = []
+from segattr import metrics
+
+__all__ = ["metrics"]

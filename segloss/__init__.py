@@ -1,7 +1,16 @@
 """Losses for weakly supervised segmentation: from tensors to a scalar."""
 
 from segloss._checks import check_values
+from segloss.affinity import (
+    AffinityLoss,
+    PathAffinityLoss,
+    affinity_loss,
+    feature_affinity,
+    path_affinity,
+    path_affinity_loss,
+)
 from segloss.bilateral import ToleranceError, bilateral_error, bilateral_filter
+from segloss.bottleneck import RIBMargin, rib_margin
 from segloss.crf import (
     GridPotts,
     PottsCRF,
@@ -13,6 +22,22 @@ from segloss.crf import (
     windowed_potts,
 )
 from segloss.images import denormalize
+from segloss.importance import (
+    ImportanceClassification,
+    ImportanceSampling,
+    importance_classification,
+    importance_sampling,
+    sample_pixels,
+)
+from segloss.ood import (
+    OODClusters,
+    annotation_cost,
+    class_centres,
+    ood_centres,
+    ood_classification,
+    ood_distance,
+    rank_hard_ood,
+)
 from segloss.seeds import (
     BalancedSeeding,
     BoundaryConstraint,
@@ -21,6 +46,7 @@ from segloss.seeds import (
     boundary_constraint,
     partial_cross_entropy,
 )
+from segloss.similarity import FeatureSimilarity, feature_similarity, max_normalize
 from segloss.size import (
     BalanceKL,
     FlatBarrier,
@@ -44,20 +70,29 @@ from segloss.size import (
 )
 
 __all__ = [
+    "AffinityLoss",
     "BalanceKL",
     "BalancedSeeding",
     "BoundaryConstraint",
+    "FeatureSimilarity",
     "FlatBarrier",
     "GridPotts",
+    "ImportanceClassification",
+    "ImportanceSampling",
     "LogBarrier",
+    "OODClusters",
     "PartialCrossEntropy",
+    "PathAffinityLoss",
     "PottsCRF",
+    "RIBMargin",
     "ReverseSizeKL",
     "SizeBarrier",
     "SizeKL",
     "Suppression",
     "ToleranceError",
     "WindowedPotts",
+    "affinity_loss",
+    "annotation_cost",
     "average_prediction",
     "balance_kl",
     "balanced_seeding",
@@ -66,16 +101,30 @@ __all__ = [
     "boundary_constraint",
     "check_values",
     "class_balanced_weights",
+    "class_centres",
     "confidence_gate",
     "corrupt_sizes",
     "denormalize",
+    "feature_affinity",
+    "feature_similarity",
     "flat_barrier",
     "grid_potts",
+    "importance_classification",
+    "importance_sampling",
     "log_barrier",
+    "max_normalize",
     "mean_relative_error",
+    "ood_centres",
+    "ood_classification",
+    "ood_distance",
     "partial_cross_entropy",
+    "path_affinity",
+    "path_affinity_loss",
     "potts_crf",
+    "rank_hard_ood",
     "reverse_size_kl",
+    "rib_margin",
+    "sample_pixels",
     "size_barrier",
     "size_kl",
     "sizes_from_labels",

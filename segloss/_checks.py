@@ -94,14 +94,13 @@ def check_like(name: str, value: Tensor, shape: Sequence[int], anchor: str, anch
 
 
 def check_finite(name: str, value: Tensor) -> None:
-    # The two extremes carry every NaN and infinity and need one pass and no buffer.
+    def finite() -> Tensor:
+        # The two extremes carry every NaN and infinity and need one pass and no buffer.
+        least, largest = torch.aminmax(value)
+        return least.isfinite() & largest.isfinite()
+
     if value.numel():
-        require(
-            name,
-            value,
-            lambda: torch.isfinite(torch.stack(torch.aminmax(value))).all(),
-            lambda: "expected finite values, got NaN or infinity",
-        )
+        require(name, value, finite, lambda: "expected finite values, got NaN or infinity")
 
 
 def check_logits(logits: object, *, flat: bool = False) -> None:
@@ -157,11 +156,25 @@ def check_sizes(name: str, sizes: object, logits: Tensor | None = None) -> None:
     require(name, sizes, lambda: (error() <= tolerance).all(), problem)
 
 
-def check_tags(tags: object, logits: Tensor) -> None:
-    """``[B, K]`` of zeros and ones, of any dtype."""
+def check_scores(scores: object) -> None:
+    """Class score maps ``[B, C, H, W]``: finite, floating point, at least one class and one pixel."""
+    check_floating("scores", scores)
+    assert isinstance(scores, Tensor)
+    if scores.dim() != 4:
+        raise ValueError(f"scores: expected [B, C, H, W], got {shape_text(scores.shape)}")
+    if 0 in scores.shape[1:]:
+        raise ValueError(f"scores: expected at least one class and one pixel, got {shape_text(scores.shape)}")
+    check_finite("scores", scores)
+
+
+def check_tags(tags: object, like: Tensor, anchor: str = "logits", classes: int | None = None) -> None:
+    """``[B, K]`` of zeros and ones, of any dtype, to go with ``like [B, K, ...]``, the argument named ``anchor``.
+
+    ``classes`` is K where that argument does not tell.
+    """
     check_real("tags", tags)
     assert isinstance(tags, Tensor)
-    check_like("tags", tags, logits.shape[:2], "logits", logits)
+    check_like("tags", tags, (len(like), like.shape[1] if classes is None else classes), anchor, like)
 
     def binary() -> Tensor:
         return (tags == 0) | (tags == 1)

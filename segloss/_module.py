@@ -13,16 +13,22 @@ class LossModule(nn.Module):
     Settings that are tensors are buffers, and parameters stay parameters: they move and are saved with the module.
     """
 
-    def __init__(self, reduction: Reduction = "mean", **settings: Any) -> None:
+    reduction: Reduction
+
+    def __init__(self, reduction: Reduction | None = "mean", **settings: Any) -> None:
         super().__init__()
-        check_reduction(reduction)
+        if reduction is not None:
+            check_reduction(reduction)
+            settings["reduction"] = reduction
         for name, value in settings.items():
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                 self.register_buffer(name, value)
             else:
                 setattr(self, name, value)
-        self.reduction: Reduction = reduction
-        self._names = (*settings, "reduction")
+        self._names = tuple(settings)
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._names)
+        def show(value: Any) -> str:
+            return f"tensor{tuple(value.shape)}" if isinstance(value, Tensor) and value.dim() else repr(value)
+
+        return ", ".join(f"{name}={show(getattr(self, name))}" for name in self._names)

@@ -33,3 +33,11 @@ def reduce(per_image: Tensor, reduction: Reduction, seen: Tensor | None = None) 
 def wide_dtype(tensor: Tensor) -> torch.dtype:
     """What the losses compute in, whatever autocast says: float64 for float64, float32 for anything narrower."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """In the dtype the losses compute in, and within ±1e30, so that sums over an image or a batch stay finite.
+
+    No gradient flows where a value lies beyond.
+    """
+    return tensor.to(wide_dtype(tensor)).clamp(LOG_FLOOR, -LOG_FLOOR)

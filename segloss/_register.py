@@ -27,7 +27,12 @@ def register(
 
 
 def fold(tensor: Tensor, dim: int | None, size: int) -> Tensor:
-    """Merge a dimension mapped by ``vmap``, or repeat an unmapped tensor, into the batch: images are independent."""
+    """Merge a dimension mapped by ``vmap``, or repeat an unmapped tensor, into the batch: images are independent.
+
+    An unmapped scalar, which all images share, stays as it is.
+    """
+    if dim is None and tensor.dim() == 0:
+        return tensor
     mapped = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
     return mapped.flatten(0, 1)
 

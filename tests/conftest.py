@@ -1,5 +1,6 @@
 """Settings of the whole suite, and the golden arrays."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,9 @@ GOLDEN = Path(__file__).parent / "golden"
 # Deadlines measure the machine, not the code; the same examples on every run.
 settings.register_profile("default", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("default")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the processes share the cores
 
 
 @pytest.fixture

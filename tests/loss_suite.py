@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import segloss
 
-Inputs = dict[str, Any]  # everything but the logits, by argument name
+Inputs = dict[str, Any]  # everything but the first argument, by argument name
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,30 @@ class Golden:
 class Loss:
     function: Callable[..., Tensor]
     module: type[nn.Module]
-    inputs: Callable[[Tensor], Inputs]  # example inputs to go with logits
+    inputs: Callable[[Tensor], Inputs]  # example inputs to go with the first argument
     settings: dict[str, Any] = field(default_factory=dict)
     golden: tuple[Golden, ...] = ()
     masked: bool = True  # takes `valid`
     ignorable: Callable[[Inputs], Inputs] | None = None  # inputs that ignore every pixel, for losses without `valid`
     name: str = ""
+    argument: str = "logits"  # name of the first argument
+    layout: str = r"\[B, K, .*"  # of the first argument, as its errors show it (a pattern)
+    shape: tuple[int, ...] = (2, 3, 5, 4)  # of an example of the first argument; the batch comes first
+    softmax: bool = True  # refuses a single class
+    per_image: bool = True  # has a `reduction`, over images that are independent of each other
+    detached: bool = False  # a part of the value is a constant for the gradient: finite differences tell otherwise
 
-    def __call__(self, logits: Tensor, inputs: Inputs, **settings: Any) -> Tensor:
-        return self.function(logits, **inputs, **self.settings, **settings)
+    def __call__(self, first: Tensor, inputs: Inputs, **settings: Any) -> Tensor:
+        return self.function(first, **inputs, **self.settings, **settings)
+
+    @property
+    def fixed_sides(self) -> bool:
+        """Settings that are tensors, such as centres, fix the sides; so does a single channel, that of a boundary."""
+        return self.shape[1] == 1 or any(isinstance(value, Tensor) for value in self.settings.values())
+
+    def example(self, batch: int = 2, **options: Any) -> Tensor:
+        """A random first argument."""
+        return torch.randn(batch, *self.shape[1:], **options)
 
 
 def sizes_for(logits: Tensor) -> Tensor:
@@ -69,8 +84,30 @@ def refined_for(logits: Tensor) -> Tensor:
     return torch.softmax(torch.randn(logits.shape, dtype=logits.dtype if logits.dtype == torch.float64 else None), 1)
 
 
+def indices_for(scores: Tensor) -> Tensor:
+    return torch.randint(0, scores.shape[2] * scores.shape[3], (*scores.shape[:2], 5))
+
+
+def _drawn(arrays: dict[str, Tensor]) -> Inputs:
+    return {"tags": arrays["labels"], "indices": arrays["indices"]}
+
+
+def pseudo_labels_for(maps: Tensor) -> Tensor:
+    labels = torch.randint(0, 3, (len(maps), *maps.shape[2:]))
+    return labels.masked_fill(torch.rand(labels.shape) < 0.2, 255)
+
+
 def _masked(arrays: dict[str, Tensor]) -> Inputs:
     return {"sizes": arrays["target"], "valid": arrays["mask"] > 0}
+
+
+def _ribbed(arrays: dict[str, Tensor]) -> Inputs:
+    return {"tags": arrays["labels"], "margin": arrays["margin"].item()}
+
+
+def _clustered(arrays: dict[str, Tensor]) -> Inputs:
+    top = arrays["tau_percent"].item() / 100
+    return {"tags": arrays["labels"], "centres": arrays["centers_in"], "ood": arrays["centers_ood"], "top": top}
 
 
 LOSSES = [
@@ -194,6 +231,260 @@ LOSSES = [
         segloss.WindowedPotts,
         lambda x: {"image": image_for(x)},
         settings={"sigma_xy": 3.0, "sigma_rgb": 0.5, "radius": 2, "normalize": "pairs"},
+    ),
+    Loss(
+        segloss.importance_sampling,
+        segloss.ImportanceSampling,
+        lambda x: {"tags": tags_for(x), "indices": indices_for(x)},
+        golden=(Golden("losses/isl", _drawn),),
+        masked=False,
+        argument="scores",
+        layout=r"\[B, C, H, W\]",
+        softmax=False,
+    ),
+    Loss(
+        segloss.importance_sampling,
+        segloss.ImportanceSampling,
+        lambda x: {"tags": tags_for(x)},
+        settings={"mode": "expected"},
+        golden=(Golden("losses/isl", lambda a: {"tags": a["labels"]}, "loss_expected", "grad_expected"),),
+        masked=False,
+        name="importance_sampling_expected",
+        argument="scores",
+        layout=r"\[B, C, H, W\]",
+        softmax=False,
+        detached=True,
+    ),
+    Loss(
+        segloss.importance_sampling,
+        segloss.ImportanceSampling,
+        lambda x: {"tags": tags_for(x), "indices": indices_for(x)},
+        settings={"posterior": "multinomial"},
+        golden=(
+            Golden("losses/isl", _drawn, "loss_multinomial", "grad_multinomial"),
+            Golden("losses/isl", _drawn, "loss_multinomial_eps", "grad_multinomial_eps", {"floor": 1e-3}),
+        ),
+        masked=False,
+        name="importance_sampling_multinomial",
+        argument="scores",
+        layout=r"\[B, C, H, W\]",
+    ),
+    Loss(
+        segloss.importance_classification,
+        segloss.ImportanceClassification,
+        lambda x: {"tags": tags_for(x), "indices": indices_for(x)},
+        golden=(
+            Golden("losses/combined_cls", _drawn),
+            Golden("losses/combined_cls", _drawn, "loss_sum", "grad_sum", {"pooling": "sum"}),
+        ),
+        masked=False,
+        argument="scores",
+        layout=r"\[B, C, H, W\]",
+        softmax=False,
+    ),
+    Loss(
+        segloss.importance_classification,
+        segloss.ImportanceClassification,
+        lambda x: {"tags": tags_for(x), "indices": indices_for(x)},
+        settings={"pooling": "max", "posterior": "multinomial", "weight": 0.6},
+        masked=False,
+        name="importance_classification_max",
+        argument="scores",
+        layout=r"\[B, C, H, W\]",
+    ),
+    Loss(
+        segloss.feature_similarity,
+        segloss.FeatureSimilarity,
+        lambda x: {"image": image_for(x), "tags": tags_for(x)},
+        golden=(
+            Golden("losses/fsl", lambda a: {"image": a["image"], "tags": a["labels"]}, "loss_r", "grad_r", {}),
+            Golden(
+                "losses/fsl",
+                lambda a: {"image": a["image"], "tags": a["labels"]},
+                "loss_b",
+                "grad_b",
+                {"gate": "sigmoid"},
+            ),
+            Golden(
+                "losses/fsl", lambda a: {"image": a["image"], "tags": a["labels"]}, "loss_s", "grad_s", {"gate": "raw"}
+            ),
+            Golden("losses/fsl", lambda a: {"image": a["image"]}, "loss_a", "grad_a", {"gate": "softmax"}),
+            Golden(
+                "losses/fsl",
+                lambda a: {"image": a["image"], "tags": a["labels"]},
+                "loss_r_window_square4",
+                "grad_r_window_square4",
+                {"window": 4},
+            ),
+            Golden(
+                "losses/fsl",
+                lambda a: {"image": a["image"], "tags": a["labels"]},
+                "loss_r_window_disc4",
+                "grad_r_window_disc4",
+                {"window": 4, "window_shape": "disc"},
+            ),
+            Golden(
+                "losses/fsl",
+                lambda a: {"image": a["image"], "tags": a["labels"]},
+                "loss_r_with_bg",
+                "grad_r_with_bg",
+                {"background": True},
+            ),
+        ),
+        masked=False,
+        ignorable=lambda inputs: {**inputs, "tags": torch.zeros_like(inputs["tags"])},
+        argument="scores",
+        layout=r"\[B, C, H, W\]",
+        softmax=False,
+    ),
+    Loss(
+        segloss.feature_similarity,
+        segloss.FeatureSimilarity,
+        lambda x: {"image": image_for(x), "tags": tags_for(x)},
+        settings={"gate": "sigmoid", "sigma": 1.5, "mu": 1.0, "window": 3, "background": True},
+        masked=False,
+        argument="scores",
+        layout=r"\[B, C, H, W\]",
+        softmax=False,
+        name="feature_similarity_sigmoid_window",
+    ),
+    Loss(
+        segloss.feature_similarity,
+        segloss.FeatureSimilarity,
+        lambda x: {"image": image_for(x)},
+        settings={"gate": "raw"},
+        masked=False,
+        argument="scores",
+        layout=r"\[B, C, H, W\]",
+        softmax=False,
+        name="feature_similarity_raw",
+    ),
+    Loss(
+        segloss.rib_margin,
+        segloss.RIBMargin,
+        lambda x: {"tags": tags_for(x)},
+        settings={"margin": 0.5},
+        golden=(
+            Golden("losses/rib_margin", _ribbed),
+            Golden("losses/rib_margin", _ribbed, "loss_sum", "grad_sum", {"reduction": "sum"}),
+        ),
+        masked=False,
+        ignorable=lambda inputs: {"tags": torch.zeros_like(inputs["tags"])},
+        layout=r"\[B, C\].*",
+        shape=(2, 4),
+        softmax=False,
+    ),
+    Loss(
+        segloss.ood_distance,
+        segloss.OODClusters,
+        lambda x: {"tags": torch.rand(len(x), 4) < 0.5},
+        settings={"centres": torch.eye(4, 8), "ood": torch.eye(8).roll(3, 0) + 0.5},
+        golden=(
+            Golden("losses/wood_ld", _clustered),
+            Golden("losses/wood_ld", _clustered, "loss_squared", "grad_squared", {"squared": True}),
+        ),
+        masked=False,
+        argument="features",
+        layout=r"\[B, D\].*",
+        shape=(2, 8),
+        softmax=False,
+    ),
+    Loss(
+        segloss.ood_distance,
+        segloss.OODClusters,
+        lambda x: {"tags": torch.rand(len(x), 4) < 0.5},
+        settings={"centres": torch.eye(4, 8), "ood": torch.eye(8).roll(3, 0) + 0.5, "scope": "batch", "squared": True},
+        masked=False,
+        name="ood_distance_batch",
+        argument="features",
+        layout=r"\[B, D\].*",
+        shape=(2, 8),
+        softmax=False,
+        per_image=False,
+    ),
+    Loss(
+        segloss.affinity_loss,
+        segloss.AffinityLoss,
+        lambda x: {"labels": pseudo_labels_for(x)},
+        settings={"radius": 2.5},
+        golden=(Golden("losses/affinity", lambda a: {"labels": a["labels"]}, settings={"radius": 5.0}),),
+        masked=False,
+        ignorable=lambda inputs: {"labels": torch.full_like(inputs["labels"], 255)},
+        argument="features",
+        layout=r"\[B, D, H, W\]",
+        softmax=False,
+        per_image=False,
+    ),
+    Loss(
+        segloss.affinity_loss,
+        segloss.AffinityLoss,
+        lambda x: {"labels": pseudo_labels_for(x)},
+        settings={"radius": 2.0, "distance": "mean", "crop": True},
+        golden=(
+            Golden(
+                "losses/affinity",
+                lambda a: {"labels": a["labels"]},
+                "loss_balanced_mean",
+                "grad_balanced_mean",
+                {"radius": 5.0, "crop": False},
+            ),
+            Golden(
+                "losses/affinity",
+                lambda a: {"labels": a["labels"]},
+                "loss_balanced_mean_crop",
+                "grad_balanced_mean_crop",
+                {"radius": 5.0},
+            ),
+        ),
+        masked=False,
+        name="affinity_loss_mean",
+        argument="features",
+        layout=r"\[B, D, H, W\]",
+        softmax=False,
+        per_image=False,
+    ),
+    Loss(
+        segloss.path_affinity_loss,
+        segloss.PathAffinityLoss,
+        lambda x: {"labels": pseudo_labels_for(x)},
+        settings={"radius": 3.0},
+        golden=(Golden("losses/irnet_affinity", lambda a: {"labels": a["labels"]}, settings={"radius": 5.0}),),
+        masked=False,
+        ignorable=lambda inputs: {"labels": torch.full_like(inputs["labels"], 255)},
+        argument="boundary_logits",
+        layout=r"\[B, 1, H, W\]",
+        shape=(2, 1, 5, 4),
+        softmax=False,
+        per_image=False,
+    ),
+    Loss(
+        segloss.path_affinity_loss,
+        segloss.PathAffinityLoss,
+        lambda x: {"labels": pseudo_labels_for(x)},
+        settings={"radius": 2.0, "crop": True, "eps": 1e-5},
+        golden=(
+            Golden(
+                "losses/irnet_affinity",
+                lambda a: {"labels": a["labels"]},
+                "loss_eps",
+                "grad_eps",
+                {"radius": 5.0, "crop": False},
+            ),
+            Golden(
+                "losses/irnet_affinity",
+                lambda a: {"labels": a["labels"]},
+                "loss_eps_crop",
+                "grad_eps_crop",
+                {"radius": 5.0},
+            ),
+        ),
+        masked=False,
+        name="path_affinity_loss_eps",
+        argument="boundary_logits",
+        layout=r"\[B, 1, H, W\]",
+        shape=(2, 1, 5, 4),
+        softmax=False,
+        per_image=False,
     ),
 ]
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from benchmarks.__main__ import collect, markdown
-from benchmarks.baselines import dense_filter, log_space_size_kl, naive_size_kl
-from segloss import size_kl
+from benchmarks.baselines import dense_filter, log_space_size_kl, naive_feature_similarity, naive_size_kl
+from segloss import feature_similarity, size_kl
 from segloss.bilateral.reference import gaussian_filter_reference
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +47,8 @@ def test_baselines_compute_what_they_are_compared_with() -> None:
     values, features = torch.rand(50, 4), torch.rand(50, 5) * 3
     expected = gaussian_filter_reference(values.t()[None], features.t()[None])[0].t()
     torch.testing.assert_close(dense_filter(values, features), expected)
+    maps, image = torch.rand(2, 3, 7, 5), torch.rand(2, 3, 7, 5)
+    torch.testing.assert_close(naive_feature_similarity(maps, image), feature_similarity(maps, image, gate="raw"))
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import segattr
 import segloss
 
 PACKAGES = [segloss, segattr]
+METRICS = ("region_similarity", "contour_f", "j_and_f")
 
 
 def in_fresh_interpreter(code: str) -> str:
@@ -42,8 +43,9 @@ def test_public_names_exist_and_are_typed(package) -> None:  # type: ignore[no-u
 
 
 def test_public_functions_are_documented() -> None:
-    for name in segloss.__all__:
-        item = getattr(segloss, name)
+    functions = [(name, getattr(segloss, name)) for name in segloss.__all__]
+    functions += [(f"metrics.{name}", item) for name, item in vars(segattr.metrics).items() if name in METRICS]
+    for name, item in functions:
         assert item.__doc__, name
         if inspect.isfunction(item) and name != "check_values":
             for section in ("Args:", "Returns:", "Raises:", "Example:"):
@@ -75,6 +77,23 @@ def test_names_are_the_published_ones() -> None:
         "confidence_gate": "(logits, labels, *, ignore_index, from_logits)",
         "bilateral_filter": "(values, image, *, sigma_rgb, sigma_xy, method, tolerance, backend, precision)",
         "bilateral_error": "(values, image, filtered, *, sigma_rgb, sigma_xy)",
+        "sample_pixels": "(scores, samples, *, posterior, generator)",
+        "importance_sampling": "(scores, tags, *, samples, indices, mode, posterior, floor, generator, reduction)",
+        "importance_classification": "(scores, tags, *, weight, samples, indices, mode, posterior, pooling, generator, "
+        "reduction)",
+        "max_normalize": "(scores, *, detach_maximum)",
+        "feature_similarity": "(scores, image, tags, *, gate, sigma, mu, window, window_shape, background, reduction)",
+        "rib_margin": "(logits, tags, *, margin, reduction)",
+        "class_centres": "(features, tags)",
+        "ood_centres": "(features, clusters, *, generator)",
+        "ood_distance": "(features, tags, centres, ood, *, top, scope, squared, reduction)",
+        "ood_classification": "(logits, tags, ood_logits, *, ood_weight)",
+        "rank_hard_ood": "(probabilities, *, threshold)",
+        "annotation_cost": "(images, positive_rate)",
+        "affinity_loss": "(features, labels, *, radius, ignore_index, distance, crop, floor)",
+        "feature_affinity": "(features, *, radius, distance)",
+        "path_affinity": "(boundary, *, radius)",
+        "path_affinity_loss": "(boundary_logits, labels, *, radius, ignore_index, crop, eps)",
         "denormalize": "(image, mean, std)",
         "check_values": "(enabled)",
     }

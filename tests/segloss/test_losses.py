@@ -11,16 +11,14 @@ from torch import Tensor
 from tests.loss_suite import LOSSES, Inputs, Loss, loss_id
 
 every_loss = pytest.mark.parametrize("loss", LOSSES, ids=loss_id)
+per_image_loss = pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss.per_image], ids=loss_id)
+differentiated_loss = pytest.mark.parametrize("loss", [loss for loss in LOSSES if not loss.detached], ids=loss_id)
 masked_loss = pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss.masked], ids=loss_id)
 golden_cases = pytest.mark.parametrize(
     ("loss", "case"),
     [(loss, case) for loss in LOSSES for case in loss.golden],
     ids=lambda value: loss_id(value) if isinstance(value, Loss) else f"{value.loss}-{value.case.split('/')[1]}",
 )
-
-
-def logits_of(batch: int = 2, classes: int = 3, height: int = 5, width: int = 4, **options: Any) -> Tensor:
-    return torch.randn(batch, classes, height, width, **options)
 
 
 def value_and_grad(loss: Loss, logits: Tensor, inputs: Inputs, **settings: Any) -> tuple[Tensor, Tensor]:
@@ -30,29 +28,34 @@ def value_and_grad(loss: Loss, logits: Tensor, inputs: Inputs, **settings: Any) 
 
 
 @golden_cases
-def test_value_and_gradient_are_the_golden_ones(loss: Loss, case: Any, golden: Any) -> None:
-    arrays = golden(case.case)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+def test_value_and_gradient_are_the_golden_ones(
+    loss: Loss, case: Any, dtype: torch.dtype, tolerance: float, golden: Any
+) -> None:
+    arrays = {name: a.to(dtype) if a.dtype == torch.float64 else a for name, a in golden(case.case).items()}
     arguments = {**loss.settings, **case.inputs(arrays), **case.settings}
     logits = arrays["x"].requires_grad_()
     value = loss.function(logits, **arguments)
-    torch.testing.assert_close(value, arrays[case.loss], rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(torch.autograd.grad(value, logits)[0], arrays[case.grad], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(value, arrays[case.loss], rtol=tolerance, atol=1e-12)
+    expected = arrays[case.grad]
+    atol = 1e-12 if dtype == torch.float64 else tolerance * expected.abs().max().item()
+    torch.testing.assert_close(torch.autograd.grad(value, logits)[0], expected, rtol=tolerance, atol=atol)
 
 
-@every_loss
+@differentiated_loss
 @settings(max_examples=5)
-@given(shape=st.tuples(*[st.integers(1, 3)] * 4))
-def test_gradients_are_right_in_float64(loss: Loss, shape: tuple[int, int, int, int]) -> None:
-    batch, classes, height, width = shape[0], shape[1] + 1, shape[2] + 1, shape[3] + 1
-    logits = logits_of(batch, classes, height, width, dtype=torch.float64, requires_grad=True)
+@given(batch=st.integers(1, 3), sides=st.tuples(*[st.integers(2, 4)] * 3))
+def test_gradients_are_right_in_float64(loss: Loss, batch: int, sides: tuple[int, int, int]) -> None:
+    shape = loss.shape[1:] if loss.fixed_sides else sides[: len(loss.shape) - 1]
+    logits = torch.randn(batch, *shape, dtype=torch.float64, requires_grad=True)
     inputs = loss.inputs(logits)
     assert torch.autograd.gradcheck(lambda x: loss(x, inputs), logits)
     assert torch.autograd.gradgradcheck(lambda x: loss(x, inputs), logits, fast_mode=True)
 
 
-@every_loss
+@per_image_loss
 def test_reductions_agree_with_each_other_and_with_single_images(loss: Loss) -> None:
-    logits = logits_of(3)
+    logits = loss.example(3)
     inputs = loss.inputs(logits)
     per_image = loss(logits, inputs, reduction="none")
     alone = torch.stack(
@@ -67,18 +70,19 @@ def test_reductions_agree_with_each_other_and_with_single_images(loss: Loss) -> 
 
 @every_loss
 def test_the_module_is_the_function_with_its_settings(loss: Loss) -> None:
-    logits = logits_of()
+    logits = loss.example()
     inputs = loss.inputs(logits)
-    module = loss.module(**loss.settings, reduction="sum")
-    torch.testing.assert_close(module(logits, **inputs), loss(logits, inputs, reduction="sum"), rtol=0, atol=0)
-    assert "reduction='sum'" in repr(module)
-    for name, value in loss.settings.items():
-        assert f"{name}={value!r}" in repr(module)
+    reduction = {"reduction": "sum"} if loss.per_image else {}
+    module = loss.module(**loss.settings, **reduction)
+    torch.testing.assert_close(module(logits, **inputs), loss(logits, inputs, **reduction), rtol=0, atol=0)
+    for name, value in {**loss.settings, **reduction}.items():
+        shown = f"tensor{tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        assert f"{name}={shown}" in repr(module)
 
 
 @masked_loss
 def test_ignored_pixels_do_not_matter(loss: Loss) -> None:
-    logits = logits_of()
+    logits = loss.example()
     inputs = loss.inputs(logits)
     valid = torch.rand(2, 5, 4) < 0.6
     if "scale_factor" in loss.settings:
@@ -95,7 +99,7 @@ def test_ignored_pixels_do_not_matter(loss: Loss) -> None:
 
 @masked_loss
 def test_an_image_without_valid_pixels_costs_nothing(loss: Loss) -> None:
-    logits = logits_of()
+    logits = loss.example()
     inputs = loss.inputs(logits)
     valid = torch.ones(2, 5, 4, dtype=torch.bool)
     valid[1] = False
@@ -107,7 +111,7 @@ def test_an_image_without_valid_pixels_costs_nothing(loss: Loss) -> None:
 
 @pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss.ignorable], ids=loss_id)
 def test_nothing_labelled_gives_a_zero_on_the_graph(loss: Loss) -> None:
-    logits = logits_of()
+    logits = loss.example()
     assert loss.ignorable is not None
     value, grad = value_and_grad(loss, logits, loss.ignorable(loss.inputs(logits)))
     assert value == 0
@@ -116,11 +120,12 @@ def test_nothing_labelled_gives_a_zero_on_the_graph(loss: Loss) -> None:
 
 @every_loss
 def test_an_empty_batch_gives_zero(loss: Loss) -> None:
-    logits = logits_of(0)
+    logits = loss.example(0)
     value, grad = value_and_grad(loss, logits, loss.inputs(logits))
     assert value == 0
     assert grad.shape == logits.shape
-    assert loss(logits, loss.inputs(logits), reduction="none").shape == (0,)
+    if loss.per_image:
+        assert loss(logits, loss.inputs(logits), reduction="none").shape == (0,)
 
 
 @every_loss
@@ -128,7 +133,7 @@ def test_an_empty_batch_gives_zero(loss: Loss) -> None:
 @given(scale=st.floats(0, 1e4), seed=st.integers(0, 2**16), dtype=st.sampled_from([torch.float32, torch.float64]))
 def test_extreme_logits_keep_value_and_gradient_finite(loss: Loss, scale: float, seed: int, dtype: torch.dtype) -> None:
     torch.manual_seed(seed)
-    logits = (logits_of(dtype=dtype) * scale).clamp(-1e4, 1e4)
+    logits = (loss.example(dtype=dtype) * scale).clamp(-1e4, 1e4)
     value, grad = value_and_grad(loss, logits, loss.inputs(logits))
     assert torch.isfinite(value)
     assert torch.isfinite(grad).all()
@@ -137,7 +142,7 @@ def test_extreme_logits_keep_value_and_gradient_finite(loss: Loss, scale: float,
 @every_loss
 @pytest.mark.parametrize("largest", [1e30, torch.finfo(torch.float32).max])
 def test_the_largest_logits_keep_value_and_gradient_finite(loss: Loss, largest: float) -> None:
-    logits = torch.where(torch.rand(2, 3, 5, 4) < 0.5, largest, -largest)
+    logits = torch.where(torch.rand(loss.shape) < 0.5, largest, -largest)
     value, grad = value_and_grad(loss, logits, loss.inputs(logits))
     assert torch.isfinite(value)
     assert torch.isfinite(grad).all()
@@ -146,7 +151,7 @@ def test_the_largest_logits_keep_value_and_gradient_finite(loss: Loss, largest: 
 @every_loss
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_logits_are_computed_in_float32(loss: Loss, dtype: torch.dtype) -> None:
-    logits = logits_of().to(dtype)
+    logits = loss.example().to(dtype)
     inputs = loss.inputs(logits)
     value, grad = value_and_grad(loss, logits, inputs)
     exact, exact_grad = value_and_grad(loss, logits.float(), inputs)
@@ -158,8 +163,9 @@ def test_half_precision_logits_are_computed_in_float32(loss: Loss, dtype: torch.
 
 @every_loss
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_autocast_changes_nothing(loss: Loss, dtype: torch.dtype) -> None:
-    logits = logits_of()
+@pytest.mark.parametrize("logits_dtype", [torch.float32, torch.float16])
+def test_autocast_changes_nothing(loss: Loss, dtype: torch.dtype, logits_dtype: torch.dtype) -> None:
+    logits = loss.example(dtype=logits_dtype)
     inputs = loss.inputs(logits)
     exact, exact_grad = value_and_grad(loss, logits, inputs)
     with torch.autocast("cpu", dtype=dtype):
@@ -171,7 +177,7 @@ def test_autocast_changes_nothing(loss: Loss, dtype: torch.dtype) -> None:
 
 @every_loss
 def test_compiles_into_one_graph(loss: Loss) -> None:
-    logits = logits_of(requires_grad=True)
+    logits = loss.example(requires_grad=True)
     inputs = loss.inputs(logits)
     torch.compiler.reset()
     compiled = torch.compile(lambda x: loss(x, inputs), fullgraph=True, backend="aot_eager")
@@ -183,7 +189,7 @@ def test_compiles_into_one_graph(loss: Loss) -> None:
 
 @every_loss
 def test_functional_transforms(loss: Loss) -> None:
-    stack = torch.randn(3, 2, 3, 5, 4)
+    stack = torch.randn(3, *loss.shape)
     inputs = loss.inputs(stack[0])
     each = torch.stack([value_and_grad(loss, logits, inputs)[1] for logits in stack])
     torch.testing.assert_close(torch.func.vmap(lambda x: loss(x, inputs))(stack)[1], loss(stack[1], inputs))
@@ -192,20 +198,21 @@ def test_functional_transforms(loss: Loss) -> None:
 
 @every_loss
 def test_memory_layout_does_not_matter(loss: Loss) -> None:
-    logits = logits_of()
+    logits = loss.example()
     inputs = loss.inputs(logits)
     value, grad = value_and_grad(loss, logits, inputs)
-    wide = torch.randn(2, 3, 5, 8)
-    wide[..., ::2] = logits
-    for other in (logits.to(memory_format=torch.channels_last), wide[..., ::2]):
+    wide = torch.randn(*loss.shape, 2)
+    wide[..., 0] = logits
+    others = [wide[..., 0], logits.movedim(1, -1).contiguous().movedim(-1, 1)]
+    for other in others:
         other_value, other_grad = value_and_grad(loss, other, inputs)
         torch.testing.assert_close(other_value, value)
         torch.testing.assert_close(other_grad, grad)
 
 
-@every_loss
+@per_image_loss
 def test_gradients_that_arrive_strided_are_handled(loss: Loss) -> None:
-    logits = logits_of(2, requires_grad=True)
+    logits = loss.example(2, requires_grad=True)
     inputs = loss.inputs(logits)
     weight = torch.randn(4)
     both = torch.cat([loss(logits, inputs, reduction="none")] * 2) @ weight
@@ -215,46 +222,66 @@ def test_gradients_that_arrive_strided_are_handled(loss: Loss) -> None:
 
 @every_loss
 def test_meta_tensors_give_the_shape(loss: Loss) -> None:
-    logits = logits_of()
-    inputs = {name: value.to("meta") for name, value in loss.inputs(logits).items()}
-    assert loss(logits.to("meta"), inputs).shape == ()
-    assert loss(logits.to("meta"), inputs, reduction="none").shape == (2,)
+    logits = loss.example()
+    arguments = {**loss.inputs(logits), **loss.settings}
+    arguments = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in arguments.items()}
+    assert loss.function(logits.to("meta"), **arguments).shape == ()
+    if loss.per_image:
+        assert loss.function(logits.to("meta"), **arguments, reduction="none").shape == (2,)
 
 
 @every_loss
 @pytest.mark.parametrize(
     ("broken", "error", "message"),
     [
-        (lambda x: x.tolist(), TypeError, "logits: expected a tensor, got list"),
-        (lambda x: x.long(), TypeError, "logits: expected a floating-point tensor, got torch.int64"),
-        (lambda x: x[:, :1], ValueError, "logits: expected at least 2 classes"),
-        (lambda x: x[:, 0, 0], ValueError, r"logits: expected \[B, K, .*, got \[2, 4\]"),
-        (lambda x: x * torch.nan, ValueError, "logits: expected finite values, got NaN or infinity"),
-        (lambda x: x * torch.inf, ValueError, "logits: expected finite values, got NaN or infinity"),
+        (lambda x: x.tolist(), TypeError, "expected a tensor, got list"),
+        (lambda x: x.long(), TypeError, "expected a floating-point tensor, got torch.int64"),
+        (lambda x: x * torch.nan, ValueError, "expected finite values, got NaN or infinity"),
+        (lambda x: x * torch.inf, ValueError, "expected finite values, got NaN or infinity"),
+        (lambda x: x[(slice(None), *[0] * (x.dim() - 2))], ValueError, r"expected {layout}, got \[2, \d\]"),
+        (lambda x: x.flatten(), ValueError, "expected {layout}, got "),
     ],
 )
-def test_logits_that_make_no_sense_are_refused(loss: Loss, broken: Any, error: type, message: str) -> None:
-    logits = logits_of()
-    with pytest.raises(error, match=message):
-        loss(broken(logits), loss.inputs(logits))
+def test_first_arguments_that_make_no_sense_are_refused(loss: Loss, broken: Any, error: type, message: str) -> None:
+    logits = loss.example()
+    first = broken(logits)
+    if isinstance(first, Tensor) and first.shape == logits.shape[:2]:
+        return  # [B, C] already
+    with pytest.raises(error, match=f"{loss.argument}: {message.format(layout=loss.layout)}"):
+        loss(first, loss.inputs(logits))
+
+
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss.softmax], ids=loss_id)
+def test_the_softmax_of_a_single_class_is_refused(loss: Loss) -> None:
+    logits = loss.example()
+    with pytest.raises(ValueError, match=f"{loss.argument}: expected at least 2 classes"):
+        loss(logits[:, :1], loss.inputs(logits))
+
+
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if not loss.softmax], ids=loss_id)
+def test_the_smallest_input_gives_finite_results(loss: Loss) -> None:
+    logits = torch.randn(1, *(loss.shape[1:] if loss.fixed_sides else [1] * (len(loss.shape) - 1)))
+    value, grad = value_and_grad(loss, logits, loss.inputs(logits))
+    assert torch.isfinite(value)
+    assert torch.isfinite(grad).all()
 
 
 @every_loss
 def test_inputs_that_do_not_fit_are_refused_by_name(loss: Loss) -> None:
-    logits = logits_of()
+    logits = loss.example()
     for name, value in loss.inputs(logits).items():
         inputs = {**loss.inputs(logits), name: torch.cat([value, value[:1]])}
-        with pytest.raises(ValueError, match=rf"{name}: expected \[2.* to go with logits \[2, 3, 5, 4\], got \[3"):
+        with pytest.raises(ValueError, match=rf"{name}: expected \[2.* to go with {loss.argument} \[2, .*\], got \[3"):
             loss(logits, inputs)
-        with pytest.raises(ValueError, match=f"{name}: expected device cpu, that of logits, got meta"):
+        with pytest.raises(ValueError, match=f"{name}: expected device cpu, that of {loss.argument}, got meta"):
             loss(logits, {**inputs, name: value.to("meta")})
         with pytest.raises(TypeError, match=f"{name}: expected a tensor, got list"):
             loss(logits, {**inputs, name: value.tolist()})
 
 
-@every_loss
+@per_image_loss
 def test_an_unknown_reduction_is_refused(loss: Loss) -> None:
-    logits = logits_of()
+    logits = loss.example()
     with pytest.raises(ValueError, match="reduction: expected one of 'mean', 'sum', 'none', got 'average'"):
         loss(logits, loss.inputs(logits), reduction="average")
     with pytest.raises(ValueError, match="reduction: expected one of"):
@@ -263,7 +290,7 @@ def test_an_unknown_reduction_is_refused(loss: Loss) -> None:
 
 @masked_loss
 def test_a_mask_that_does_not_fit_is_refused(loss: Loss) -> None:
-    logits = logits_of()
+    logits = loss.example()
     inputs = loss.inputs(logits)
     with pytest.raises(TypeError, match=r"valid: expected a bool tensor, got torch\.float32"):
         loss(logits, inputs, valid=torch.ones(2, 5, 4))
@@ -275,8 +302,9 @@ def test_a_mask_that_does_not_fit_is_refused(loss: Loss) -> None:
 
 @every_loss
 def test_values_are_not_checked_under_compile(loss: Loss) -> None:
-    logits = logits_of() * torch.nan
+    logits = loss.example() * torch.nan
     inputs = loss.inputs(logits.nan_to_num())
     torch.compiler.reset()
-    compiled = torch.compile(lambda x: loss(x, inputs, reduction="none"), fullgraph=True, backend="aot_eager")
-    assert compiled(logits).shape == (2,)
+    reduction = {"reduction": "none"} if loss.per_image else {}
+    compiled = torch.compile(lambda x: loss(x, inputs, **reduction), fullgraph=True, backend="aot_eager")
+    assert compiled(logits).shape == (2,) * loss.per_image

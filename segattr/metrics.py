@@ -1,0 +1,228 @@
+"""Quality of masks: region similarity J, contour quality F and their mean J&F."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from segloss._checks import check_bool, check_like, check_number, check_tensor, shape_text
+
+
+def region_similarity(
+    prediction: Tensor, truth: Tensor, *, valid: Tensor | None = None, pooled: bool = False
+) -> Tensor:
+    r"""Region similarity J: the Jaccard index, or intersection over union, of two masks.
+
+    .. math:: J = \frac{|P \cap T|}{|P \cup T|}
+
+    and 1 where both masks are empty, so that a class which is neither predicted nor there counts as right.
+
+    Args:
+        prediction: predicted masks :math:`P`, bool, ``[..., H, W]``.
+        truth: true masks :math:`T`, bool, ``[..., H, W]``.
+        valid: pixels that count, bool, the shape of the masks, or ``[N, H, W]`` for masks ``[N, C, H, W]``; all of
+            them if None. The others belong to neither mask.
+        pooled: sum the counts over the first dimension before the ratio, as the intersection over union of a data set
+            is computed: masks ``[N, C, H, W]`` give ``[C]``, whose mean is the mIoU.
+
+    Returns:
+        ``[...]``, without the first dimension if ``pooled``; float32: the counts are exact integers, only the ratio
+        is rounded. No gradient.
+
+    Raises:
+        TypeError: masks or ``valid`` that are not bool tensors, ``pooled`` that is no bool.
+        ValueError: shapes or devices that do not fit each other, masks without a first dimension to pool over.
+
+    Source:
+        *A Benchmark Dataset and Evaluation Methodology for Video Object Segmentation* (DAVIS);
+        *High-fidelity Pseudo-labels for Boosting Weakly-Supervised Segmentation*, section 5.1.
+
+    Example:
+        >>> labels, predicted = torch.tensor([[[0, 1, 1, 2]]]), torch.tensor([[[0, 1, 2, 2]]])
+        >>> classes = torch.arange(3).view(3, 1, 1)
+        >>> region_similarity(predicted[:, None] == classes, labels[:, None] == classes, pooled=True)
+        tensor([1.0000, 0.5000, 0.5000])
+    """
+    prediction, truth = _without_void(prediction, truth, valid, pooled)
+    return _share(_count(prediction & truth, pooled), _count(prediction | truth, pooled))
+
+
+def contour_f(
+    prediction: Tensor,
+    truth: Tensor,
+    *,
+    tolerance: float = 0.008,
+    valid: Tensor | None = None,
+    pooled: bool = False,
+) -> Tensor:
+    r"""Contour quality F: how well the contours of two masks lie on each other, within a tolerance.
+
+    .. math::
+        F = \frac{2 \, p \, r}{p + r}, \quad
+        p = \frac{|\{x \in \partial P : d(x, \partial T) \le \rho\}|}{|\partial P|}, \quad
+        r = \frac{|\{x \in \partial T : d(x, \partial P) \le \rho\}|}{|\partial T|}
+
+    with the contours :math:`\partial P, \partial T` and the distance d between pixel centres. A contour consists of
+    the pixels that differ from their right, lower or lower right neighbour inside the image; where the mask ends at
+    the border of the image there is none. Two empty contours give 1, one gives 0: a mask that fills the image has no
+    contour and equals an empty one here.
+
+    Each pixel looks for its own nearest partner, which several may share. This bounds the one-to-one matching of
+    contour pixels, which it replaces, from above, and equals it at tolerance 0.
+
+    Args:
+        prediction: predicted masks :math:`P`, bool, ``[..., H, W]``.
+        truth: true masks :math:`T`, bool, ``[..., H, W]``.
+        tolerance: largest distance :math:`\rho` of contour pixels that match: below 1 a fraction of the diagonal of
+            the image, rounded up to whole pixels, from 1 on a number of pixels; at least 0.
+        valid: pixels that count, bool, the shape of the masks, or ``[N, H, W]`` for masks ``[N, C, H, W]``; all of
+            them if None. The others belong to neither mask, so the contour of a mask that reaches them runs along
+            their edge, as in DAVIS. The second source's released code takes them as background of the truth only: leave
+            ``valid`` None for its numbers.
+        pooled: sum the counts over the first dimension before p, r and F: masks ``[N, C, H, W]`` give ``[C]``. The
+            second source's released code does so over a data set, and reports the mean over the foreground classes.
+
+    Returns:
+        ``[...]``, without the first dimension if ``pooled``; float32: the counts are exact integers, only the ratios
+        are rounded. No gradient.
+
+    Raises:
+        TypeError: masks or ``valid`` that are not bool tensors, ``tolerance`` that is no number, ``pooled`` that is
+            no bool.
+        ValueError: shapes or devices that do not fit each other, masks without a first dimension to pool over, a
+            negative or infinite ``tolerance``.
+
+    Source:
+        *A Benchmark Dataset and Evaluation Methodology for Video Object Segmentation* (DAVIS);
+        *High-fidelity Pseudo-labels for Boosting Weakly-Supervised Segmentation*, section 5.1.
+
+    Example:
+        >>> truth = torch.zeros(16, 16, dtype=torch.bool)
+        >>> truth[4:10, 4:10] = True
+        >>> prediction = truth.roll(2, 1)
+        >>> contour_f(prediction, truth, tolerance=1), contour_f(prediction, truth, tolerance=2)
+        (tensor(0.5833), tensor(1.))
+    """
+    check_number("tolerance", tolerance, least=0)
+    prediction, truth = _without_void(prediction, truth, valid, pooled)
+    radius = _radius(tolerance, *prediction.shape[-2:])
+    predicted, true = _contour(prediction), _contour(truth)
+    precision = _share(_count(predicted & _dilate(true, radius), pooled), _count(predicted, pooled))
+    recall = _share(_count(true & _dilate(predicted, radius), pooled), _count(true, pooled))
+    # The smallest normal number stands for 0 in 0 / 0; a sum above 0 is at least one pixel's share, far larger.
+    return 2 * precision * recall / (precision + recall).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def j_and_f(
+    prediction: Tensor,
+    truth: Tensor,
+    *,
+    tolerance: float = 0.008,
+    valid: Tensor | None = None,
+    pooled: bool = False,
+) -> Tensor:
+    r"""J&F: the mean of :func:`region_similarity` and :func:`contour_f`.
+
+    Args:
+        prediction: predicted masks, bool, ``[..., H, W]``.
+        truth: true masks, bool, ``[..., H, W]``.
+        tolerance: largest distance of contour pixels that match, see :func:`contour_f`.
+        valid: pixels that count, bool, the shape of the masks, or ``[N, H, W]`` for masks ``[N, C, H, W]``; all of
+            them if None.
+        pooled: sum the counts over the first dimension before the ratios: masks ``[N, C, H, W]`` give ``[C]``.
+
+    Returns:
+        ``[...]``, without the first dimension if ``pooled``; float32. No gradient.
+
+    Raises:
+        TypeError, ValueError: as :func:`contour_f`.
+
+    Source:
+        *High-fidelity Pseudo-labels for Boosting Weakly-Supervised Segmentation*, section 5.1.
+
+    Example:
+        >>> mask = torch.tensor([[True, False], [False, False]])
+        >>> j_and_f(mask, mask), j_and_f(mask, ~mask)
+        (tensor(1.), tensor(0.5000))
+    """
+    region = region_similarity(prediction, truth, valid=valid, pooled=pooled)
+    return (region + contour_f(prediction, truth, tolerance=tolerance, valid=valid, pooled=pooled)) / 2
+
+
+def _without_void(prediction: object, truth: object, valid: object, pooled: bool) -> tuple[Tensor, Tensor]:
+    """The checked masks, empty at the pixels that are not valid."""
+    prediction, truth = _mask("prediction", prediction), _mask("truth", truth)
+    check_like("truth", truth, prediction.shape, "prediction", prediction)
+    check_bool("pooled", pooled)
+    if pooled and prediction.dim() < 3:
+        raise ValueError(f"prediction: expected [N, ..., H, W] to pool over N, got {shape_text(prediction.shape)}")
+    if valid is None:
+        return prediction, truth
+    valid = _mask("valid", valid)
+    if prediction.dim() == 4 and valid.dim() == 3:
+        check_like("valid", valid, (len(prediction), *prediction.shape[2:]), "prediction", prediction)
+        valid = valid.unsqueeze(1)
+    else:
+        check_like("valid", valid, prediction.shape, "prediction", prediction)
+    return prediction & valid, truth & valid
+
+
+def _mask(name: str, value: object) -> Tensor:
+    check_tensor(name, value)
+    assert isinstance(value, Tensor)
+    if value.dtype != torch.bool:
+        raise TypeError(f"{name}: expected a bool tensor (labels == k or scores > threshold), got {value.dtype}")
+    if value.dim() < 2:
+        raise ValueError(f"{name}: expected [..., H, W], got {shape_text(value.shape)}")
+    return value
+
+
+def _count(mask: Tensor, pooled: bool) -> Tensor:
+    per_mask = mask.sum((-2, -1))
+    return per_mask.sum(0) if pooled else per_mask
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    """``part / whole``; all of it where there is nothing to count."""
+    return torch.where(whole > 0, part.float() / whole.clamp(min=1), 1.0)
+
+
+def _radius(tolerance: float, height: int, width: int) -> float:
+    diagonal = math.sqrt(height * height + width * width)
+    # No two pixels are farther apart than the diagonal: the cap only saves steps.
+    return math.ceil(tolerance * diagonal) if tolerance < 1 else min(tolerance, diagonal)
+
+
+def _contour(mask: Tensor) -> Tensor:
+    """The pixels that differ from their right, lower or lower right neighbour; beyond the border nothing differs."""
+    contour = torch.zeros_like(mask)
+    contour[..., :, :-1] |= mask[..., :, :-1] ^ mask[..., :, 1:]
+    contour[..., :-1, :] |= mask[..., :-1, :] ^ mask[..., 1:, :]
+    contour[..., :-1, :-1] |= mask[..., :-1, :-1] ^ mask[..., 1:, 1:]
+    return contour
+
+
+def _dilate(mask: Tensor, radius: float) -> Tensor:
+    """The pixels within ``radius`` of a pixel of the mask.
+
+    A disc is a stack of row spans. From its top row to its middle they only grow, so one map of spans, widened by a
+    pixel when a row needs it, serves all rows: a few byte operations per pixel and row of the disc. For 8 masks of
+    500 x 375 and radius 5 on a CPU this is tens of times faster than a distance transform of each mask or a
+    convolution with the disc.
+    """
+    near = torch.zeros_like(mask)
+    span, half = mask.clone(), 0
+    for row in range(math.floor(radius), -1, -1):
+        while math.sqrt((half + 1) ** 2 + row**2) <= radius:
+            half += 1
+            _spread(span, mask, half, -1)
+        _spread(near, span, row, -2)
+    return near
+
+
+def _spread(target: Tensor, mask: Tensor, step: int, dim: int) -> None:
+    """Add the mask, moved by ``step`` pixels to either side, to ``target``."""
+    size = mask.shape[dim]
+    if step < size:
+        target.narrow(dim, step, size - step).logical_or_(mask.narrow(dim, 0, size - step))
+        target.narrow(dim, 0, size - step).logical_or_(mask.narrow(dim, step, size - step))
