@@ -38,6 +38,7 @@ class Loss:
     shape: tuple[int, ...] = (2, 3, 5, 4)  # of an example of the first argument; the batch comes first
     softmax: bool = True  # refuses a single class
     per_image: bool = True  # has a `reduction`, over images that are independent of each other
+    of_the_batch: bool = False  # a statistic of the whole batch: two processes do not equal one
     detached: bool = False  # a part of the value is a constant for the gradient: finite differences tell otherwise
 
     def __call__(self, first: Tensor, inputs: Inputs, **settings: Any) -> Tensor:
@@ -176,6 +177,7 @@ LOSSES = [
             Golden("losses/partial_ce", lambda a: {"labels": a["target"]}, "loss_mean", "grad_mean"),
         ),
         masked=False,
+        of_the_batch=True,
         ignorable=lambda inputs: {"labels": torch.full_like(inputs["labels"], 255)},
     ),
     Loss(
@@ -395,6 +397,7 @@ LOSSES = [
         lambda x: {"tags": torch.rand(len(x), 4) < 0.5},
         settings={"centres": torch.eye(4, 8), "ood": torch.eye(8).roll(3, 0) + 0.5, "scope": "batch", "squared": True},
         masked=False,
+        of_the_batch=True,
         name="ood_distance_batch",
         argument="features",
         layout=r"\[B, D\].*",
@@ -409,6 +412,7 @@ LOSSES = [
         settings={"radius": 2.5},
         golden=(Golden("losses/affinity", lambda a: {"labels": a["labels"]}, settings={"radius": 5.0}),),
         masked=False,
+        of_the_batch=True,
         ignorable=lambda inputs: {"labels": torch.full_like(inputs["labels"], 255)},
         argument="features",
         layout=r"\[B, D, H, W\]",
@@ -437,6 +441,7 @@ LOSSES = [
             ),
         ),
         masked=False,
+        of_the_batch=True,
         name="affinity_loss_mean",
         argument="features",
         layout=r"\[B, D, H, W\]",
@@ -450,6 +455,7 @@ LOSSES = [
         settings={"radius": 3.0},
         golden=(Golden("losses/irnet_affinity", lambda a: {"labels": a["labels"]}, settings={"radius": 5.0}),),
         masked=False,
+        of_the_batch=True,
         ignorable=lambda inputs: {"labels": torch.full_like(inputs["labels"], 255)},
         argument="boundary_logits",
         layout=r"\[B, 1, H, W\]",
@@ -479,6 +485,7 @@ LOSSES = [
             ),
         ),
         masked=False,
+        of_the_batch=True,
         name="path_affinity_loss_eps",
         argument="boundary_logits",
         layout=r"\[B, 1, H, W\]",
