@@ -52,3 +52,36 @@ def naive_feature_similarity(maps: Tensor, image: Tensor, sigma: float = 5.0, mu
         gate = (square[:, None] + square) / 2 - y @ y.t()
         loss = loss - (weight * gate * torch.tanh(mu + torch.log(delta / (1 - delta)))).sum()
     return loss / (len(maps) * height * width)
+
+
+def naive_path_affinity_loss(boundary_logits: Tensor, labels: Tensor, radius: int = 10) -> Tensor:
+    """IRNet's loss as one would write it: for each offset the pixels on all lines are gathered, the rest is autograd's.
+
+    ``boundary_logits [B, 1, H, W]``, ``labels [B, H, W]`` without ignored pixels.
+    """
+    height, width = labels.shape[1:]
+    boundary = boundary_logits.sigmoid()[:, 0]
+    totals = {True: boundary.new_zeros(()), False: boundary.new_zeros(())}
+    counts = {True: boundary.new_zeros(()), False: boundary.new_zeros(())}
+    for down in range(min(radius, height)):
+        for right in range(-radius + 1 if down else 1, radius):
+            length = math.hypot(down, right)
+            if length >= radius or abs(right) >= width:
+                continue
+            left = max(0, -right)
+            rows, columns = height - down, width - abs(right)
+            line = [
+                boundary[:, i : i + rows, left + j : left + j + columns]
+                for i in range(down + 1)
+                for j in range(min(right, 0), max(right, 0) + 1)
+                if abs(right * i - down * j) < length
+            ]
+            largest = torch.stack(line).amax(0)
+            upper = labels[:, :rows, left : left + columns]
+            lower = labels[:, down:, left + right : left + right + columns]
+            for same in (True, False):
+                chosen = (upper == lower) == same
+                loss = -torch.log(1 - largest if same else largest)
+                totals[same] = totals[same] + torch.where(chosen, loss, 0).sum()
+                counts[same] = counts[same] + chosen.sum()
+    return totals[True] / counts[True].clamp(min=1) + totals[False] / counts[False].clamp(min=1)

@@ -35,8 +35,8 @@ def reach_of(sigma: float, dtype: torch.dtype) -> float:
 def _product(values: Tensor, image: Tensor, sigma: Tensor, mu: Tensor, reach: int, disc: bool, part: int) -> Tensor:
     """(D - K) y for ``values [B, C, H, W]``, or the same with a derivative of K in its place."""
     with torch.autocast(values.device.type, enabled=False), full_precision():
-        # One image at a time keeps to the cache of a CPU; a GPU wants all of them at once.
-        size = 1 if values.device.type == "cpu" else max(len(values), 1)
+        # As many images at a time as there are threads: each keeps to its cache. A GPU wants all of them at once.
+        size = torch.get_num_threads() if values.device.type == "cpu" else max(len(values), 1)
         groups = zip(values.split(size), image.to(values.dtype).split(size), strict=True)
         parts = [_group(y, x, sigma.to(values.dtype), mu.to(values.dtype), reach, disc, part) for y, x in groups]
         return torch.cat(parts) if parts else torch.zeros_like(values, memory_format=torch.contiguous_format)
@@ -46,7 +46,7 @@ def _group(values: Tensor, image: Tensor, sigma: Tensor, mu: Tensor, reach: int,
     count, _, height, width = values.shape
     # D - K does not see constants, so the mean is taken off before rounding errors can grow with it.
     centred = values - values.mean((2, 3), keepdim=True)
-    y = torch.cat([centred, torch.ones_like(values[:, :1])], 1).movedim(1, -1).contiguous()  # 1 sums up the degrees
+    y = torch.cat([centred, torch.ones_like(values[:, :1])], 1).contiguous()  # 1 sums up the degrees
     sums = torch.zeros_like(y)
     down = min(reach, height - 1)
     columns = _columns(width, min(reach, width - 1), down + 1)
@@ -60,11 +60,10 @@ def _group(values: Tensor, image: Tensor, sigma: Tensor, mu: Tensor, reach: int,
             own, other = (slice(span.start, span.stop) for span in spans)
             x, z = image[:, :, top, own], image[:, :, rows, other].flatten(2)
             weights = _weights(x, z, spatial, inverse, buffers, part)
-            y_own, y_other = y[:, top, own], y[:, rows, other]
-            sums[:, top, own] += torch.bmm(weights, y_other.flatten(1, 2))
-            sums[:, rows, other] += torch.bmm(weights.mT, y_own).view_as(y_other)
-    product = sums[..., -1:] * y[..., :-1] - sums[..., :-1]
-    return product.movedim(-1, 1).contiguous()
+            y_own, y_other = y[:, :, top, own], y[:, :, rows, other]
+            sums[:, :, top, own] += torch.bmm(y_other.flatten(2), weights.mT)
+            sums[:, :, rows, other] += torch.bmm(y_own, weights).view_as(y_other)
+    return sums[:, -1:] * y[:, :-1] - sums[:, :-1]
 
 
 def _columns(width: int, reach: int, rows: int) -> list[tuple[range, range]]:

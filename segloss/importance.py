@@ -25,6 +25,8 @@ Mode = Literal["sample", "expected"]
 Pooling = Literal["average", "max", "sum"]
 Posterior = Literal["binomial", "multinomial"]
 
+_MANY_PIXELS = 1 << 14  # each with a probability of about 6e-5, a thousand times the rounding of float32 sums
+
 
 def sample_pixels(
     scores: Tensor, samples: int, *, posterior: Posterior = "binomial", generator: torch.Generator | None = None
@@ -306,14 +308,15 @@ def _weights(log_odds: Tensor) -> Tensor:
     """The posterior up to a factor for each class, such that its largest value does not underflow; a constant."""
     log_odds = log_odds.detach()
     largest = log_odds.amax(2, keepdim=True).clamp(max=30)  # e^30 is still far from overflow
-    return 1 / (largest.exp() + (largest - log_odds).exp())
+    return (largest - log_odds).exp_().add_(largest.exp()).reciprocal_()
 
 
 def _draw(log_odds: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:
-    # Inverse of the cumulative pmf in float64, because torch.multinomial stops at 2^24 pixels.
-    cumulative = _weights(log_odds).cumsum(2, dtype=torch.float64)
+    # Inverse of the cumulative pmf, since torch.multinomial stops at 2^24 pixels.
+    weights = _weights(log_odds)
+    cumulative = weights.cumsum(2, dtype=torch.float64 if weights.shape[2] > _MANY_PIXELS else weights.dtype)
     device = log_odds.device if generator is None else generator.device
-    uniform = torch.rand(*log_odds.shape[:2], samples, dtype=torch.float64, device=device, generator=generator)
+    uniform = torch.rand(*log_odds.shape[:2], samples, dtype=cumulative.dtype, device=device, generator=generator)
     # The first pixel strictly above, so that a pixel of probability 0 is never drawn.
     drawn = torch.searchsorted(cumulative, uniform.to(log_odds.device) * cumulative[..., -1:], right=True)
     return drawn.clamp(max=log_odds.shape[2] - 1)

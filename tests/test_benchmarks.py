@@ -9,8 +9,14 @@ import pytest
 import torch
 
 from benchmarks.__main__ import collect, markdown
-from benchmarks.baselines import dense_filter, log_space_size_kl, naive_feature_similarity, naive_size_kl
-from segloss import feature_similarity, size_kl
+from benchmarks.baselines import (
+    dense_filter,
+    log_space_size_kl,
+    naive_feature_similarity,
+    naive_path_affinity_loss,
+    naive_size_kl,
+)
+from segloss import feature_similarity, path_affinity_loss, size_kl
 from segloss.bilateral.reference import gaussian_filter_reference
 
 ROOT = Path(__file__).parents[1]
@@ -49,6 +55,10 @@ def test_baselines_compute_what_they_are_compared_with() -> None:
     torch.testing.assert_close(dense_filter(values, features), expected)
     maps, image = torch.rand(2, 3, 7, 5), torch.rand(2, 3, 7, 5)
     torch.testing.assert_close(naive_feature_similarity(maps, image), feature_similarity(maps, image, gate="raw"))
+    logits, labels = torch.randn(2, 1, 9, 7), torch.randint(0, 3, (2, 9, 7))
+    for radius in (1, 4):
+        expected = path_affinity_loss(logits, labels, radius=radius)
+        torch.testing.assert_close(naive_path_affinity_loss(logits, labels, radius), expected)
 
 
 @pytest.mark.slow
