@@ -41,6 +41,13 @@ def parse(config: type[Config], args: Sequence[str] | None = None) -> Config:
         raise
 
 
+def check_least(config: object, **bounds: int) -> None:
+    """Raises ``ValueError`` for the first field of a configuration that is below its bound."""
+    for name, bound in bounds.items():
+        if getattr(config, name) < bound:
+            raise ValueError(f"--{name.replace('_', '-')}: expected at least {bound}, got {getattr(config, name)}")
+
+
 def output_folder(path: Path) -> Path:
     """Makes a folder that can be written to, or ends the program with one line on stderr."""
     try:

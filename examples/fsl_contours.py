@@ -39,9 +39,7 @@ class Config:
     """Folder of the picture."""
 
     def __post_init__(self) -> None:
-        for name, least in {"scenes": 1, "size": 32, "steps": 1, "seed": 0}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name}: expected at least {least}, got {getattr(self, name)}")
+        engine.check_least(self, scenes=1, size=32, steps=1, seed=0)
 
 
 MU, SIGMA = 2.5, 5.0  # the paper's choice; around it:

@@ -14,6 +14,7 @@ from data.scenes import CLASSES, Scenes, Split, stack
 from engine import Batch
 from matplotlib.figure import Figure
 from network import block
+from report import draw_rows
 from torch import Tensor, nn
 
 import segloss
@@ -42,47 +43,26 @@ class Config:
     """Folder of the picture."""
 
     def __post_init__(self) -> None:
-        for name, least in {"steps": 1, "pretrain_steps": 0, "scenes": 1, "size": 32, "seed": 0}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(self, name)}")
+        engine.check_least(self, steps=1, pretrain_steps=0, scenes=1, size=32, seed=0)
 
 
 BATCH_SIZE, LEARNING_RATES, EVALUATED, SHOWN = 16, (2e-3, 1e-3), 200, 6
 
+Loss = Callable[[Tensor, Batch], Tensor]
+average, maximum = segloss.ImportanceClassification(weight=0), segloss.ImportanceClassification(weight=0, pooling="max")
+isl, average_and_isl = segloss.ImportanceClassification(weight=1), segloss.ImportanceClassification()
 fsl = segloss.FeatureSimilarity()
 
-
-def with_pooling(scores: Tensor, batch: Batch) -> Tensor:
-    return segloss.importance_classification(scores, batch["tags"], weight=0)
-
-
-def with_max_pooling(scores: Tensor, batch: Batch) -> Tensor:
-    return segloss.importance_classification(scores, batch["tags"], weight=0, pooling="max")
-
-
-def with_sampling_alone(scores: Tensor, batch: Batch) -> Tensor:
-    return segloss.importance_classification(scores, batch["tags"], weight=1)
-
-
-def with_fsl(scores: Tensor, batch: Batch) -> Tensor:
-    return with_pooling(scores, batch) + fsl(scores, batch["image"], batch["tags"])
-
-
-def with_isl(scores: Tensor, batch: Batch) -> Tensor:
-    return segloss.importance_classification(scores, batch["tags"])
-
-
-def with_isl_and_fsl(scores: Tensor, batch: Batch) -> Tensor:
-    return with_isl(scores, batch) + fsl(scores, batch["image"], batch["tags"])
-
-
-LOSSES: dict[str, Callable[[Tensor, Batch], Tensor]] = {
-    "GAP": with_pooling,
-    "GMP": with_max_pooling,
-    "ISL": with_sampling_alone,
-    "GAP + ISL": with_isl,
-    "GAP + FSL": with_fsl,
-    "GAP + ISL + FSL": with_isl_and_fsl,
+# From the score maps of a batch, and the batch, to a scalar: the one line of a training step that changes.
+LOSSES: dict[str, Loss] = {
+    "GAP": lambda scores, batch: average(scores, batch["tags"]),
+    "GMP": lambda scores, batch: maximum(scores, batch["tags"]),
+    "ISL": lambda scores, batch: isl(scores, batch["tags"]),
+    "GAP + ISL": lambda scores, batch: average_and_isl(scores, batch["tags"]),
+    "GAP + FSL": lambda scores, batch: average(scores, batch["tags"]) + fsl(scores, batch["image"], batch["tags"]),
+    "GAP + ISL + FSL": lambda scores, batch: (
+        average_and_isl(scores, batch["tags"]) + fsl(scores, batch["image"], batch["tags"])
+    ),
 }
 
 
@@ -143,13 +123,9 @@ def table(outcomes: dict[str, Outcome]) -> str:
 
 def picture(test: Batch, outcomes: dict[str, Outcome], path: Path) -> None:
     rows = {"image": test["image"][:SHOWN].movedim(1, -1), "truth": test["labels"][:SHOWN]}
-    rows |= {name: outcome.masks for name, outcome in outcomes.items()}
+    rows |= {name.replace(" + ", "\n+ "): outcome.masks for name, outcome in outcomes.items()}
     figure = Figure(figsize=(9, 1.5 * len(rows)), layout="constrained")
-    for axes, (name, maps) in zip(figure.subplots(len(rows), SHOWN), rows.items(), strict=True):
-        axes[0].set_ylabel(name.replace(" + ", "\n+ "))
-        for axis, values in zip(axes, maps.cpu(), strict=True):
-            axis.imshow(values, cmap="Set1_r", vmin=0, vmax=8, interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
+    draw_rows(figure, rows)
     figure.savefig(path, dpi=100)
 
 
@@ -158,14 +134,14 @@ def main(config: Config) -> None:
     engine.seed_everything(config.seed)
     train, test = load("train", config.scenes, config.seed, config), load(config.split, EVALUATED, 0, config)
 
-    def fit(model: nn.Module, name: str, loss: Callable[[Tensor, Batch], Tensor], steps: int, lr: float) -> Outcome:
+    def fit(model: nn.Module, name: str, loss: Loss, steps: int, lr: float) -> Outcome:
         began = time.perf_counter()
         batches = engine.draw_batches(train, BATCH_SIZE, torch.Generator().manual_seed(config.seed))
         engine.train(model, loss, batches, steps=steps, lr=lr, name=name)
         return assess(model, test, time.perf_counter() - began)
 
     start = Classifier(len(CLASSES) - 1).to(train["image"].device)
-    outcomes = {"start": fit(start, "pretraining", with_pooling, config.pretrain_steps, LEARNING_RATES[0])}
+    outcomes = {"start": fit(start, "pretraining", LOSSES["GAP"], config.pretrain_steps, LEARNING_RATES[0])}
     for name, loss in LOSSES.items():
         outcomes[name] = fit(copy.deepcopy(start), name, loss, config.steps, LEARNING_RATES[1])
     print(table(outcomes))

@@ -44,10 +44,7 @@ class Config:
     """Folder of the picture."""
 
     def __post_init__(self) -> None:
-        least = {"steps": 1, "pretrain_steps": 0, "scenes": 1, "size": 32, "seed": 0, "repeats": 1}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"--{name.replace('_', '-')}: expected at least {bound}, got {getattr(self, name)}")
+        engine.check_least(self, steps=1, pretrain_steps=0, scenes=1, size=32, seed=0, repeats=1)
 
 
 BATCH_SIZE, LEARNING_RATE, EVALUATED, SHOWN = 16, 2e-3, 200, 6

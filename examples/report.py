@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 from torch import Tensor
 
 
@@ -40,6 +40,16 @@ def table(classes: Sequence[str], runs: Sequence[Mapping[str, Outcome]]) -> str:
     return "\n".join(lines)
 
 
+def draw_rows(figure: FigureBase, rows: Mapping[str, Tensor]) -> None:
+    """Draws images ``[n, H, W, 3]`` and label maps ``[n, H, W]``, n of them in a row for each name."""
+    columns = len(next(iter(rows.values())))
+    for axes, (name, maps) in zip(figure.subplots(len(rows), columns), rows.items(), strict=True):
+        for axis, values in zip(axes, maps.cpu(), strict=True):
+            axis.imshow(values, cmap="Set1_r", vmin=0, vmax=8, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+        axes[0].set_ylabel(name)
+
+
 def picture(image: Tensor, labels: Tensor, outcomes: Mapping[str, Outcome], path: Path) -> None:
     """Draws images, truth and predictions above, training curves below.
 
@@ -54,11 +64,7 @@ def picture(image: Tensor, labels: Tensor, outcomes: Mapping[str, Outcome], path
     above, below = figure.subfigures(2, 1, height_ratios=(5, 2), squeeze=False)[:, 0]
     rows = {"image": image[:shown].movedim(1, -1), "truth": labels[:shown]}
     rows |= {name: outcome.predictions for name, outcome in outcomes.items()}
-    for axes, (name, maps) in zip(above.subplots(len(rows), shown), rows.items(), strict=True):
-        for axis, values in zip(axes, maps.cpu(), strict=True):
-            axis.imshow(values, cmap="Set1_r", vmin=0, vmax=8, interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-        axes[0].set_ylabel(name)
+    draw_rows(above, rows)
     axis = below.subplots()
     for name, outcome in outcomes.items():
         axis.plot(*zip(*outcome.curve, strict=True), marker="o", label=name)
