@@ -117,13 +117,11 @@ def balanced_seeding(
         tensor(1.3863)
     """
     check_logits(logits)
-    check_real("seeds", seeds)
-    check_like("seeds", seeds, logits.shape, "logits", logits)
+    _check_seeds(seeds, logits)
     check_int("background", background)
     check_number("background", background, least=0, most=logits.shape[1] - 1)
     check_number("floor", floor, least=0)
     check_reduction(reduction)
-    require("seeds", seeds, lambda: ((seeds == 0) | (seeds == 1)).all(), lambda: "expected 0 or 1, got other values")
     log_probability = _log_softmax(logits, floor).flatten(2)
     picked = (seeds != 0).flatten(2)
     per_class = torch.where(picked, log_probability, 0).sum(2)
@@ -152,18 +150,26 @@ class BalancedSeeding(LossModule):
 
 
 def boundary_constraint(
-    logits: Tensor, refined: Tensor, *, clip: tuple[float, float] | None = None, reduction: Reduction = "mean"
+    logits: Tensor,
+    refined: Tensor,
+    *,
+    seeds: Tensor | None = None,
+    clip: tuple[float, float] | None = None,
+    reduction: Reduction = "mean",
 ) -> Tensor:
     r"""KL divergence from the prediction to its own refinement by a CRF, averaged over the pixels.
 
     .. math:: L = \frac{1}{|\Omega|} \sum_u \sum_c Q_{u,c} \ln \frac{Q_{u,c}}{H_{u,c}}
 
     with the softmax H of the logits; the refinement Q is a constant, no gradient flows into it. The dissertation's
-    text sums over the seed pixels of each class; averaging over all pixels is what the authors' code trains with.
+    text sums over the seed pixels of each class, see ``seeds``; averaging over all pixels is what the authors' code
+    trains with.
 
     Args:
         logits: class logits, ``[B, K, *spatial]``, K >= 2, any finite values.
         refined: refined class probabilities :math:`Q`, ``[B, K, *spatial]``, in [0, 1].
+        seeds: 1 where a pixel is a seed of a class, 0 elsewhere, ``[B, K, *spatial]``, any dtype: sum over these
+            instead of averaging over all pixels. Values that are not checked count where they are not 0.
         clip: bounds of the ratio Q/H, outside of which no gradient flows; the authors' code has (0.05, 20), the
             formula none.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` over the images.
@@ -173,9 +179,10 @@ def boundary_constraint(
         and below 0 count as 0.
 
     Raises:
-        TypeError: ``logits`` or ``refined`` that are not floating point.
+        TypeError: ``logits`` or ``refined`` that are not floating point, ``seeds`` that are not a tensor.
         ValueError: shapes or devices that do not fit each other, a single class, NaN or infinite logits,
-            probabilities outside [0, 1], ``clip`` that is not an increasing pair of positive numbers.
+            probabilities outside [0, 1], seeds other than 0 and 1, ``clip`` that is not an increasing
+            pair of positive numbers.
 
     Source:
         Deep seeded region growing, as in the dissertation's eq. (2.4).
@@ -188,6 +195,8 @@ def boundary_constraint(
     check_logits(logits)
     check_floating("refined", refined)
     check_like("refined", refined, logits.shape, "logits", logits)
+    if seeds is not None:
+        _check_seeds(seeds, logits)
     check_reduction(reduction)
     _check_clip(clip)
     require(
@@ -202,9 +211,11 @@ def boundary_constraint(
     log_ratio = torch.where(present, target, 1).log() - log_prediction
     if clip is not None:
         log_ratio = log_ratio.clamp(math.log(clip[0]), math.log(clip[1]))
-    divergence = torch.where(present, target * log_ratio, 0).flatten(1).sum(1)
+    divergence = torch.where(present, target * log_ratio, 0)
+    if seeds is not None:
+        return reduce(torch.where(seeds != 0, divergence, 0).flatten(1).sum(1), reduction)
     pixels = logits[0, 0].numel() if len(logits) else 1
-    return reduce(divergence / max(pixels, 1), reduction)
+    return reduce(divergence.flatten(1).sum(1) / max(pixels, 1), reduction)
 
 
 class BoundaryConstraint(LossModule):
@@ -216,8 +227,8 @@ class BoundaryConstraint(LossModule):
         super().__init__(reduction, clip=clip)
         _check_clip(clip)
 
-    def forward(self, logits: Tensor, refined: Tensor) -> Tensor:
-        return boundary_constraint(logits, refined, clip=self.clip, reduction=self.reduction)
+    def forward(self, logits: Tensor, refined: Tensor, seeds: Tensor | None = None) -> Tensor:
+        return boundary_constraint(logits, refined, seeds=seeds, clip=self.clip, reduction=self.reduction)
 
 
 def _log_softmax(logits: Tensor, floor: float) -> Tensor:
@@ -226,6 +237,12 @@ def _log_softmax(logits: Tensor, floor: float) -> Tensor:
         return log_softmax
     raised = torch.logaddexp(log_softmax, log_softmax.new_tensor(math.log(floor)))
     return raised - math.log1p(floor * logits.shape[1])
+
+
+def _check_seeds(seeds: Tensor, logits: Tensor) -> None:
+    check_real("seeds", seeds)
+    check_like("seeds", seeds, logits.shape, "logits", logits)
+    require("seeds", seeds, lambda: ((seeds == 0) | (seeds == 1)).all(), lambda: "expected 0 or 1, got other values")
 
 
 def _check_clip(clip: tuple[float, float] | None) -> None:

@@ -204,8 +204,22 @@ LOSSES = [
                 "grad_clip",
                 {"clip": (0.05, 20.0)},
             ),
+            Golden(
+                "losses/constrain_boundary",
+                lambda a: {"refined": a["q"], "seeds": a["seeds"]},
+                "loss_seeds_only_sum",
+                "grad_seeds_only_sum",
+            ),
         ),
         masked=False,
+    ),
+    Loss(
+        segloss.boundary_constraint,
+        segloss.BoundaryConstraint,
+        lambda x: {"refined": refined_for(x), "seeds": torch.rand(x.shape) < 0.3},
+        masked=False,
+        ignorable=lambda inputs: {**inputs, "seeds": torch.zeros_like(inputs["seeds"])},
+        name="boundary_constraint_seeds",
     ),
     Loss(
         segloss.potts_crf,

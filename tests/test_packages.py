@@ -68,7 +68,7 @@ def test_names_are_the_published_ones() -> None:
         "mean_relative_error": "(sizes, exact)",
         "partial_cross_entropy": "(logits, labels, *, ignore_index, reduction)",
         "balanced_seeding": "(logits, seeds, *, background, floor, reduction)",
-        "boundary_constraint": "(logits, refined, *, clip, reduction)",
+        "boundary_constraint": "(logits, refined, *, seeds, clip, reduction)",
         "potts_crf": "(logits, image, *, sigma_rgb, sigma_xy, valid, gate, from_logits, form, scale_factor, normalize, "
         "method, tolerance, backend, precision, reduction)",
         "grid_potts": "(logits, image, *, sigma_rgb, connectivity, valid, from_logits, reduction)",
