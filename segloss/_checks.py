@@ -64,6 +64,7 @@ def check_real(name: str, value: object) -> None:
     assert isinstance(value, Tensor)
     if value.is_complex():
         raise TypeError(f"{name}: expected a tensor of real numbers, got {value.dtype}")
+    _check_dense(name, value)
 
 
 def check_floating(name: str, value: object) -> None:
@@ -71,8 +72,7 @@ def check_floating(name: str, value: object) -> None:
     assert isinstance(value, Tensor)
     if value.dtype not in _FLOATS:
         raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name}: expected a dense tensor, got {value.layout}")
+    _check_dense(name, value)
 
 
 def check_integer(name: str, value: object) -> None:
@@ -80,6 +80,12 @@ def check_integer(name: str, value: object) -> None:
     assert isinstance(value, Tensor)
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name}: expected an integer tensor, got {value.dtype}")
+    _check_dense(name, value)
+
+
+def _check_dense(name: str, value: Tensor) -> None:
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got {value.layout}")
 
 
 def check_like(name: str, value: Tensor, shape: Sequence[int], anchor: str, anchor_value: Tensor) -> None:

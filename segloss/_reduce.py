@@ -7,9 +7,10 @@ from torch import Tensor
 
 from segloss._checks import check_choice
 
-# Stands for the logarithm of a probability that has underflowed beyond what a float can hold: far below any real one,
-# and the sum over the pixels of any image is still finite.
-LOG_FLOOR = -1e30
+# No value counts as larger: sums of it over the pixels of any image still fit into float32.
+LARGEST = 1e30
+# Stands for the logarithm of a probability that has underflowed beyond what a float can hold.
+LOG_FLOOR = -LARGEST
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -40,4 +41,4 @@ def widen(tensor: Tensor) -> Tensor:
 
     No gradient flows where a value lies beyond.
     """
-    return tensor.to(wide_dtype(tensor)).clamp(LOG_FLOOR, -LOG_FLOOR)
+    return tensor.to(wide_dtype(tensor)).clamp(-LARGEST, LARGEST)

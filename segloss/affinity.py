@@ -23,7 +23,7 @@ from segloss._distances import PairDistances
 from segloss._lines import inner, line_maxima
 from segloss._module import LossModule
 from segloss._pairs import Offset, beside, disc
-from segloss._reduce import widen
+from segloss._reduce import LARGEST, widen
 
 Distance = Literal["sum", "mean"]
 
@@ -44,15 +44,16 @@ def affinity_loss(
         L = -\frac{1}{|P^+|} \sum_{P^+} \ln W_{ij} - \frac{1}{|P^-|} \sum_{P^-} \ln (1 - W_{ij})
 
     over the pairs of labelled pixels closer than the radius, :math:`P^+` of the same label and :math:`P^-` of different
-    ones. The authors' public code has ``distance="mean"`` and ``crop=True``.
+    ones. The authors' public code has ``distance="mean"`` and ``crop=True``, and adds 1e-5 within both logarithms, of
+    which ``floor=1e-5`` is nearly the second.
 
     The means are over the pairs of the whole batch, and of each process under data parallelism: images with few pairs
-    count for little. A group without pairs contributes 0. No map of D channels is kept for an offset, so that memory
-    hardly grows with the radius; a second derivative keeps them.
+    count for little. A group without pairs contributes 0. A few maps of one channel are kept for each offset within the
+    radius, none of D channels; a second derivative keeps those.
 
     Args:
         features: feature maps, ``[B, D, H, W]``, any finite values.
-        labels: pseudo-label of each pixel or ``ignore_index``, integers, ``[B, H, W]``.
+        labels: pseudo-label of each pixel, at least 0, or ``ignore_index``, integers, ``[B, H, W]``.
         radius: distance in pixels that pairs stay below, above 0.
         ignore_index: label of the pixels that are in no pair.
         distance: ``"sum"`` is the formula. ``"mean"`` divides d by D and, with it, weights three groups of pairs: 1/4
@@ -70,7 +71,8 @@ def affinity_loss(
         TypeError: ``features`` that are not floating point, ``labels`` that are not integers, ``crop`` that is not a
             bool.
         ValueError: shapes or devices that do not fit each other, no feature or no pixel, NaN or infinite features,
-            ``radius`` or ``floor`` that are not above 0, an unknown ``distance``.
+            negative labels other than ``ignore_index``, ``radius`` or ``floor`` that are not above 0, an unknown
+            ``distance``.
 
     Source:
         AffinityNet, as in the dissertation's eq. (2.5) and the loss below it.
@@ -86,8 +88,8 @@ def affinity_loss(
     _check_floor(floor)
     check_bool("crop", crop)
     distances = _distances(features, radius, distance)
-    upper, same, different = _pairs(labels.long(), radius, ignore_index, _margin(radius, crop))
-    lowest = max(floor, torch.finfo(distances.dtype).tiny)
+    upper, same, different = _pairs(labels.long(), radius, ignore_index, _margin(radius, crop, labels))
+    lowest = min(max(floor, torch.finfo(distances.dtype).tiny), LARGEST)
     negative = _pair_mean(-torch.log(-torch.expm1(-distances.clamp(min=lowest))), different)
     if distance == "sum":
         return _pair_mean(distances, same) + negative
@@ -146,8 +148,9 @@ def feature_affinity(features: Tensor, *, radius: float = 5.0, distance: Distanc
 
     Returns:
         Sparse COO, coalesced, ``[B, H W, H W]``, pixels row by row; float32 (float64 for float64 features); symmetric,
-        in [0, 1], and 1 on the diagonal, where a pixel belongs with itself. Differentiable. Features that are not
-        checked and are NaN make their pairs NaN.
+        in [0, 1], and 1 on the diagonal, where a pixel belongs with itself. Differentiable once, through ``torch.bmm``
+        or ``values()``; in eager mode only, not under ``torch.compile`` or ``vmap``. Features that are not checked and
+        are NaN make their pairs NaN.
 
     Raises:
         TypeError: ``features`` that are not floating point.
@@ -186,11 +189,14 @@ def path_affinity_loss(
     with the line :math:`\Pi_{ij}` of :func:`path_affinity` and the pairs and means of :func:`affinity_loss`: of the
     batch, and of each process under data parallelism. The gradient of a pair flows to the largest logit on its line,
     and to the last one, row by row, where several are equal. The loss is a sum over pixels, each weighted by the number
-    of pairs in which it is the largest, so that memory does not grow with the radius.
+    of pairs in which it is the largest, so that memory grows with the radius only, not with the number of pairs.
+
+    The authors' public code has ``crop=True`` and ``eps=1e-5``, and another balance: it averages :math:`P^+` within the
+    background and within the other classes apart, and trains on half of half their sum plus the mean over :math:`P^-`.
 
     Args:
         boundary_logits: logits b of the boundary, ``[B, 1, H, W]``, any finite values.
-        labels: pseudo-label of each pixel or ``ignore_index``, integers, ``[B, H, W]``.
+        labels: pseudo-label of each pixel, at least 0, or ``ignore_index``, integers, ``[B, H, W]``.
         radius: distance in pixels that pairs stay below, above 0; 10 is meant for maps of a quarter of the image's
             resolution.
         ignore_index: label of the pixels that are in no pair; they are part of the lines.
@@ -205,8 +211,8 @@ def path_affinity_loss(
     Raises:
         TypeError: ``boundary_logits`` that are not floating point, ``labels`` that are not integers, ``crop`` that is
             not a bool.
-        ValueError: shapes or devices that do not fit each other, no pixel, NaN or infinite logits, ``radius`` that is
-            not above 0, a negative ``eps``.
+        ValueError: shapes or devices that do not fit each other, no pixel, NaN or infinite logits, negative labels
+            other than ``ignore_index``, ``radius`` that is not above 0, a negative ``eps``.
 
     Source:
         IRNet, as in the dissertation's eq. (2.6), with the loss below eq. (2.5).
@@ -222,7 +228,9 @@ def path_affinity_loss(
     _check_eps(eps)
     check_bool("crop", crop)
     logits, ranks = _ranked(boundary_logits)
-    counts = torch.ops.segloss.line_votes(ranks, labels.long(), float(radius), int(ignore_index), _margin(radius, crop))
+    counts = torch.ops.segloss.line_votes(
+        ranks, labels.long(), float(radius), int(ignore_index), _margin(radius, crop, labels)
+    )
     shares = counts.to(logits.dtype) / counts.sum((0, 2)).clamp(min=1)[:, None]
     logarithms = F.logsigmoid(torch.stack([-logits, logits], 1))  # of W and 1 - W, exact for any logit
     if eps > 0:
@@ -271,8 +279,9 @@ def path_affinity(boundary: Tensor, *, radius: float = 10) -> Tensor:
     Returns:
         Sparse COO, coalesced, ``[B, H W, H W]``, pixels row by row; float32 (float64 for a float64 boundary);
         symmetric, in [0, 1], and 1 on the diagonal, where a pixel belongs with itself whatever its boundary.
-        Differentiable; the gradient of a pair flows to the largest value on its line, and to the last one, row by row,
-        where several are equal. Values that are not checked (see :func:`~segloss.check_values`) count as they are.
+        Differentiable as :func:`feature_affinity`; the gradient of a pair flows to the largest value on its line, and
+        to the last one, row by row, where several are equal. Values that are not checked (see
+        :func:`~segloss.check_values`) count as they are.
 
     Raises:
         TypeError: ``boundary`` that is not floating point.
@@ -359,8 +368,8 @@ def _sparse(values: Tensor, radius: float) -> Tensor:
     return torch.sparse_coo_tensor(indices, entries.flatten(), size, is_coalesced=True, check_invariants=False)
 
 
-def _margin(radius: float, crop: bool) -> int:
-    return math.ceil(radius) - 1 if crop else 0
+def _margin(radius: float, crop: bool, labels: Tensor) -> int:
+    return min(math.ceil(radius) - 1, max(labels.shape[1:])) if crop else 0
 
 
 def _check_boundary(name: str, value: object) -> None:
@@ -385,6 +394,13 @@ def _check_labels(labels: object, ignore_index: int, anchor: str, like: Tensor) 
     assert isinstance(labels, Tensor)
     check_like("labels", labels, (len(like), *like.shape[2:]), anchor, like)
     check_int("ignore_index", ignore_index)
+    check_number("ignore_index", ignore_index, least=-(2**63), most=2**63 - 1)
+    require(
+        "labels",
+        labels,
+        lambda: ((labels.long() >= 0) | (labels.long() == ignore_index)).all(),
+        lambda: f"expected at least 0 or {ignore_index} to ignore, got {labels.long().min().item()}",
+    )
 
 
 def _check_distance(radius: float, distance: Distance) -> None:

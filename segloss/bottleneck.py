@@ -5,7 +5,7 @@ from torch import Tensor
 
 from segloss._checks import check_finite, check_floating, check_number, check_tags, shape_text
 from segloss._module import LossModule
-from segloss._reduce import Reduction, check_reduction, reduce, widen
+from segloss._reduce import LARGEST, Reduction, check_reduction, reduce, widen
 
 
 def rib_margin(logits: Tensor, tags: Tensor, *, margin: float = 600.0, reduction: Reduction = "mean") -> Tensor:
@@ -22,7 +22,7 @@ def rib_margin(logits: Tensor, tags: Tensor, *, margin: float = 600.0, reduction
     Args:
         logits: class logits :math:`y`, ``[B, C]``, C >= 1, any finite values.
         tags: 1 where a class is present in the image, 0 elsewhere, ``[B, C]``, any dtype.
-        margin: :math:`m`, in the unit of the logits, any finite number; 600 in the paper.
+        margin: :math:`m`, in the unit of the logits, from -1e30 to 1e30; 600 in the paper.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` over the images.
 
     Returns:
@@ -33,7 +33,7 @@ def rib_margin(logits: Tensor, tags: Tensor, *, margin: float = 600.0, reduction
         TypeError: ``logits`` that are not floating point, ``tags`` that are no tensor of real numbers, ``margin`` that
             is no number.
         ValueError: shapes or devices that do not fit each other, no class, NaN or infinite logits, tags other than 0
-            and 1, a ``margin`` that is not finite.
+            and 1, a ``margin`` outside ±1e30.
 
     Source:
         Reducing the information bottleneck, the dissertation's sec. 3.4.3.
@@ -47,7 +47,7 @@ def rib_margin(logits: Tensor, tags: Tensor, *, margin: float = 600.0, reduction
         raise ValueError(f"logits: expected [B, C] with at least one class, got {shape_text(logits.shape)}")
     check_finite("logits", logits)
     check_tags(tags, logits)
-    check_number("margin", margin)
+    check_number("margin", margin, least=-LARGEST, most=LARGEST)
     check_reduction(reduction)
     scores = widen(logits)
     # A comparison, not minimum(): at the margin itself no gradient is left.
@@ -62,7 +62,7 @@ class RIBMargin(LossModule):
 
     def __init__(self, *, margin: float = 600.0, reduction: Reduction = "mean") -> None:
         super().__init__(reduction, margin=margin)
-        check_number("margin", margin)
+        check_number("margin", margin, least=-LARGEST, most=LARGEST)
 
     def forward(self, logits: Tensor, tags: Tensor) -> Tensor:
         return rib_margin(logits, tags, margin=self.margin, reduction=self.reduction)

@@ -27,7 +27,7 @@ from segloss._reduce import Reduction, check_reduction, reduce, wide_dtype, wide
 Scope = Literal["image", "batch"]
 
 _STARTS = 3  # of k-means; the one with the lowest distortion is kept
-_ITERATIONS = 100  # of k-means at most; it stops where nothing moves any more
+_ITERATIONS = 300  # of k-means at most; it stops where nothing moves any more
 
 
 def class_centres(features: Tensor, tags: Tensor) -> Tensor:
@@ -38,7 +38,8 @@ def class_centres(features: Tensor, tags: Tensor) -> Tensor:
     An image with several classes belongs to the cluster of each of them.
 
     Args:
-        features: penultimate features of all training images, averaged over the image, ``[N, D]``, any finite values.
+        features: penultimate features of all training images, averaged over the image, ``[N, D]``, any finite values;
+            beyond ±1e30 they count as that.
         tags: 1 where a class is present in the image, 0 elsewhere, ``[N, C]``, any dtype.
 
     Returns:
@@ -74,11 +75,13 @@ def ood_centres(features: Tensor, clusters: int, *, generator: torch.Generator |
 
     .. math:: p_k = \frac{1}{|P_k|} \sum_{x \in P_k} z(x)
 
-    Lloyd's algorithm in float64 on the CPU, to its fixed point, from three k-means++ starts, of which the lowest
-    distortion is kept; every cluster has members. The authors' public code makes ten iterations from the first images.
+    Lloyd's algorithm in float64 on the CPU, until nothing moves (at most 300 iterations), from three k-means++ starts,
+    of which the lowest distortion is kept; no cluster stays empty. The authors' public code makes ten iterations from
+    the first images.
 
     Args:
-        features: penultimate features of all OoD images, averaged over the image, ``[N, D]``, any finite values.
+        features: penultimate features of all OoD images, averaged over the image, ``[N, D]``, any finite values; beyond
+            ±1e30 they count as that, and rows whose squared distance underflows as equal.
         clusters: number of clusters :math:`K`, at least 1; 50 in the paper.
         generator: source of the starts, which are the same for the same state of it; the global one of the CPU if None.
 
@@ -99,7 +102,12 @@ def ood_centres(features: Tensor, clusters: int, *, generator: torch.Generator |
         >>> sorted(centres.tolist())
         [[0.0, 2.0], [8.0, 8.0]]
     """
-    _check_rows("features", features, "N")
+    return _kmeans("features", features, clusters, generator)
+
+
+def _kmeans(name: str, features: Tensor, clusters: int, generator: torch.Generator | None) -> Tensor:
+    """:func:`ood_centres` of the argument called ``name``."""
+    _check_rows(name, features, "N")
     check_int("clusters", clusters)
     check_number("clusters", clusters, least=1)
     if generator is not None and not isinstance(generator, torch.Generator):
@@ -107,12 +115,16 @@ def ood_centres(features: Tensor, clusters: int, *, generator: torch.Generator |
     device = "cpu" if generator is None else generator.device
     rng = np.random.default_rng(int(torch.randint(2**63 - 1, (), device=device, generator=generator)))
     points = widen(features.detach()).to("cpu", torch.float64).numpy()
-    runs = [_lloyd(points, _distant_points(points, clusters, rng)) for _ in range(_STARTS)]
+    offset = points.mean(0) if len(points) else 0.0
+    points = points - offset  # scipy's vq loses small differences between large numbers
+    runs = [_lloyd(points, _distant_points(name, points, clusters, rng)) for _ in range(_STARTS)]
     _, centres = min(runs, key=lambda run: run[0])
-    return torch.from_numpy(centres).to(features.device, wide_dtype(features))
+    return torch.from_numpy(centres + offset).to(features.device, wide_dtype(features))
 
 
-def _distant_points(points: NDArray[np.float64], count: int, rng: np.random.Generator) -> NDArray[np.float64]:
+def _distant_points(
+    name: str, points: NDArray[np.float64], count: int, rng: np.random.Generator
+) -> NDArray[np.float64]:
     """k-means++: each next point is drawn with its squared distance to the nearest one drawn so far as the weight.
 
     scipy's own k-means++ measures the distances to all points drawn so far again for each new one.
@@ -123,9 +135,7 @@ def _distant_points(points: NDArray[np.float64], count: int, rng: np.random.Gene
     drawn: list[int] = []
     while len(drawn) < count:
         if not squared.any():
-            raise ValueError(
-                f"features: expected at least {count} distinct rows for {count} clusters, got {len(drawn)}"
-            )
+            raise ValueError(f"{name}: expected at least {count} distinct rows for {count} clusters, got {len(drawn)}")
         drawn.append(int(rng.choice(len(points), p=squared / squared.sum())))
         squared = np.minimum(squared, cdist(points[drawn[-1:]], points, "sqeuclidean")[0])
     return points[drawn]
@@ -225,7 +235,7 @@ def _distances(points: Tensor, centres: Tensor, squared: bool) -> Tensor:
     difference = points[:, None] - widen(centres.to(points.dtype))
     if squared:
         return difference.clamp(-1e15, 1e15).square().sum(2)
-    # In units of the largest component, a constant, squares neither overflow nor vanish.
+    # In units of the largest component, a constant, squares do not overflow, nor vanish above 1e-30.
     scale = difference.detach().abs().amax(2, keepdim=True).clamp(min=1e-30)
     squares = (difference / scale).square().sum(2)
     apart = squares > 0
@@ -260,8 +270,8 @@ class OODClusters(LossModule):
     ) -> None:
         _check_centres(centres, ood)
         _check_settings(top, scope, squared)
-        # Copies: refit writes into them.
-        centres, ood = centres.detach().clone(), ood.detach().clone()
+        with torch.inference_mode(False):  # copies that refit can write into later, wherever this is called
+            centres, ood = centres.detach().clone(), ood.detach().clone()
         super().__init__(reduction, centres=centres, ood=ood, top=top, scope=scope, squared=squared)
 
     @classmethod
@@ -279,7 +289,9 @@ class OODClusters(LossModule):
 
         The other settings are those of the class; errors are those of the two functions.
         """
-        return cls(class_centres(features, tags), ood_centres(ood_features, clusters, generator=generator), **settings)
+        centres = class_centres(features, tags)
+        _check_rows("ood_features", ood_features, "N", centres.shape[1])
+        return cls(centres, _kmeans("ood_features", ood_features, clusters, generator), **settings)
 
     def refit(
         self, features: Tensor, tags: Tensor, ood_features: Tensor, *, generator: torch.Generator | None = None
@@ -289,8 +301,11 @@ class OODClusters(LossModule):
         _check_rows("features", features, "N", width)
         check_tags(tags, features, "features", classes)
         _check_rows("ood_features", ood_features, "N", width)
-        ood = ood_centres(ood_features, len(self.ood), generator=generator)
-        self.centres.copy_(class_centres(features, tags))
+        centres = class_centres(features, tags).to(self.centres.dtype)
+        ood = _kmeans("ood_features", ood_features, len(self.ood), generator).to(self.ood.dtype)
+        check_finite("features", centres)  # a module in half precision cannot hold everything
+        check_finite("ood_features", ood)
+        self.centres.copy_(centres)
         self.ood.copy_(ood)
 
     def forward(self, features: Tensor, tags: Tensor) -> Tensor:

@@ -186,6 +186,10 @@ def test_affinities_are_ready_for_a_random_walk(affinity: Callable[..., Tensor])
     maps = torch.rand(2, 20, 3)
     torch.testing.assert_close(torch.bmm(matrix, maps), torch.bmm(dense, maps))
     torch.testing.assert_close(torch.sparse.mm(matrix[0], maps[0]), dense[0] @ maps[0])
+    inputs = torch.rand(2, 1, 4, 5, requires_grad=True)
+    walked = torch.bmm(affinity(inputs, radius=3), maps).square().sum()
+    expected = torch.bmm(affinity(inputs, radius=3).to_dense(), maps).square().sum()
+    torch.testing.assert_close(*(torch.autograd.grad(value, inputs)[0] for value in (walked, expected)))
 
 
 @pytest.mark.parametrize("affinity", [path_affinity, feature_affinity])
@@ -308,6 +312,8 @@ LABELS = torch.zeros(2, 4, 5, dtype=torch.long)
     ("call", "error", "message"),
     [
         (lambda x: affinity_loss(x, LABELS.float()), TypeError, "labels: expected an integer tensor"),
+        (lambda x: affinity_loss(x, LABELS - 9), ValueError, "labels: expected at least 0 or 255 to ignore, got -9"),
+        (lambda x: affinity_loss(x, LABELS, ignore_index=2**63), ValueError, "ignore_index: expected a finite number"),
         (lambda x: affinity_loss(x, LABELS, radius=0), ValueError, "radius: expected a finite number above 0, got 0"),
         (lambda x: affinity_loss(x, LABELS, radius="5"), TypeError, "radius: expected a number, got str"),
         (lambda x: affinity_loss(x, LABELS, floor=0), ValueError, "floor: expected a finite number above 0, got 0"),

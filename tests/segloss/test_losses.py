@@ -277,6 +277,8 @@ def test_inputs_that_do_not_fit_are_refused_by_name(loss: Loss) -> None:
             loss(logits, {**inputs, name: value.to("meta")})
         with pytest.raises(TypeError, match=f"{name}: expected a tensor, got list"):
             loss(logits, {**inputs, name: value.tolist()})
+        with pytest.raises(TypeError, match=rf"{name}: expected a dense tensor, got torch\.sparse_coo"):
+            loss(logits, {**inputs, name: value.to_sparse()})
 
 
 @per_image_loss

@@ -105,6 +105,13 @@ def test_as_many_clusters_as_distinct_points_are_these_points() -> None:
         ood_centres(points[:0], 1)
 
 
+def test_a_large_part_that_all_features_share_does_not_blur_the_clusters() -> None:
+    corners = torch.eye(6, 16, dtype=torch.float64) * 1e-3
+    points = torch.cat([torch.full((60, 1), 1e6), corners.repeat(10, 1)], 1)
+    centres = ood_centres(points, 6, generator=seeded(0))
+    assert (torch.cdist(corners, centres[:, 1:]).amin(1) < 1e-9).all()
+
+
 def test_clusters_that_run_empty_are_put_to_use() -> None:
     points = np.array([[0.0], [1.0], [10.0], [11.0], [20.0]])
     starts = np.array([[8.4], [500.0], [600.0]])
@@ -318,6 +325,29 @@ def test_refitting_computes_both_anew_in_place() -> None:
     assert (module.centres.data_ptr(), module.ood.data_ptr()) == places
 
 
+def test_errors_of_the_features_name_the_argument() -> None:
+    features, tags, ood_features = data_for_clusters()
+    for broken, message in (
+        (ood_features * torch.nan, "ood_features: expected finite values"),
+        (ood_features[:, :1], r"ood_features: expected \[N, 6\], got"),
+        (ood_features[:3], "ood_features: expected at least 4 distinct rows for 4 clusters, got 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            OODClusters.from_features(features, tags, broken, 4)
+    half = fitted().half()
+    with pytest.raises(ValueError, match="features: expected finite values"):
+        half.refit(features + 1e6, tags, ood_features)
+
+
+def test_a_module_made_in_inference_mode_can_be_refitted_and_trained_with() -> None:
+    with torch.inference_mode():
+        module = OODClusters.from_features(*data_for_clusters(), 4)
+    module.refit(*data_for_clusters(2))
+    features = torch.randn(2, 6, requires_grad=True)
+    module(features, torch.ones(2, 3)).backward()
+    assert features.grad is not None
+
+
 def test_refitting_leaves_the_tensors_of_the_caller_alone() -> None:
     centres, ood = torch.nn.Parameter(torch.zeros(3, 6)), torch.zeros(4, 6)
     module = OODClusters(centres, ood)
@@ -333,7 +363,7 @@ def test_refitting_leaves_the_tensors_of_the_caller_alone() -> None:
         (lambda f, t, o: (f[:, :5], t, o), r"features: expected \[N, 6\], got \[20, 5\]"),
         (lambda f, t, o: (f, t[:, :1], o), r"tags: expected \[20, 3\] to go with features \[20, 6\], got \[20, 1\]"),
         (lambda f, t, o: (f, t, o[:, :1]), r"ood_features: expected \[N, 6\], got \[20, 1\]"),
-        (lambda f, t, o: (f, t, o[:3]), "features: expected at least 4 distinct rows for 4 clusters, got 3"),
+        (lambda f, t, o: (f, t, o[:3]), "ood_features: expected at least 4 distinct rows for 4 clusters, got 3"),
     ],
 )
 def test_refitting_with_other_shapes_is_refused_and_changes_nothing(change: Callable[..., Any], message: str) -> None:
