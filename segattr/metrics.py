@@ -81,6 +81,7 @@ def contour_f(
             ``valid`` None for its numbers.
         pooled: sum the counts over the first dimension before p, r and F: masks ``[N, C, H, W]`` give ``[C]``. The
             second source's released code does so over a data set, and reports the mean over the foreground classes.
+            The images must be of one size by nature: padding would move their borders and widen the tolerance.
 
     Returns:
         ``[...]``, without the first dimension if ``pooled``; float32: the counts are exact integers, only the ratios
@@ -184,7 +185,7 @@ def _count(mask: Tensor, pooled: bool) -> Tensor:
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:
     """``part / whole``; all of it where there is nothing to count."""
-    return torch.where(whole > 0, part.float() / whole.clamp(min=1), 1.0)
+    return torch.where(whole > 0, (part.double() / whole.clamp(min=1)).float(), 1.0)
 
 
 def _radius(tolerance: float, height: int, width: int) -> float:

@@ -44,9 +44,7 @@ def _product(values: Tensor, image: Tensor, sigma: Tensor, mu: Tensor, reach: in
 
 def _group(values: Tensor, image: Tensor, sigma: Tensor, mu: Tensor, reach: int, disc: bool, part: int) -> Tensor:
     count, _, height, width = values.shape
-    # D - K does not see constants, so the mean is taken off before rounding errors can grow with it.
-    centred = values - values.mean((2, 3), keepdim=True)
-    y = torch.cat([centred, torch.ones_like(values[:, :1])], 1).contiguous()  # 1 sums up the degrees
+    y = torch.cat([_centred(values), torch.ones_like(values[:, :1])], 1).contiguous()  # 1 sums up the degrees
     sums = torch.zeros_like(y)
     down = min(reach, height - 1)
     columns = _columns(width, min(reach, width - 1), down + 1)
@@ -64,6 +62,11 @@ def _group(values: Tensor, image: Tensor, sigma: Tensor, mu: Tensor, reach: int,
             sums[:, :, top, own] += torch.bmm(y_other.flatten(2), weights.mT)
             sums[:, :, rows, other] += torch.bmm(y_own, weights).view_as(y_other)
     return sums[:, -1:] * y[:, :-1] - sums[:, :-1]
+
+
+def _centred(values: Tensor) -> Tensor:
+    """D - K does not see constants, so the mean is taken off before rounding errors can grow with it."""
+    return values - values.mean((2, 3), keepdim=True)
 
 
 def _columns(width: int, reach: int, rows: int) -> list[tuple[range, range]]:
@@ -140,7 +143,9 @@ class Product(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         values, *constants = ctx.saved_tensors
         if ctx.part != WEIGHT and any(ctx.needs_input_grad[2:4]):
-            raise NotImplementedError("sigma, mu: no second derivatives with respect to them alone")
+            raise NotImplementedError(
+                "sigma, mu: gradients with respect to them cannot be differentiated; take those of the scores first"
+            )
         to_values = to_sigma = to_mu = None
         if ctx.needs_input_grad[0]:
             to_values = Product.apply(grad, *constants, ctx.reach, ctx.disc, ctx.part)
@@ -164,8 +169,7 @@ class PairwiseEnergy(torch.autograd.Function):
         values: Tensor, image: Tensor, sigma: Tensor, mu: Tensor, reach: int, disc: bool
     ) -> tuple[Tensor, Tensor]:
         product = torch.ops.segloss.dissimilarity(values, image, sigma, mu, reach, disc, WEIGHT)
-        # Constants cancel in the sum, but not their rounding errors.
-        return ((values - values.mean((2, 3), keepdim=True)) * product).sum((1, 2, 3)), product
+        return (_centred(values) * product).sum((1, 2, 3)), product
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -186,7 +190,7 @@ class PairwiseEnergy(torch.autograd.Function):
 
         def by(part: int) -> Tensor:
             change = Product.apply(values, image, sigma, mu, ctx.reach, ctx.disc, part)
-            return (grad * values * change).sum()
+            return (grad * _centred(values) * change).sum()
 
         to_values = to_sigma = to_mu = None
         if ctx.needs_input_grad[0]:

@@ -29,6 +29,8 @@ class LossModule(nn.Module):
 
     def extra_repr(self) -> str:
         def show(value: Any) -> str:
-            return f"tensor{tuple(value.shape)}" if isinstance(value, Tensor) and value.dim() else repr(value)
+            if not isinstance(value, Tensor):
+                return repr(value)
+            return f"tensor{tuple(value.shape)}" if value.dim() else repr(value.detach())
 
         return ", ".join(f"{name}={show(getattr(self, name))}" for name in self._names)

@@ -1,7 +1,7 @@
 """Importance sampling: classify images by pixels drawn from the prediction itself, in place of global pooling."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -316,7 +316,9 @@ def _draw(log_odds: Tensor, samples: int, generator: torch.Generator | None) -> 
     weights = _weights(log_odds)
     cumulative = weights.cumsum(2, dtype=torch.float64 if weights.shape[2] > _MANY_PIXELS else weights.dtype)
     device = log_odds.device if generator is None else generator.device
-    uniform = torch.rand(*log_odds.shape[:2], samples, dtype=cumulative.dtype, device=device, generator=generator)
+    # Dynamic shapes cannot be traced with this keyword, not even with None.
+    source: dict[str, Any] = {} if generator is None else {"generator": generator}
+    uniform = torch.rand(*log_odds.shape[:2], samples, dtype=cumulative.dtype, device=device, **source)
     # The first pixel strictly above, so that a pixel of probability 0 is never drawn.
     drawn = torch.searchsorted(cumulative, uniform.to(log_odds.device) * cumulative[..., -1:], right=True)
     return drawn.clamp(max=log_odds.shape[2] - 1)

@@ -25,7 +25,7 @@ from segloss._reduce import Reduction, check_reduction, reduce, wide_dtype, wide
 
 _GATES = ("max", "sigmoid", "raw", "softmax")
 _WINDOW_SHAPES = ("square", "disc")
-_SMALLEST_MAXIMUM = 1e-30  # maps below count as 0: their normalised gradient would leave float32
+_SMALLEST_MAXIMUM = 1e-30  # the gradient of maps divided by less would leave float32
 _LARGEST_RAW = 1e15  # the squares of raw scores, and sums of them, stay within float32
 
 
@@ -34,8 +34,9 @@ def max_normalize(scores: Tensor, *, detach_maximum: bool = False) -> Tensor:
 
     .. math:: r_c(i,j) = \frac{\mathrm{ReLU}(s_c(i,j))}{\max_{m,n} \mathrm{ReLU}(s_c(m,n))}
 
-    A map without a positive score (above 1e-30) gives 0, with gradient 0 where a score is negative. The authors' public
-    code stretches each map from its minimum to its maximum instead, which differs where all scores are positive.
+    A map without a positive score gives 0, with gradient 0 where a score is negative; a maximum below 1e-30 counts as
+    that. The authors' public code stretches each map from its minimum to its maximum instead, which differs where all
+    scores are positive.
 
     Args:
         scores: class score maps, ``[B, C, H, W]``, any finite values.
@@ -107,19 +108,24 @@ def feature_similarity(
             bilinearly to the maps where its size differs. A constant: no gradient flows into it.
         tags: 1 for the classes that count, those present in the image, ``[B, C]``; all of them if None.
         gate: ``"max"``, ``"sigmoid"``, ``"raw"`` or ``"softmax"``.
-        sigma: width of the neighbourhood in pixels of the maps, above 0; a number, or a scalar tensor to learn.
+        sigma: width of the neighbourhood in pixels of the maps, above 0; a number, or a scalar tensor to learn, whose
+            value is not looked at: without a window every pair is then evaluated, in memory of H W max(H, W).
         mu: where similar ends, see above; a number, or a scalar tensor to learn; beyond ±30 it counts as that. Its
             gradient is never positive, so that learning makes it drift up, and the paper keeps both fixed.
-        window: only pairs at most so many rows and columns apart. What is left out changes the loss by at most
-            :math:`C \operatorname{erfc}(n / \sqrt2 \sigma)` for C classes present and gates in [0, 1]: 0.0027 C at 15
-            pixels and sigma 5 (0.5% of the gradient, measured), but 0.046 C at 10 pixels (11% of the gradient).
-        window_shape: ``"square"``, or ``"disc"`` for pairs at most ``window`` pixels apart.
+        window: only pairs at most so many rows and columns apart, n. What is left out changes the loss by at most
+            :math:`C \operatorname{erfc}(n / \sqrt2 \sigma)` for sigma of at least 1, gates in [0, 1] and C classes
+            present, a background included: 0.0027 C at 15 pixels and sigma 5 (0.5% of the gradient, measured), but
+            0.046 C at 10 pixels (11% of the gradient).
+        window_shape: ``"square"``, or ``"disc"`` for pairs at most ``window`` pixels apart, which leaves out those of a
+            square of half the diagonal at most: the bound with :math:`n / \sqrt2` in place of n holds.
         background: add the channel :math:`1 - \max_c y_c`, as the authors' code can; for ``"max"`` and ``"sigmoid"``.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` over the images.
 
     Returns:
         A scalar, or ``[B]`` for ``"none"``; float32 (float64 where scores or image are float64); of either sign. Raw
-        scores beyond ±1e15 count as that. Colours that are not checked and lie outside [0, 1] count as they are.
+        scores beyond ±1e15 count as that. Values that are not checked (see :func:`~segloss.check_values`): colours
+        outside [0, 1] count as they are, tags where they are not 0, and a ``sigma`` below 0.001 as that, with loss and
+        gradient 0.
 
     Raises:
         TypeError: ``scores`` or ``image`` that are not floating point, numbers that are none, ``window`` that is not an
@@ -127,6 +133,8 @@ def feature_similarity(
         ValueError: shapes or devices that do not fit each other, NaN or infinite scores, colours outside [0, 1], tags
             other than 0 and 1, an unknown gate or window shape, ``sigma`` or ``window`` below their range, a
             background for another gate.
+        NotImplementedError: the gradient with respect to ``sigma`` or ``mu`` is differentiated once more, or ``vmap``
+            maps over them.
 
     Source:
         *High-fidelity Pseudo-labels for Boosting Weakly-Supervised Segmentation*, eqs. (9) to (13), sec. 4.3.
@@ -218,7 +226,7 @@ def _gate(scores: Tensor, tags: Tensor | None, gate: str, background: bool) -> T
 def _reach(sigma: float | Tensor, window: int | None, side: int, dtype: torch.dtype) -> int:
     """Rows and columns between the pixels of a pair, at most; a tensor's value is not looked at."""
     if window is not None:
-        return window
+        return min(window, 2 * side)  # no disc is larger
     if isinstance(sigma, Tensor) or sigma > side:
         return side
     return min(side, math.ceil(reach_of(sigma, dtype)))

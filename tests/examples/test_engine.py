@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import engine
 import pytest
@@ -161,3 +162,10 @@ def test_same_seed_same_weights() -> None:
         engine.seed_everything(3)
         weights.append(nn.Linear(4, 4).weight)
     assert torch.equal(*weights)
+
+
+def test_options_below_their_bounds_are_named() -> None:
+    config = SimpleNamespace(steps=1, pretrain_steps=-1)
+    engine.check_least(config, steps=1)
+    with pytest.raises(ValueError, match="--pretrain-steps: expected at least 0, got -1"):
+        engine.check_least(config, steps=1, pretrain_steps=0)

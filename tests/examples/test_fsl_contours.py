@@ -36,12 +36,6 @@ def test_it_prints_a_row_for_each_setting_and_draws_a_picture(tmp_path: Path) ->
     assert imread(tmp_path / "new" / "fsl_contours.png").shape == (900, 1100, 4)
 
 
-def test_a_mistake_ends_with_one_line() -> None:
-    done = example("--steps", "0")
-    assert done.returncode == 2
-    assert re.fullmatch("error: .*--steps: expected at least 1, got 0.*\n", done.stderr), done.stderr
-
-
 def test_the_start_has_mean_and_variances_of_the_mask() -> None:
     mask = torch.zeros(1, 1, 40, 40, dtype=torch.bool)
     mask[..., 10:21, 15:18] = True

@@ -14,10 +14,10 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_it_compares_the_losses_and_draws_their_maps(tmp_path: Path) -> None:
-    options = ["--steps", "3", "--pretrain-steps", "2", "--scenes", "24", "--size", "32", "--out"]
+    options = ["--steps", "3", "--pretrain-steps", "2", "--scenes", "24", "--size", "32", "--device", "cpu", "--out"]
     command = [sys.executable, str(ROOT / "examples" / "isl_fsl.py"), *options, str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     rows = re.findall(r"^(\w+(?: \+ \w+)*) +([\d.]+) +([\d.]+) +([\d.]+) +0\.\d\d +\d+$", done.stdout, re.M)
     assert [row[0] for row in rows] == ["start", *isl_fsl.LOSSES]
@@ -26,7 +26,7 @@ def test_it_compares_the_losses_and_draws_their_maps(tmp_path: Path) -> None:
     assert imread(tmp_path / "isl_fsl.png").shape == (1350, 900, 4)
 
 
-def test_all_losses_train_the_same_classifier() -> None:
+def test_every_loss_has_a_finite_gradient_for_all_of_the_classifier() -> None:
     batch = {"image": torch.rand(2, 3, 32, 32), "tags": torch.tensor([[1, 0, 1, 0], [0, 0, 0, 1]])}
     for loss in isl_fsl.LOSSES.values():
         model = isl_fsl.Classifier(4)

@@ -303,6 +303,8 @@ def test_sampling_compiles_into_one_graph(posterior: str) -> None:
     expected = module(scores, tags)
     torch.manual_seed(1)
     torch.testing.assert_close(compiled(scores, tags), expected)
+    for count in (5, 4):  # as at the end of an epoch: the second size makes shapes dynamic
+        assert compiled(scores[:1].repeat(count, 1, 1, 1), tags[:1].repeat(count, 1)).isfinite()
 
 
 def test_sampling_under_vmap_asks_for_different_randomness() -> None:

@@ -83,16 +83,26 @@ def test_blocks_of_columns_and_far_rows_add_up_to_all_pairs(monkeypatch: pytest.
 
 
 @settings(max_examples=30)
-@given(window=st.integers(1, 12), sigma=st.floats(1, 6), classes=st.integers(1, 3), seed=st.integers(0, 2**16))
+@given(
+    window=st.integers(1, 12),
+    sigma=st.floats(1, 6),
+    classes=st.integers(1, 3),
+    stripe=st.integers(1, 14),
+    shape=st.sampled_from(["square", "disc"]),
+    background=st.booleans(),
+)
 def test_a_window_differs_from_all_pairs_by_no_more_than_stated(
-    window: int, sigma: float, classes: int, seed: int
+    window: int, sigma: float, classes: int, stripe: int, shape: str, background: bool
 ) -> None:
-    torch.manual_seed(seed)
-    scores = (torch.rand(1, classes, 16, 16, dtype=torch.float64) < 0.5).double()  # as far apart as gates can be
-    image = torch.rand(1, 3, 16, 16, dtype=torch.float64).round()
-    loss = feature_similarity(scores, image, sigma=sigma)
-    windowed = feature_similarity(scores, image, sigma=sigma, window=window)
-    assert (loss - windowed).abs() <= classes * math.erfc(window / (math.sqrt(2) * sigma))
+    stripes = (torch.arange(40) // stripe % 2).double()  # as far apart as gates can be
+    scores = torch.stack([stripes.expand(40, 40), stripes[:, None].expand(40, 40), stripes * stripes[:, None]])[None]
+    image = torch.zeros(1, 3, 40, 40, dtype=torch.float64)
+    losses = [
+        feature_similarity(scores[:, :classes], image, sigma=sigma, background=background, **options)
+        for options in ({}, {"window": window, "window_shape": shape})
+    ]
+    side = window / math.sqrt(2) if shape == "disc" else window
+    assert (losses[0] - losses[1]).abs() <= (classes + background) * math.erfc(side / (math.sqrt(2) * sigma))
 
 
 def test_the_stated_errors_of_windows_at_the_default_sigma() -> None:
@@ -144,7 +154,7 @@ def test_classes_do_not_see_each_other_unless_they_share_a_softmax(gate: str) ->
     apart = sum(feature_similarity(scores[:, c : c + 1], image, gate=gate) for c in range(3))
     torch.testing.assert_close(feature_similarity(scores, image, gate=gate), apart)
     leaf = scores.requires_grad_()
-    grad = torch.autograd.grad(feature_similarity(leaf, image, gate=gate)[None], leaf)[0]
+    grad = torch.autograd.grad(feature_similarity(leaf, image, gate=gate), leaf)[0]
     changed = scores.detach().clone()
     changed[:, 0] += torch.randn(6, 6)
     changed.requires_grad_()
@@ -199,7 +209,7 @@ def test_learned_sigma_and_mu_get_mixed_second_derivatives_and_no_others() -> No
     mixed = [torch.autograd.grad((weight * s).sum(), mu, retain_graph=True)[0] for s in (slope, expected)]
     torch.testing.assert_close(*mixed)
     (by_mu,) = torch.autograd.grad(loss, mu, create_graph=True)
-    with pytest.raises(NotImplementedError, match="sigma, mu: no second derivatives"):
+    with pytest.raises(NotImplementedError, match="sigma, mu: gradients with respect to them"):
         torch.autograd.grad(by_mu, mu)
 
 
@@ -208,6 +218,7 @@ def test_a_module_learns_its_parameters_and_saves_them() -> None:
     module(torch.randn(1, 2, 8, 8), torch.rand(1, 3, 8, 8)).backward()
     assert {name: p.grad.isfinite() for name, p in module.named_parameters()} == {"sigma": True, "mu": True}
     assert set(module.state_dict()) == {"sigma", "mu"}
+    assert "sigma=tensor(5.), mu=tensor(2.5000)" in repr(module)
 
 
 @pytest.mark.parametrize(("sigma", "mu"), list(product([1e-9, 1e9, 1e30], [-1e9, 1e9])))
@@ -220,6 +231,25 @@ def test_extreme_settings_stay_finite(sigma: float, mu: float) -> None:
         grads = torch.autograd.grad(loss, [scores, *(s for s in settings_ if isinstance(s, Tensor))])
         assert loss.isfinite()
         assert all(grad.isfinite().all() for grad in grads)
+
+
+def test_a_window_larger_than_the_image_is_all_pairs() -> None:
+    scores, image = torch.randn(1, 2, 4, 5), torch.rand(1, 3, 4, 5)
+    for shape in ("square", "disc"):
+        windowed = feature_similarity(scores, image, window=2**70, window_shape=shape)
+        torch.testing.assert_close(windowed, feature_similarity(scores, image))
+
+
+def test_learned_parameters_are_precise_where_scores_have_a_large_offset() -> None:
+    scores = 1e3 + torch.randn(1, 1, 12, 12, dtype=torch.float64)
+    image = torch.rand(1, 3, 12, 12, dtype=torch.float64)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        parameters = [torch.tensor(v, dtype=dtype, requires_grad=True) for v in (5.0, 2.5)]
+        exact = scores.float().to(dtype), image.float().to(dtype)
+        loss = feature_similarity(*exact, gate="raw", sigma=parameters[0], mu=parameters[1])
+        found.append(torch.stack(torch.autograd.grad(loss, parameters)).double())
+    torch.testing.assert_close(*found, rtol=1e-6, atol=0)
 
 
 def test_an_image_of_another_size_is_resized_to_the_maps() -> None:
