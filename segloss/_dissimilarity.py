@@ -23,6 +23,7 @@ from segloss._register import fold, known, register
 WEIGHT, BY_SIGMA, BY_MU = 0, 1, 2  # the weights K and their derivatives
 
 _ELEMENTS = 1 << 19  # of a block, at most: 2 MB of float32
+_CACHED = 1 << 17  # of all blocks of a thread, unless a single one is larger
 _LARGEST_MU = 30.0  # f is a step there, at delta = 1e-13, and products with e^(-2 mu) are far from denormal
 _LEAST_SIGMA = 1e-3  # pixels
 
@@ -35,11 +36,18 @@ def reach_of(sigma: float, dtype: torch.dtype) -> float:
 def _product(values: Tensor, image: Tensor, sigma: Tensor, mu: Tensor, reach: int, disc: bool, part: int) -> Tensor:
     """(D - K) y for ``values [B, C, H, W]``, or the same with a derivative of K in its place."""
     with torch.autocast(values.device.type, enabled=False), full_precision():
-        # As many images at a time as there are threads: each keeps to its cache. A GPU wants all of them at once.
-        size = torch.get_num_threads() if values.device.type == "cpu" else max(len(values), 1)
+        size = _together(values, reach)
         groups = zip(values.split(size), image.to(values.dtype).split(size), strict=True)
         parts = [_group(y, x, sigma.to(values.dtype), mu.to(values.dtype), reach, disc, part) for y, x in groups]
         return torch.cat(parts) if parts else torch.zeros_like(values, memory_format=torch.contiguous_format)
+
+
+def _together(values: Tensor, reach: int) -> int:
+    """Images at a time: all of them on a GPU; on a CPU one for each thread, or more if they are small."""
+    if values.device.type != "cpu":
+        return max(len(values), 1)
+    height, width = values.shape[2:]
+    return torch.get_num_threads() * max(1, _CACHED // (width**2 * min(reach + 1, height)))
 
 
 def _group(values: Tensor, image: Tensor, sigma: Tensor, mu: Tensor, reach: int, disc: bool, part: int) -> Tensor:
@@ -48,6 +56,7 @@ def _group(values: Tensor, image: Tensor, sigma: Tensor, mu: Tensor, reach: int,
     sums = torch.zeros_like(y)
     down = min(reach, height - 1)
     columns = _columns(width, min(reach, width - 1), down + 1)
+    unlike = values.new_tensor(float(image.shape[1]))  # 3: the L1 distance of black and white
     inverse = torch.exp(-2 * mu.clamp(-_LARGEST_MU, _LARGEST_MU))
     tables = [_spatial(query, key, sigma, down, reach, disc, part) for query, key in columns]
     scaled = [table * inverse for table in tables]
@@ -57,7 +66,7 @@ def _group(values: Tensor, image: Tensor, sigma: Tensor, mu: Tensor, reach: int,
         for spans, *spatial in zip(columns, tables, scaled, strict=True):
             own, other = (slice(span.start, span.stop) for span in spans)
             x, z = image[:, :, top, own], image[:, :, rows, other].flatten(2)
-            weights = _weights(x, z, spatial, inverse, buffers, part)
+            weights = _weights(x, z, spatial, unlike, inverse, buffers, part)
             y_own, y_other = y[:, :, top, own], y[:, :, rows, other]
             sums[:, :, top, own] += torch.bmm(y_other.flatten(2), weights.mT)
             sums[:, :, rows, other] += torch.bmm(y_own, weights).view_as(y_other)
@@ -94,7 +103,9 @@ def _spatial(query: range, key: range, sigma: Tensor, down: int, reach: int, dis
     return torch.where(within & ((below > 0) | (across > 0)), weight, 0).flatten(1)
 
 
-def _weights(x: Tensor, z: Tensor, spatial: list[Tensor], inverse: Tensor, buffers: list[Tensor], part: int) -> Tensor:
+def _weights(
+    x: Tensor, z: Tensor, spatial: list[Tensor], unlike: Tensor, inverse: Tensor, buffers: list[Tensor], part: int
+) -> Tensor:
     """K between pixels of colours ``x [B, 3, t]`` and ``z [B, 3, n]``, in one of the buffers.
 
     ``spatial`` are the spatial weights, and the same times e^(-2 mu).
@@ -105,7 +116,7 @@ def _weights(x: Tensor, z: Tensor, spatial: list[Tensor], inverse: Tensor, buffe
     torch.sub(x[:, 0, :, None], z[:, 0, None], out=out).abs_()
     for channel in range(1, x.shape[1]):
         out.add_(torch.sub(x[:, channel, :, None], z[:, channel, None], out=scratch).abs_())
-    torch.sub(torch.tensor(float(x.shape[1]), dtype=x.dtype, device=x.device), out, out=scratch)
+    torch.sub(unlike, out, out=scratch)
     out.div_(scratch)  # q, infinite where the colours are as different as can be
     torch.addcmul(inverse, out, out, out=scratch)
     if part != BY_MU:
