@@ -124,6 +124,15 @@ def check_logits(logits: object, *, flat: bool = False) -> None:
     check_finite("logits", logits)
 
 
+def check_image_logits(logits: object) -> None:
+    """Logits of whole images ``[B, C]``: finite, floating point, at least one class."""
+    check_floating("logits", logits)
+    assert isinstance(logits, Tensor)
+    if logits.dim() != 2 or logits.shape[1] == 0:
+        raise ValueError(f"logits: expected [B, C] with at least one class, got {shape_text(logits.shape)}")
+    check_finite("logits", logits)
+
+
 def check_valid(valid: object, logits: Tensor) -> None:
     if valid is None:
         return
@@ -237,6 +246,12 @@ def check_int(name: str, value: object) -> None:
 def check_bool(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+
+
+def check_generator(generator: object) -> None:
+    """A source of randomness, or None for the global one."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:

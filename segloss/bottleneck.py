@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from segloss._checks import check_finite, check_floating, check_number, check_tags, shape_text
+from segloss._checks import check_image_logits, check_number, check_tags
 from segloss._module import LossModule
 from segloss._reduce import LARGEST, Reduction, check_reduction, reduce, widen
 
@@ -42,10 +42,7 @@ def rib_margin(logits: Tensor, tags: Tensor, *, margin: float = 600.0, reduction
         >>> rib_margin(torch.tensor([[2.0, 700.0, 5.0]]), torch.tensor([[1, 1, 0]]))
         tensor(-602.)
     """
-    check_floating("logits", logits)
-    if logits.dim() != 2 or logits.shape[1] == 0:
-        raise ValueError(f"logits: expected [B, C] with at least one class, got {shape_text(logits.shape)}")
-    check_finite("logits", logits)
+    check_image_logits(logits)
     check_tags(tags, logits)
     check_number("margin", margin, least=-LARGEST, most=LARGEST)
     check_reduction(reduction)

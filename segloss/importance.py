@@ -9,6 +9,7 @@ from torch import Tensor
 
 from segloss._checks import (
     check_choice,
+    check_generator,
     check_int,
     check_integer,
     check_like,
@@ -71,7 +72,7 @@ def sample_pixels(
     check_scores(scores)
     _check_settings(samples, posterior)
     _check_classes(posterior, scores)
-    _check_generator(generator)
+    check_generator(generator)
     return _draw(_log_odds(scores.detach(), posterior), samples, generator)
 
 
@@ -369,7 +370,7 @@ def _check(
     _check_settings(samples, posterior, mode)
     _check_classes(posterior, scores)
     check_tags(tags, scores, "scores")
-    _check_generator(generator)
+    check_generator(generator)
     if indices is not None:
         if mode == "expected":
             raise ValueError('indices: expected None to go with mode="expected", which picks no pixels, got a tensor')
@@ -389,11 +390,6 @@ def _check_classes(posterior: Posterior, scores: Tensor) -> None:
             f"scores: expected at least 2 classes, the background among them, got {shape_text(scores.shape)}: "
             "the softmax of a single class is constant"
         )
-
-
-def _check_generator(generator: object) -> None:
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
 
 
 def _check_indices(indices: Tensor, scores: Tensor) -> None:

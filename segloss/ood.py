@@ -13,6 +13,8 @@ from segloss._checks import (
     check_choice,
     check_finite,
     check_floating,
+    check_generator,
+    check_image_logits,
     check_int,
     check_like,
     check_number,
@@ -110,8 +112,7 @@ def _kmeans(name: str, features: Tensor, clusters: int, generator: torch.Generat
     _check_rows(name, features, "N")
     check_int("clusters", clusters)
     check_number("clusters", clusters, least=1)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
+    check_generator(generator)
     device = "cpu" if generator is None else generator.device
     rng = np.random.default_rng(int(torch.randint(2**63 - 1, (), device=device, generator=generator)))
     points = widen(features.detach()).to("cpu", torch.float64).numpy()
@@ -353,10 +354,7 @@ def ood_classification(logits: Tensor, tags: Tensor, ood_logits: Tensor, *, ood_
         >>> ood_classification(torch.zeros(2, 3), torch.tensor([[1, 0, 0], [0, 1, 1]]), torch.zeros(4, 3))
         tensor(1.3863)
     """
-    check_floating("logits", logits)
-    if logits.dim() != 2 or logits.shape[1] == 0:
-        raise ValueError(f"logits: expected [B, C] with at least one class, got {shape_text(logits.shape)}")
-    check_finite("logits", logits)
+    check_image_logits(logits)
     check_tags(tags, logits)
     check_floating("ood_logits", ood_logits)
     check_like("ood_logits", ood_logits, (*ood_logits.shape[:1], logits.shape[1]), "logits", logits)

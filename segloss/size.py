@@ -10,6 +10,7 @@ from segloss._average import log_average
 from segloss._checks import (
     check_choice,
     check_floating,
+    check_generator,
     check_int,
     check_integer,
     check_labels,
@@ -552,8 +553,7 @@ def corrupt_sizes(sizes: Tensor, sigma: float, *, generator: torch.Generator | N
     """
     check_sizes("sizes", sizes)
     check_number("sigma", sigma, least=0, below=1e6)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
+    check_generator(generator)
     exact = sizes.to(wide_dtype(sizes))
     device = exact.device if generator is None else generator.device
 
