@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test fast lint bench frontier clean
+.PHONY: demo test fast lint bench frontier kills clean
 demo: .venv/ready
 	$(BIN)/python examples/quickstart.py
 
@@ -25,6 +25,10 @@ bench: .venv/ready
 frontier: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[peers]"
 	$(BIN)/python -m benchmarks.frontier
+
+# Kills 20 trainings and lets them go on; the weights must be those of one that nobody killed.
+kills: .venv/ready
+	PYTHONPATH=examples $(BIN)/python -m tests.kills 20
 
 # torch first, on its own: anything that depends on torch could otherwise pull another build of it.
 .venv/ready: pyproject.toml constraints.txt

@@ -1,166 +1,276 @@
-"""The training engine that the examples share: command line, device, seeds, batches, training and evaluation."""
+"""The training engine that the examples share: mixed precision, several processes, checkpoints, evaluation."""
 
 import contextlib
-import io
-import itertools
+import dataclasses
+import math
 import os
+import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, cast
 
+import numpy as np
+import processes
 import torch
 import torchvision_cpu  # noqa: F401  (before torchmetrics, which imports torchvision)
-import tyro
+from checkpoint import Checkpoint
+from command import check_least
+from data.sample import VOID, Batch, Images
+from data.stream import Augment, Prepared, Stream, loader
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from torchmetrics.classification import MulticlassJaccardIndex
 from tqdm import tqdm
 
-Config = TypeVar("Config")
-Batch = dict[str, Tensor]  # named tensors with one entry per image: "image" [B, 3, H, W], "labels" [B, H, W], ...
+Loss = Callable[[Any, Batch], Tensor]  # from the output of a model for a batch's images, and the batch, to a scalar
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def parse(config: type[Config], args: Sequence[str] | None = None) -> Config:
-    """The command line as a configuration dataclass; a wrong option ends the program with one line on stderr.
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What every training can be told on the command line."""
 
-    Args:
-        config: a dataclass whose fields have defaults and docstrings; its ``__post_init__`` may raise ``ValueError``.
-        args: arguments instead of those of the command line.
-    """
-    messages = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(messages):
-            return tyro.cli(config, args=args)
-    except SystemExit as end:
-        if end.code:
-            lines = [line.strip("│╰╯ ") for line in messages.getvalue().splitlines()[1:]]  # without the title
-            while not lines[0].strip("─-"):
-                lines.pop(0)
-            message = itertools.takewhile(lambda line: line.strip("─-"), lines)  # hints follow below a rule
-            print(f"error: {' '.join(message)} (see --help)", file=sys.stderr)
-        raise
+    seed: int = 0
+    """Seed of the weights, of the order of the images and of their augmentation."""
+    batch_size: int = 16
+    """Images of an optimizer step, of all processes together."""
+    accumulate: int = 1
+    """Batches that each process makes of its share of a step, one after the other, to save memory."""
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Mixed precision: fp16 with a gradient scaler, or bf16."""
+    device: processes.Device = "auto"
+    """Where to train; auto is the GPU when there is one. Several: torchrun --nproc-per-node N examples/..."""
+    workers: int = 0
+    """Processes that read images beside each training process."""
+    save_every: int = 100
+    """Optimizer steps between checkpoints."""
+    resume: bool = False
+    """Go on with the stopped run in --out; weights on CPU become the same as without the stop."""
+    tensorboard: bool = False
+    """Write a TensorBoard log into --out."""
+    out: Path = Path("runs/example")
+    """Folder of the results and checkpoints."""
+
+    def __post_init__(self) -> None:
+        check_least(self, seed=0, batch_size=1, accumulate=1, workers=0, save_every=1)
+        shares = processes.count() * self.accumulate
+        if self.batch_size % shares:
+            raise ValueError(
+                f"--batch-size: expected a multiple of {shares} (processes x --accumulate), got {self.batch_size}"
+            )
+
+    def stream(self, data: Images, augment: Augment | None = None) -> Stream:
+        """Batches of images in the order of the seed."""
+        return Stream(data, augment, self.batch_size, self.seed, self.accumulate, self.workers)
 
 
-def check_least(config: object, **bounds: int) -> None:
-    """Raises ``ValueError`` for the first field of a configuration that is below its bound."""
-    for name, bound in bounds.items():
-        if getattr(config, name) < bound:
-            raise ValueError(f"--{name.replace('_', '-')}: expected at least {bound}, got {getattr(config, name)}")
+# Options that do not change what is computed: a run may go on with other ones.
+FREE = ("device", "workers", "save_every", "resume", "tensorboard", "out", "repeats")
 
 
-def output_folder(path: Path) -> Path:
-    """Makes a folder that can be written to, or ends the program with one line on stderr."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        (path / ".writable").touch()
-        (path / ".writable").unlink()
-    except OSError as error:
-        raise SystemExit(f"error: cannot write to {path}: {error.strerror}") from None
-    return path
+@dataclasses.dataclass
+class Progress:
+    """How far a training is."""
 
-
-def pick_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    """The device of that name; ``"auto"`` is the GPU when there is one."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("error: --device cuda: PyTorch sees no CUDA device")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+    step: int = 0  # optimizer steps done
+    loss: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(()))  # running mean
+    curve: list[tuple[int, float]] = dataclasses.field(default_factory=list)  # step, mIoU
+    seconds: float = 0.0  # of training, those before a stop included
 
 
 def seed_everything(seed: int) -> None:
     """Same seed, same numbers, on the same machine."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  (the global one, for the user's code)
     torch.manual_seed(seed)
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def draw_batches(data: Batch, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
-    """Random batches without end, drawn with replacement; half of the images are mirrored, maps along with them.
-
-    Tensors of three or more dimensions count as maps ``[N, ..., H, W]``; what has fewer, such as tags and sizes, does
-    not change when an image is mirrored.
-    """
-    count = len(data["image"])
-    while True:
-        index = torch.randint(count, (batch_size,), generator=generator).to(data["image"].device)
-        mirror = (torch.rand(batch_size, generator=generator) < 0.5).to(index.device)
-        batch = {}
-        for name, values in data.items():
-            drawn = values[index]
-            if drawn.ndim >= 3:
-                drawn[mirror] = drawn[mirror].flip(-1)
-            batch[name] = drawn
-        yield batch
-
-
 def train(
     model: nn.Module,
-    loss: Callable[[Tensor, Batch], Tensor],
-    batches: Iterator[Batch],
+    loss: Loss,
+    batches: Stream,
+    optimizer: Optimizer,
     *,
     steps: int,
-    lr: float,
     name: str,
+    options: Options,
+    counts: Mapping[str, Callable[[Batch], Tensor]] | None = None,
     evaluate: Callable[[nn.Module], Tensor] | None = None,
-    checkpoints: int = 10,
-) -> list[tuple[int, float]]:
-    """AdamW with a polynomial schedule (power 0.9); the progress bar shows the running loss and the last evaluation.
+    evaluations: int = 10,
+) -> Progress:
+    """Trains with a polynomial schedule (power 0.9); the progress bar shows the running loss and the last evaluation.
+
+    Started by ``torchrun``, each process takes its share of every batch and gradients are averaged. A loss that is a
+    mean over images is then the same as in one process. One that is a mean over something else, such as labelled
+    pixels, is a sum divided by ``batch[count]``, where ``counts`` says how to count: what is counted in all batches of
+    the step, in all processes, divided by the number of these batches.
+
+    A checkpoint is written to ``options.out`` every so many steps and at the end. With ``options.resume`` the
+    training goes on from it: on CPU to the same weights, bit by bit, as without the stop.
 
     Args:
-        model: trained in place.
-        loss: from the logits of a batch, and the batch, to a scalar.
-        batches: at least ``steps`` of them.
+        model: trained in place, on the device where it is; its modules stay in the modes (training or evaluation) in
+            which they are, so that normalisation can be frozen.
+        loss: from the output of the model for ``batch["image"]``, and the batch, to a scalar.
+        batches: of the training.
+        optimizer: of the parameters of the model; its learning rates are those of the first step.
         steps: optimizer steps.
-        lr: learning rate of the first step.
-        name: what the progress bar is called.
-        evaluate: from the model to the IoU of its classes; called ``checkpoints`` times.
-        checkpoints: evenly spaced over the training, the last one at its end.
+        name: of the checkpoint and of the progress bar.
+        options: of the command line.
+        counts: what sums are divided by, scalars at least 1 in the end; see above.
+        evaluate: from the model to the IoU of its classes; called ``evaluations`` times, the last one at the end.
+        evaluations: evenly spaced over the training.
 
-    Returns:
-        The training curve: (step, mIoU) pairs.
+    Raises:
+        StorageError: a checkpoint that cannot be written, or read, or that was written with other options.
+        FloatingPointError: a loss that is not finite.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=steps, power=0.9)
-    curve: list[tuple[int, float]] = []
-    due = {steps * (i + 1) // checkpoints for i in range(checkpoints)} if evaluate else set()
-    running = torch.zeros(())
-    model.train()
-    with tqdm(total=steps, desc=f"{name:>13}", unit="step") as bar:
-        for step in range(1, steps + 1):
-            batch = next(batches)
-            value = loss(model(batch["image"]), batch)
-            optimizer.zero_grad()
-            value.backward()
-            optimizer.step()
-            schedule.step()
-            running = value.detach() if step == 1 else 0.95 * running + 0.05 * value.detach()
-            if evaluate and step in due:
-                curve.append((step, evaluate(model).mean().item()))
-                model.train()
-            if step % 10 == 0 or step == steps:  # reading the loss makes a GPU wait
-                shown = {"mIoU": f"{curve[-1][1]:.3f}"} if curve else {}
-                bar.set_postfix({"loss": f"{running.item():.3f}", **shown}, refresh=False)
+    device = next(model.parameters()).device
+    scaler = torch.amp.GradScaler(device.type, enabled=options.precision == "fp16")  # its gradients have a small range
+    rates = [group["lr"] for group in optimizer.param_groups]
+    settings = {key: str(value) for key, value in vars(options).items() if key not in FREE}
+    checkpoint = Checkpoint(
+        options.out / "checkpoints" / f"{name.replace(' ', '_')}.pt",
+        settings | {f"steps of {name}": str(steps)},
+        {"model": model, "optimizer": optimizer, "scaler": scaler},
+    )
+    progress = Progress(**((options.resume and checkpoint.restore()) or {}))
+    parallel = DistributedDataParallel(model) if processes.count() > 1 else model
+    due = {steps * (i + 1) // evaluations for i in range(evaluations)} if evaluate else set()
+    began = time.perf_counter() - progress.seconds
+    bar = tqdm(
+        total=steps,
+        initial=progress.step,
+        desc=f"{name:>13}",
+        unit="step",
+        disable=processes.rank() > 0,
+        mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds; a log file is not filled with bars
+    )
+    with bar, _log(options, name, progress.step) as log:
+        for parts in batches.steps(progress.step, steps):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * (1 - progress.step / steps) ** 0.9
+            parts = [_to(device, batch) for batch in parts]
+            _share_counts(parts, counts or {})
+            value = _descend(parallel, loss, parts, optimizer, scaler, PRECISIONS[options.precision])
+            progress.step += 1
+            progress.loss = value if progress.step == 1 else 0.95 * progress.loss + 0.05 * value
+            if evaluate and progress.step in due:
+                processes.same_buffers(model)
+                progress.curve.append((progress.step, evaluate(model).mean().item()))
+                log(progress.step, mIoU=progress.curve[-1][1])
+            if progress.step % 10 == 0 or progress.step == steps:  # reading the loss makes a GPU wait
+                shown = progress.loss.item()
+                if not math.isfinite(shown):
+                    raise FloatingPointError(f"{name}: the loss is {shown} after {progress.step} of {steps} steps")
+                log(progress.step, loss=shown, lr=optimizer.param_groups[0]["lr"])
+                miou = {"mIoU": f"{progress.curve[-1][1]:.3f}"} if progress.curve else {}
+                bar.set_postfix({"loss": f"{shown:.3f}", **miou}, refresh=False)
+            if progress.step % options.save_every == 0 or progress.step == steps:
+                processes.same_buffers(model)
+                progress.seconds = time.perf_counter() - began
+                checkpoint.save(vars(progress))
             bar.update()
-    return curve
+    return progress
+
+
+def _to(device: torch.device, batch: Batch) -> Batch:
+    def move(values: Any) -> Any:
+        return [move(v) for v in values] if isinstance(values, list) else values.to(device, non_blocking=True)
+
+    return {name: move(values) for name, values in batch.items()}
+
+
+def _share_counts(parts: list[Batch], counts: Mapping[str, Callable[[Batch], Tensor]]) -> None:
+    """Adds to each batch of a step what all of them have, in all processes, divided by their number."""
+    for name, count in counts.items():
+        mean = processes.total(torch.stack([count(batch) for batch in parts]).sum()) / (processes.count() * len(parts))
+        for batch in parts:
+            batch[name] = mean
+
+
+def _descend(
+    model: nn.Module,
+    loss: Loss,
+    parts: list[Batch],
+    optimizer: Optimizer,
+    scaler: torch.amp.GradScaler,
+    precision: torch.dtype,
+) -> Tensor:
+    """One optimizer step; returns the mean of the loss over the batches of the step, in all processes."""
+    optimizer.zero_grad()
+    values = []
+    for i, batch in enumerate(parts):
+        # Gradients travel between processes with the last batch only.
+        alone = isinstance(model, DistributedDataParallel) and i < len(parts) - 1
+        with cast(DistributedDataParallel, model).no_sync() if alone else contextlib.nullcontext():
+            with torch.autocast(batch["image"].device.type, precision, enabled=precision != torch.float32):
+                value = loss(model(batch["image"]), batch) / len(parts)
+            scaler.scale(value).backward()
+        values.append(value.detach())
+    scaler.step(optimizer)
+    scaler.update()
+    return processes.total(torch.stack(values).sum()) / processes.count()
+
+
+@contextlib.contextmanager
+def _log(options: Options, name: str, step: int) -> Iterator[Callable[..., None]]:
+    """Writes scalars for TensorBoard, if asked to; a resumed log goes on from its step."""
+    if not options.tensorboard or processes.rank():
+        yield lambda step, **scalars: None
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise SystemExit("error: --tensorboard: expected the package tensorboard to be installed") from None
+
+    def log(step: int, **scalars: float) -> None:
+        for key, value in scalars.items():
+            writer.add_scalar(key, value, step)
+
+    with SummaryWriter(options.out / "tensorboard" / name.replace(" ", "_"), purge_step=step + 1) as writer:
+        yield log
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, image: Tensor, labels: Tensor, num_classes: int, *, ignore_index: int = 255, batch_size: int = 50
+    model: nn.Module, data: Images, *, augment: Augment | None = None, batch_size: int = 50, workers: int = 0
 ) -> Tensor:
     """IoU of every class, ``[K]``: intersections and unions are summed over all images before they are divided.
 
+    Several processes share the images. The modes of the modules of the model are as before in the end.
+
     Args:
         model: from ``[B, 3, H, W]`` to logits ``[B, K, H, W]``.
-        image: ``[N, 3, H, W]``.
-        labels: ``[N, H, W]``; pixels with ``ignore_index`` do not count.
-        num_classes: K.
-        ignore_index: label of the pixels left out.
-        batch_size: images at once.
+        data: images with labels; void pixels do not count.
+        augment: brings images to one size, as batches need it.
+        batch_size: images at once, in one process.
+        workers: processes that read images.
     """
-    metric = MulticlassJaccardIndex(num_classes, average="none", ignore_index=ignore_index).to(image.device)
-    model.eval()
-    for x, y in zip(image.split(batch_size), labels.split(batch_size), strict=True):
-        metric.update(model(x).argmax(1), y)
+    device = next(model.parameters()).device
+    metric = MulticlassJaccardIndex(len(data.classes), average="none", ignore_index=VOID).to(device)
+    own = [(0, i) for i in range(processes.rank(), len(data), processes.count())]
+    batches = [own[i : i + batch_size] for i in range(0, len(own), batch_size)]
+    with inference(model):
+        for batch in loader(Prepared(data, augment), batches, workers):
+            metric.update(model(batch["image"].to(device)).argmax(1), batch["labels"].to(device))
     iou: Tensor = metric.compute()
     return iou
+
+
+@contextlib.contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Within it all modules are in evaluation mode; afterwards each is in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

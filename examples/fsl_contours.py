@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import engine
 import torch
+from command import check_least, output_folder, run
 from data.scenes import Scenes, Split
 from matplotlib.figure import Figure
+from processes import Device, pick_device
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,13 +34,13 @@ class Config:
     """Scenes: val, on which the number of steps was chosen, or final, kept for figures to report."""
     seed: int = 0
     """Seed of the scenes."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """Where to compute; auto is the GPU when there is one."""
     out: Path = Path("runs/fsl_contours")
     """Folder of the picture."""
 
     def __post_init__(self) -> None:
-        engine.check_least(self, scenes=1, size=32, steps=1, seed=0)
+        check_least(self, scenes=1, size=32, steps=1, seed=0)
 
 
 MU, SIGMA = 2.5, 5.0  # the paper's choice; around it:
@@ -64,7 +65,7 @@ def load(split: Split, config: Config) -> tuple[Tensor, Tensor]:
                 yield scene.image, scene.labels[None] > 0
 
     pairs = [pair for pair, _ in zip(single(), range(config.scenes), strict=False)]
-    image, mask = (torch.stack(tensors).to(engine.pick_device(config.device)) for tensors in zip(*pairs, strict=True))
+    image, mask = (torch.stack(tensors).to(pick_device(config.device)) for tensors in zip(*pairs, strict=True))
     return image, mask
 
 
@@ -104,9 +105,9 @@ def table(runs: Runs) -> str:
     start = next(iter(runs.values())).curve[0]
     lines = [f"{'gate':<9}{'mu':>6}{'sigma':>7}{'J':>8}{'F':>8}{'J&F':>8}{'gain':>8}"]
     lines.append(f"{'start':<22}" + "".join(f"{value:>8.3f}" for value in start))
-    for (gate, mu, sigma), run in runs.items():
-        values = "".join(f"{value:>8.3f}" for value in run.curve[-1])
-        lines.append(f"{gate:<9}{mu:>6}{sigma:>7}{values}{run.curve[-1][2] - start[2]:>+8.3f}")
+    for (gate, mu, sigma), done in runs.items():
+        values = "".join(f"{value:>8.3f}" for value in done.curve[-1])
+        lines.append(f"{gate:<9}{mu:>6}{sigma:>7}{values}{done.curve[-1][2] - start[2]:>+8.3f}")
     return "\n".join(lines)
 
 
@@ -143,7 +144,7 @@ def picture(image: Tensor, mask: Tensor, start: Tensor, runs: Runs, path: Path, 
 
 
 def main(config: Config) -> None:
-    folder = engine.output_folder(config.out)
+    folder = output_folder(config.out)
     image, mask = load(config.split, config)
     start = gaussian_scores(mask)
     settings = [(MU, SIGMA), *((mu, SIGMA) for mu in MUS), *((MU, sigma) for sigma in SIGMAS)]
@@ -159,4 +160,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(engine.parse(Config))
+    run(main, Config)

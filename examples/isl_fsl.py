@@ -1,19 +1,21 @@
 """ISL and FSL as add-ons to a classifier's training step: what they do to its class activation maps (CAMs)."""
 
 import copy
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import engine
 import torch
 import torch.nn.functional as F
-from data.scenes import CLASSES, Scenes, Split, stack
-from engine import Batch
+from command import check_least, output_folder, run
+from data.sample import VOID, Batch
+from data.source import Options
+from data.stream import Prepared, loader
 from matplotlib.figure import Figure
 from network import block
+from processes import pick_device, rank, say
 from report import draw_rows
 from torch import Tensor, nn
 
@@ -22,46 +24,46 @@ from segattr.metrics import contour_f, region_similarity
 
 
 @dataclass(frozen=True)
-class Config:
-    """Goes on training one small classifier with six losses; prints the quality of their CAMs, draws them."""
+class Config(Options):
+    """Goes on training one small classifier with six losses; prints the quality of their CAMs, draws them.
+
+    CAMs are half as large as the images.
+    """
 
     steps: int = 200
     """Optimizer steps with each loss."""
     pretrain_steps: int = 300
     """Optimizer steps of the classifier from which all start, with average pooling (GAP)."""
-    scenes: int = 1500
-    """Number of training scenes."""
-    size: int = 48
-    """Height and width of the scenes in pixels; CAMs are half as large."""
-    split: Literal["val", "final"] = "val"
-    """Scenes that are evaluated: val, on which the settings were chosen, or final, kept for figures to report."""
-    seed: int = 0
-    """Seed of the training scenes, of the weights and of the batches."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto is the GPU when there is one."""
     out: Path = Path("runs/isl_fsl")
-    """Folder of the picture."""
+    """Folder of the picture and of the checkpoints."""
 
     def __post_init__(self) -> None:
-        engine.check_least(self, steps=1, pretrain_steps=0, scenes=1, size=32, seed=0)
+        super().__post_init__()
+        check_least(self, steps=1, pretrain_steps=0)
 
 
-BATCH_SIZE, LEARNING_RATES, EVALUATED, SHOWN = 16, (2e-3, 1e-3), 200, 6
+LEARNING_RATES, EVALUATED, SHOWN = (2e-3, 1e-3), 200, 6
 
 Loss = Callable[[Tensor, Batch], Tensor]
 average, maximum = segloss.ImportanceClassification(weight=0), segloss.ImportanceClassification(weight=0, pooling="max")
 isl, average_and_isl = segloss.ImportanceClassification(weight=1), segloss.ImportanceClassification()
 fsl = segloss.FeatureSimilarity()
 
+
+def present(batch: Batch) -> Tensor:
+    """Tags of the foreground classes."""
+    return batch["tags"][:, 1:]
+
+
 # From the score maps of a batch, and the batch, to a scalar: the one line of a training step that changes.
 LOSSES: dict[str, Loss] = {
-    "GAP": lambda scores, batch: average(scores, batch["tags"]),
-    "GMP": lambda scores, batch: maximum(scores, batch["tags"]),
-    "ISL": lambda scores, batch: isl(scores, batch["tags"]),
-    "GAP + ISL": lambda scores, batch: average_and_isl(scores, batch["tags"]),
-    "GAP + FSL": lambda scores, batch: average(scores, batch["tags"]) + fsl(scores, batch["image"], batch["tags"]),
+    "GAP": lambda scores, batch: average(scores, present(batch)),
+    "GMP": lambda scores, batch: maximum(scores, present(batch)),
+    "ISL": lambda scores, batch: isl(scores, present(batch)),
+    "GAP + ISL": lambda scores, batch: average_and_isl(scores, present(batch)),
+    "GAP + FSL": lambda scores, batch: average(scores, present(batch)) + fsl(scores, batch["image"], present(batch)),
     "GAP + ISL + FSL": lambda scores, batch: (
-        average_and_isl(scores, batch["tags"]) + fsl(scores, batch["image"], batch["tags"])
+        average_and_isl(scores, present(batch)) + fsl(scores, batch["image"], present(batch))
     ),
 }
 
@@ -87,29 +89,24 @@ class Outcome(NamedTuple):
     seconds: float
 
 
-def load(split: Split, count: int, seed: int, config: Config) -> Batch:
-    scenes = stack(Scenes(split, count, size=config.size, seed=seed))
-    data = {"image": scenes.image, "labels": scenes.labels, "tags": scenes.tags[:, 1:]}
-    return {name: values.to(engine.pick_device(config.device)) for name, values in data.items()}
-
-
 @torch.no_grad()
 def assess(model: nn.Module, test: Batch, seconds: float) -> Outcome:
     """J and F over the data set of the CAMs of the classes present, at the background threshold of the best mean J."""
-    model.eval()
-    scores = torch.cat([model(part) for part in test["image"].split(50)])
+    with engine.inference(model):
+        scores = torch.cat([model(part) for part in test["image"].split(50)])
     maps = segloss.max_normalize(F.interpolate(scores, size=test["labels"].shape[1:], mode="bilinear"))
-    maps = maps * test["tags"][:, :, None, None]
-    classes = torch.arange(len(CLASSES), device=maps.device).view(-1, 1, 1)
-    truth = test["labels"][:, None] == classes
+    maps = maps * present(test)[:, :, None, None]
+    classes = torch.arange(test["tags"].shape[1], device=maps.device).view(-1, 1, 1)
+    truth, labelled = test["labels"][:, None] == classes, test["labels"] != VOID
     outcomes = []
     for percent in range(10, 95, 5):
         masks = torch.cat([torch.full_like(maps[:, :1], percent / 100), maps], 1).argmax(1)
         found = masks[:, None] == classes
-        region = region_similarity(found, truth, pooled=True)
+        region = region_similarity(found, truth, valid=labelled, pooled=True)
         outcomes.append((region.mean(), percent / 100, region, found, masks))
     _, threshold, region, found, masks = max(outcomes, key=lambda outcome: outcome[0])
-    return Outcome(threshold, region, contour_f(found, truth, pooled=True), masks[:SHOWN].cpu(), seconds)
+    contour = contour_f(found, truth, valid=labelled, pooled=True)
+    return Outcome(threshold, region, contour, masks[:SHOWN].cpu(), seconds)
 
 
 def table(outcomes: dict[str, Outcome]) -> str:
@@ -130,24 +127,28 @@ def picture(test: Batch, outcomes: dict[str, Outcome], path: Path) -> None:
 
 
 def main(config: Config) -> None:
-    folder = engine.output_folder(config.out)
+    folder = output_folder(config.out)
     engine.seed_everything(config.seed)
-    train, test = load("train", config.scenes, config.seed, config), load(config.split, EVALUATED, 0, config)
+    device, images = pick_device(config.device), config.images("evaluate")
+    keys = [(0, i) for i in range(min(EVALUATED, len(images)))]
+    test = next(iter(loader(Prepared(images, config.fit()), [keys], config.workers)))
+    test = {name: values.to(device) for name, values in test.items()}
+    batches = config.stream(config.images("train"), config.fit(mirror=True))
 
     def fit(model: nn.Module, name: str, loss: Loss, steps: int, lr: float) -> Outcome:
-        began = time.perf_counter()
-        batches = engine.draw_batches(train, BATCH_SIZE, torch.Generator().manual_seed(config.seed))
-        engine.train(model, loss, batches, steps=steps, lr=lr, name=name)
-        return assess(model, test, time.perf_counter() - began)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-2)
+        progress = engine.train(model, loss, batches, optimizer, steps=steps, name=name, options=config)
+        return assess(model, test, progress.seconds)
 
-    start = Classifier(len(CLASSES) - 1).to(train["image"].device)
+    start = Classifier(len(images.classes) - 1).to(device)
     outcomes = {"start": fit(start, "pretraining", LOSSES["GAP"], config.pretrain_steps, LEARNING_RATES[0])}
     for name, loss in LOSSES.items():
         outcomes[name] = fit(copy.deepcopy(start), name, loss, config.steps, LEARNING_RATES[1])
-    print(table(outcomes))
-    picture(test, outcomes, folder / "isl_fsl.png")
-    print(f"picture: {folder / 'isl_fsl.png'}")
+    say(table(outcomes))
+    if rank() == 0:
+        picture(test, outcomes, folder / "isl_fsl.png")
+    say(f"picture: {folder / 'isl_fsl.png'}")
 
 
 if __name__ == "__main__":
-    main(engine.parse(Config))
+    run(main, Config)

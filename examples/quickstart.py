@@ -1,53 +1,49 @@
 """One small network, three supervisions: full masks, approximate sizes of the regions, tags of the image."""
 
 import copy
+import dataclasses
 import math
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import engine
 import torch
 import torch.nn.functional as F
-from data.scenes import CLASSES, NUM_CLASSES, Scenes, Split, stack
-from engine import Batch
+from command import check_least, output_folder, run
+from data.files import read_sizes
+from data.sample import VOID, Annotated, Batch, Images, collate
+from data.source import Options
+from data.stream import Prepared
 from network import EncoderDecoder, tag_loss
+from processes import pick_device, rank, say
 from report import Outcome, picture, table
 from torch import Tensor
 
 import segloss
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclasses.dataclass(frozen=True)
+class Config(Options):
     """Trains one small network on full masks, on size targets and on tags; prints a table and draws a picture."""
 
     steps: int = 800
     """Optimizer steps of each of the three trainings."""
     pretrain_steps: int = 300
     """Optimizer steps of the pretraining on image tags from which all three start."""
-    scenes: int = 1500
-    """Number of training scenes."""
-    size: int = 48
-    """Height and width of the scenes in pixels."""
-    split: Literal["val", "final"] = "val"
-    """Scenes that are evaluated: val, on which the settings were chosen, or final, kept for figures to report."""
-    seed: int = 0
-    """Seed of the training scenes, of the errors in the sizes, of the weights and of the batches."""
+    sizes: Path | None = None
+    """CSV of size targets, name and classes in its header; without it, sizes of the masks with an error of 8%."""
     repeats: int = 1
     """Number of runs; their seeds count up from --seed, and the table shows mean and standard deviation."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto is the GPU when there is one."""
     out: Path = Path("runs/quickstart")
-    """Folder of the picture."""
+    """Folder of the picture and of the checkpoints."""
 
     def __post_init__(self) -> None:
-        engine.check_least(self, steps=1, pretrain_steps=0, scenes=1, size=32, seed=0, repeats=1)
+        super().__post_init__()
+        check_least(self, steps=1, pretrain_steps=0, repeats=1)
 
 
-BATCH_SIZE, LEARNING_RATE, EVALUATED, SHOWN = 16, 2e-3, 200, 6
+LEARNING_RATE, SHOWN = 2e-3, 6
 MRE = 0.08  # nominal mean relative error of the size targets, which is that of a noise of sqrt(pi / 2) times as much
 
 # The weight of the CRF loss was chosen for size targets, on val scenes, among 0.001 to 1; tags get the same.
@@ -58,15 +54,19 @@ CRF_WEIGHT = 0.1
 
 
 def full_masks(logits: Tensor, batch: Batch) -> Tensor:
-    return F.cross_entropy(logits, batch["labels"])
+    return F.cross_entropy(logits, batch["labels"], ignore_index=VOID, reduction="sum") / batch["labelled"]
 
 
 def size_targets(logits: Tensor, batch: Batch) -> Tensor:
-    return segloss.size_kl(logits, batch["targets"]) + CRF_WEIGHT * crf(logits, batch["image"])
+    inside = batch["valid"]  # not the padding
+    sizes = segloss.size_kl(logits, batch["targets"], valid=inside)
+    return sizes + CRF_WEIGHT * crf(logits, batch["image"], valid=inside)
 
 
 def tag_barrier(logits: Tensor, batch: Batch) -> Tensor:
-    return segloss.log_barrier(logits, batch["tags"]) + CRF_WEIGHT * crf(logits, batch["image"])
+    inside = batch["valid"]
+    tags = segloss.log_barrier(logits, batch["tags"], valid=inside)
+    return tags + CRF_WEIGHT * crf(logits, batch["image"], valid=inside)
 
 
 SUPERVISIONS: dict[str, Callable[[Tensor, Batch], Tensor]] = {
@@ -76,59 +76,67 @@ SUPERVISIONS: dict[str, Callable[[Tensor, Batch], Tensor]] = {
 }
 
 
-def load(split: Split, count: int, seed: int, config: Config) -> Batch:
-    """Scenes as tensors on the device; ``targets`` are their sizes as an annotator would estimate them."""
-    scenes = stack(Scenes(split, count, size=config.size, seed=seed))
-    generator = torch.Generator().manual_seed(seed)
-    targets = segloss.corrupt_sizes(scenes.sizes, MRE * math.sqrt(math.pi / 2), generator=generator)
-    if split == "train":
-        measured = segloss.mean_relative_error(targets, scenes.sizes)
-        print(f"seed {seed}: mean relative error of the size targets {MRE:.1%} nominal, {measured:.1%} measured")
-    data = {"image": scenes.image, "labels": scenes.labels, "tags": scenes.tags, "targets": targets}
-    return {name: values.to(engine.pick_device(config.device)) for name, values in data.items()}
+def training_images(config: Config) -> Images:
+    """Images with ``targets``, the sizes of their classes as an annotator would estimate them."""
+    images = config.images("train")
+    if config.sizes:
+        return Annotated(images, targets=read_sizes(config.sizes, images.names, images.classes))
+    sizes = images.sizes()
+    generator = torch.Generator().manual_seed(config.seed)
+    targets = segloss.corrupt_sizes(sizes, MRE * math.sqrt(math.pi / 2), generator=generator)
+    measured = segloss.mean_relative_error(targets, sizes)
+    say(f"seed {config.seed}: mean relative error of the size targets {MRE:.1%} nominal, {measured:.1%} measured")
+    return Annotated(images, targets=targets)
 
 
-def experiment(seed: int, config: Config, test: Batch) -> dict[str, Outcome]:
+def experiment(config: Config, test: Images, shown: Batch) -> dict[str, Outcome]:
     """Pretrains on tags, then trains with each supervision: the same weights to begin with, the same batches."""
-    engine.seed_everything(seed)
-    train = load("train", config.scenes, seed, config)
-    pretrained = EncoderDecoder(NUM_CLASSES).to(train["image"].device)
-    engine.train(
+    engine.seed_everything(config.seed)
+    device, images = pick_device(config.device), training_images(config)
+    batches = config.stream(images, config.fit(mirror=True))
+    evaluate = partial(engine.evaluate, data=test, augment=config.fit(), workers=config.workers)
+    fit = partial(engine.train, batches=batches, options=config)
+
+    def optimizer(model: EncoderDecoder) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=1e-2)
+
+    pretrained = EncoderDecoder(len(images.classes)).to(device)
+    fit(
         pretrained,
         lambda logits, batch: tag_loss(logits, batch["tags"]),
-        engine.draw_batches(train, BATCH_SIZE, torch.Generator().manual_seed(seed)),
+        optimizer=optimizer(pretrained),
         steps=config.pretrain_steps,
-        lr=LEARNING_RATE,
         name="pretraining",
     )
     outcomes = {}
     for name, loss in SUPERVISIONS.items():
-        model, start = copy.deepcopy(pretrained), time.perf_counter()
-        curve = engine.train(
+        model = copy.deepcopy(pretrained)
+        progress = fit(
             model,
             loss,
-            engine.draw_batches(train, BATCH_SIZE, torch.Generator().manual_seed(seed)),
+            optimizer=optimizer(model),
             steps=config.steps,
-            lr=LEARNING_RATE,
             name=name,
-            evaluate=lambda model: engine.evaluate(model, test["image"], test["labels"], NUM_CLASSES),
+            counts={"labelled": lambda batch: (batch["labels"] != VOID).sum()},
+            evaluate=evaluate,
         )
-        seconds = time.perf_counter() - start
-        iou = engine.evaluate(model, test["image"], test["labels"], NUM_CLASSES)
-        with torch.no_grad():
-            predictions = model(test["image"][:SHOWN]).argmax(1)
-        outcomes[name] = Outcome(iou.cpu(), seconds, curve, predictions.cpu())
+        with torch.no_grad(), engine.inference(model):
+            predictions = model(shown["image"].to(device)).argmax(1).cpu()
+        outcomes[name] = Outcome(evaluate(model).cpu(), progress.seconds, progress.curve, predictions)
     return outcomes
 
 
 def main(config: Config) -> None:
-    folder = engine.output_folder(config.out)
-    test = load(config.split, EVALUATED, 0, config)
-    runs = [experiment(config.seed + i, config, test) for i in range(config.repeats)]
-    print(table(CLASSES, runs))
-    picture(test["image"], test["labels"], runs[0], folder / "quickstart.png")
-    print(f"picture: {folder / 'quickstart.png'}")
+    folder = output_folder(config.out)
+    test = config.images("evaluate")
+    shown = collate([Prepared(test, config.fit())[0, i] for i in range(min(SHOWN, len(test)))])
+    seeds = range(config.seed, config.seed + config.repeats)
+    runs = [experiment(dataclasses.replace(config, seed=s, out=folder / f"seed{s}"), test, shown) for s in seeds]
+    say(table(test.classes, runs))
+    if rank() == 0:
+        picture(shown["image"], shown["labels"], runs[0], folder / "quickstart.png")
+    say(f"picture: {folder / 'quickstart.png'}")
 
 
 if __name__ == "__main__":
-    main(engine.parse(Config))
+    run(main, Config)

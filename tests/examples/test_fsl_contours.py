@@ -1,9 +1,6 @@
 """The ablation of the feature similarity loss as a user runs it, and what it claims, on a small budget."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,18 +9,13 @@ from fsl_contours import Config, gaussian_scores, load, optimise, quality
 from matplotlib.image import imread
 
 import segloss
-
-ROOT = Path(__file__).parents[2]
-
-
-def example(*options: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "examples" / "fsl_contours.py"), *map(str, options)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+from tests.run_example import run_example
 
 
 def test_it_prints_a_row_for_each_setting_and_draws_a_picture(tmp_path: Path) -> None:
-    done = example("--scenes", "2", "--steps", "2", "--size", "32", "--device", "cpu", "--out", tmp_path / "new")
+    done = run_example(
+        "fsl_contours", "--scenes", "2", "--steps", "2", "--size", "32", "--device", "cpu", "--out", tmp_path / "new"
+    )
     assert done.returncode == 0, done.stderr
     rows = re.findall(
         r"^(max|sigmoid) +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+) +([+-][\d.]+)$", done.stdout, re.M

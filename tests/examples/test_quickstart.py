@@ -1,22 +1,23 @@
 """The quickstart as a user runs it, on a tiny budget."""
 
-import os
 import re
 import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import storage
+import torch
+from data.scenes import Scenes
+from data.write_voc import write_voc
 from matplotlib.image import imread
 
-ROOT = Path(__file__).parents[2]
+from tests.run_example import run_example
+
 TINY = ("--steps", "3", "--pretrain-steps", "2", "--scenes", "24", "--size", "32", "--device", "cpu")
 
 
-def quickstart(*options: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "examples" / "quickstart.py"), *map(str, options)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+quickstart = partial(run_example, "quickstart")
 
 
 def rows(output: str) -> dict[str, list[str]]:
@@ -63,7 +64,7 @@ def test_the_progress_bar_shows_loss_and_miou(finished: tuple[subprocess.Complet
 
 def test_the_picture_can_be_looked_at(finished: tuple[subprocess.CompletedProcess[str], Path]) -> None:
     folder = finished[1]
-    assert [path.name for path in folder.iterdir()] == ["quickstart.png"]
+    assert sorted(path.name for path in folder.iterdir()) == ["quickstart.png", "seed0"]
     picture = imread(folder / "quickstart.png")
     assert picture.shape[:2] == (1100, 900)
     assert picture[..., :3].std() > 0.1
@@ -90,8 +91,11 @@ def test_repeats_give_mean_and_spread(tmp_path: Path) -> None:
 def test_help_explains_every_option() -> None:
     done = quickstart("--help")
     assert done.returncode == 0
-    for option in ("steps", "pretrain-steps", "scenes", "size", "split", "seed", "repeats", "device", "out"):
-        assert re.search(rf"--{option} \S+ +[A-Z][a-z]+", done.stdout), option
+    text = re.sub(r"\s*│\n│\s*", " ", done.stdout)
+    options = set(re.findall(r" --([a-z-]+)[ ,]", text)) - {"help"}
+    assert {"data", "root", "sizes", "seed", "precision", "resume", "tensorboard", "out", "steps"} < options
+    for option in options:
+        assert re.search(rf"--{option}[ ,][^│]*?[A-Z][a-z]+ [^│]*\(default: ", text), option
 
 
 @pytest.mark.parametrize(
@@ -101,6 +105,11 @@ def test_help_explains_every_option() -> None:
         pytest.param(["--steps", "-1"], "--steps: expected at least 1, got -1", marks=pytest.mark.slow),
         pytest.param(["--split", "train"], "invalid choice 'train'", marks=pytest.mark.slow),
         (["--out", f"{__file__}/below"], "cannot write to .*/below: Not a directory"),
+        (["--data", "voc"], "--root: expected a folder with --data voc or folder only, got --data voc"),
+        (["--data", "voc", "--root", "/nowhere"], "/nowhere: .*"),
+        pytest.param(
+            ["--accumulate", "3"], "--batch-size: expected a multiple of 3 .*, got 16", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_mistake_ends_with_one_line(options: list[str], message: str) -> None:
@@ -108,3 +117,57 @@ def test_a_mistake_ends_with_one_line(options: list[str], message: str) -> None:
     assert done.returncode != 0
     assert done.stdout == ""
     assert re.fullmatch(rf"error: .*{message}.*\n", done.stderr)
+
+
+@pytest.fixture(scope="module")
+def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The scenes of ``TINY`` in the layout of VOC, their images as JPEG files."""
+    root = tmp_path_factory.mktemp("voc") / "VOCdevkit" / "VOC2012"
+    write_voc(root, {"train": Scenes("train", 24, size=32), "val": Scenes("val", 10, size=32)})
+    return root.parents[1]
+
+
+def test_it_trains_on_a_folder_in_the_layout_of_voc(voc: Path, tmp_path: Path) -> None:
+    sizes = voc / "VOCdevkit" / "VOC2012" / "sizes.csv"
+    done = quickstart(*TINY, "--data", "voc", "--root", voc, "--sizes", sizes, "--workers", "2", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(rows(done.stdout)) == 3
+    assert "measured" not in done.stdout, "the sizes of a file are taken as they are"
+    assert (tmp_path / "quickstart.png").exists()
+
+
+@pytest.mark.slow
+def test_scenes_on_disk_give_the_sizes_of_scenes_in_memory(
+    finished: tuple[subprocess.CompletedProcess[str], Path], voc: Path, tmp_path: Path
+) -> None:
+    done = quickstart(*TINY, "--data", "voc", "--root", voc, "--out", tmp_path)
+    assert done.stdout.splitlines()[0] == finished[0].stdout.splitlines()[0]
+
+
+@pytest.mark.slow
+def test_two_processes_give_one_table_and_one_picture(tmp_path: Path) -> None:
+    done = quickstart(*TINY, "--out", tmp_path, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("IoU") == done.stdout.count("picture:") == done.stdout.count("seed 0:") == 1
+    assert len(rows(done.stdout)) == 3
+    assert len(re.findall("full masks: 100%.*3/3", done.stderr.replace("\r", "\n"))) == 2  # the last, drawn twice
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["quickstart.png", "seed0"]
+
+
+@pytest.mark.slow
+def test_a_stopped_run_goes_on_to_the_same_table(
+    finished: tuple[subprocess.CompletedProcess[str], Path], tmp_path: Path
+) -> None:
+    """As if it had been stopped during the second training."""
+    first = quickstart(*TINY, "--out", tmp_path)
+    folder = tmp_path / "seed0" / "checkpoints"
+    expected = storage.load(folder / "tag_barrier.pt")["model"]
+    (folder / "size_targets.pt").unlink()
+    (folder / "tag_barrier.pt").unlink()
+    resumed = quickstart(*TINY, "--out", tmp_path, "--resume")
+    assert rows(resumed.stdout) == rows(first.stdout) == rows(finished[0].stdout)
+    assert "full masks: 100%|██████████| 3/3 [00:00<?" in resumed.stderr, "nothing was left to do"
+    for name, values in storage.load(folder / "tag_barrier.pt")["model"].items():
+        assert torch.equal(values, expected[name]), name
+    other = quickstart(*TINY, "--out", tmp_path, "--resume", "--seed", "0", "--size", "40")
+    assert re.fullmatch(r"error: cannot resume: .*pretraining.pt was written with size 32, not 40\n", other.stderr)

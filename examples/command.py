@@ -1,0 +1,77 @@
+"""The command line of the examples: options, one-line errors, the folder that results go to."""
+
+import contextlib
+import io
+import itertools
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import processes
+import tyro
+from data.sample import DataError
+from storage import StorageError
+
+Config = TypeVar("Config")
+
+
+def parse(config: type[Config], args: Sequence[str] | None = None) -> Config:
+    """The command line as a configuration dataclass; a wrong option ends the program with one line on stderr.
+
+    Args:
+        config: a dataclass whose fields have defaults and docstrings; its ``__post_init__`` may raise ``ValueError``.
+        args: arguments instead of those of the command line.
+    """
+    messages = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(messages):
+            return tyro.cli(config, args=args)
+    except SystemExit as end:
+        if end.code and processes.rank() == 0:  # all processes have the same command line
+            lines = [line.strip("│╰╯ ") for line in messages.getvalue().splitlines()[1:]]  # without the title
+            while not lines[0].strip("─-"):
+                lines.pop(0)
+            message = itertools.takewhile(lambda line: line.strip("─-"), lines)  # hints follow below a rule
+            print(f"error: {' '.join(message)} (see --help)", file=sys.stderr)
+        raise
+
+
+def check_least(config: object, **bounds: int) -> None:
+    """Raises ``ValueError`` for the first field of a configuration that is below its bound."""
+    for name, bound in bounds.items():
+        if getattr(config, name) < bound:
+            raise ValueError(f"--{name.replace('_', '-')}: expected at least {bound}, got {getattr(config, name)}")
+
+
+def output_folder(path: Path) -> Path:
+    """Makes a folder that can be written to, or ends the program with one line on stderr."""
+    probe = path / f".writable{os.getpid()}"  # each process has its own
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise SystemExit(f"error: cannot write to {path}: {error.strerror}") from None
+    return path
+
+
+def run(main: Callable[[Config], None], config: type[Config]) -> None:
+    """Runs an example with its command line, in one process or in those of ``torchrun``.
+
+    What a user can mend, in data, folders or settings, ends it with one line on stderr.
+
+    Args:
+        main: the example.
+        config: its configuration, with a field ``device``.
+    """
+    try:
+        options = parse(config)
+        with processes.joined(options.device):  # type: ignore[attr-defined]
+            main(options)
+    except (DataError, StorageError, FloatingPointError) as error:
+        # A worker process of a data loader puts its traceback before the message.
+        raise SystemExit(f"error: {str(error).rsplit('DataError: ')[-1].strip()}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("stopped") from None

@@ -1,0 +1,242 @@
+"""Reading what lies on disk. Whatever is wrong with a file is a :class:`DataError` of one line that names it."""
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision_cpu  # noqa: F401  (before torchvision)
+from PIL import Image
+from torch import Tensor
+from torchvision import tv_tensors
+
+from data.sample import VOID, DataError, Images, Sample
+
+BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for files it cannot read
+
+
+class ImageFiles(Images):
+    """Images, masks and sizes in files. All of them are looked for at once; images and masks are read when needed.
+
+    Args:
+        classes: names of the classes.
+        names: of the images.
+        images: JPEG or PNG files, one per image.
+        masks: PNG files of class indices, one per image.
+        with_masks: whether samples have ``"labels"``; the masks need not be there otherwise.
+        sizes: CSV file of the sizes, see :func:`read_sizes`; samples have ``"sizes"``, float32 ``[K]``, if given.
+
+    Raises:
+        DataError: a file is missing, or the sizes are wrong; from ``[index]`` and ``labels``, a file that cannot be
+            read or that contradicts another.
+    """
+
+    def __init__(
+        self,
+        classes: tuple[str, ...],
+        names: Sequence[str],
+        images: Sequence[Path],
+        masks: Sequence[Path],
+        *,
+        with_masks: bool,
+        sizes: Path | None,
+    ) -> None:
+        for path in images:
+            check_file(path, "an image")
+        for path in masks if with_masks else ():
+            check_file(path, "a mask")
+        self.classes, self.names = classes, names
+        self._images, self._masks, self._with_masks = images, masks, with_masks
+        self._sizes = None if sizes is None else read_sizes(sizes, names, classes)
+
+    def __getitem__(self, index: int) -> Sample:
+        image = read_image(self._images[index])
+        sample: Sample = {"image": image}
+        if self._with_masks:
+            sample["labels"] = read_labels(self._masks[index], len(self.classes), size=image.shape[1:])
+        if self._sizes is not None:
+            sample["sizes"] = self._sizes[index]
+        return sample
+
+    def labels(self, index: int) -> Tensor:
+        """Labels of an image, int64 ``[H, W]``; only the mask is read."""
+        return read_labels(self._masks[index], len(self.classes))
+
+
+def check_folder(path: Path) -> None:
+    """Raises :class:`DataError` if there is no such folder."""
+    if not path.is_dir():
+        raise DataError(f"{path}: expected a folder, found none")
+
+
+def check_file(path: Path, what: str) -> None:
+    """Raises :class:`DataError` if there is no such file, saying what it should be."""
+    if not path.is_file():
+        raise DataError(f"{path}: expected {what}, found no file")
+
+
+def read_image(path: Path) -> tv_tensors.Image:
+    """A JPEG or PNG image, float32 ``[3, H, W]``, RGB in [0, 1]; transparency is left out.
+
+    Raises:
+        DataError: no file, no image, a damaged one, or more than 8 bits of grey.
+    """
+    image, _ = _decode(path, "a JPEG or PNG image", ("JPEG", "PNG"))
+    if image.mode.startswith(("I", "F")):  # Pillow would cut the values off at 255
+        raise DataError(f"{path}: expected 8 bits for each channel, got an image of mode {image.mode}")
+    image.info.pop("transparency", None)  # of a palette; Pillow warns of leaving it out
+    pixels = torch.from_numpy(np.array(image.convert("RGB")))
+    return tv_tensors.Image(pixels.permute(2, 0, 1).contiguous().float() / 255)
+
+
+def read_labels(path: Path, classes: int, *, size: Sequence[int] | None = None) -> tv_tensors.Mask:
+    """A mask whose pixel values are class indices, or 255 where the class is not known: int64 ``[H, W]``.
+
+    Args:
+        path: an indexed PNG, or one in greys of 8 bits.
+        classes: number of classes.
+        size: height and width of the image that the mask belongs to; not checked if None.
+
+    Raises:
+        DataError: no file, no PNG, a damaged one, colours instead of indices, another size, an unknown label.
+    """
+    image, layout = _decode(path, "a PNG mask", ("PNG",))
+    if image.mode != "P" and layout != "L":  # greys of fewer bits are not indices: Pillow stretches them to 0..255
+        raise DataError(f"{path}: expected class indices (an indexed PNG, or greys of 8 bits), got mode {layout}")
+    if size is not None and image.size != (size[1], size[0]):
+        raise DataError(
+            f"{path}: expected {size[1]}x{size[0]} (width x height) as the image, got {image.width}x{image.height}"
+        )
+    labels = torch.from_numpy(np.array(image)).long()
+    unknown = labels[(labels >= classes) & (labels != VOID)]
+    if len(unknown):
+        raise DataError(f"{path}: expected labels from 0 to {classes - 1} and {VOID} (void), got {unknown[0]}")
+    return tv_tensors.Mask(labels)
+
+
+def read_list(path: Path) -> list[str]:
+    """Names, one in a line.
+
+    Raises:
+        DataError: no file, not UTF-8, no names, an empty line between names, a name twice.
+    """
+    names = [line.strip() for line in _read_text(path).rstrip().splitlines()]
+    if not names:
+        raise DataError(f"{path}: expected at least one name, got an empty file")
+    if "" in names:
+        raise DataError(f"{path}:{names.index('') + 1}: expected a name, got an empty line")
+    check_unique(path, names)
+    return names
+
+
+def check_unique(path: Path, names: Sequence[str]) -> None:
+    """Raises :class:`DataError` if a name occurs twice in a list."""
+    lines: dict[str, int] = {}
+    for line, name in enumerate(names, 1):
+        if lines.setdefault(name, line) != line:
+            raise DataError(f"{path}:{line}: expected every name once, got {name} again (first in line {lines[name]})")
+
+
+def read_classes(path: Path) -> tuple[str, ...]:
+    """Names of the classes, one in a line, the background first.
+
+    Raises:
+        DataError: as :func:`read_list`; fewer than 2 classes, or more than 255.
+    """
+    classes = tuple(read_list(path))
+    if not 2 <= len(classes) <= VOID:
+        raise DataError(f"{path}: expected 2 to {VOID} classes, the background first, got {len(classes)}")
+    return classes
+
+
+def read_sizes(path: Path, names: Sequence[str], classes: Sequence[str]) -> Tensor:
+    """Sizes of the classes in each image, as shares of its labelled pixels, from a CSV file.
+
+    Args:
+        path: its header is ``name`` and names of classes, in any order; a class without a column has size 0.
+        names: of the images; rows of further images are not looked at.
+        classes: names of the classes.
+
+    Returns:
+        ``[N, K]``, float32.
+
+    Raises:
+        DataError: no file, not UTF-8, no CSV; a header without ``name``, with an unknown class or with a column
+            twice; an image without a row or with two; a row with too few or too many fields, with something other
+            than numbers of at least 0, or whose sum is not 1 within 1e-3.
+    """
+    rows = csv.reader(io.StringIO(_read_text(path)), skipinitialspace=True, strict=True)
+    try:
+        lines = [(rows.line_num, row) for row in rows if row]
+    except csv.Error as error:
+        raise DataError(f"{path}:{rows.line_num}: expected comma-separated values, got: {error}") from None
+    header = lines[0][1] if lines else []
+    _check_header(path, header, classes)
+    wanted = set(names)
+    sizes: dict[str, list[float]] = {}
+    for line, row in lines[1:]:
+        if len(row) != len(header):
+            raise DataError(f"{path}:{line}: expected {len(header)} fields as in the header, got {len(row)}")
+        fields = dict(zip(header, row, strict=True))
+        name = fields["name"]
+        if name not in wanted:
+            continue
+        if name in sizes:
+            raise DataError(f"{path}:{line}: expected one row for each image, got another for {name}")
+        sizes[name] = _shares(f"{path}:{line}: {name}", [fields.get(label, "0") for label in classes])
+    missing = [name for name in names if name not in sizes]
+    if missing:
+        raise DataError(f"{path}: expected a row for each image, got none for {missing[0]} ({len(missing)} missing)")
+    return torch.tensor([sizes[name] for name in names], dtype=torch.float32)
+
+
+def _check_header(path: Path, header: Sequence[str], classes: Sequence[str]) -> None:
+    if "name" not in header:
+        raise DataError(f"{path}:1: expected a header name,<class>,<class>,..., got {','.join(header)!r}")
+    for column in header:
+        if column != "name" and column not in classes:
+            raise DataError(f"{path}:1: expected columns called name or {', '.join(classes)}, got {column!r}")
+        if header.count(column) > 1:
+            raise DataError(f"{path}:1: expected every column once, got {column} twice")
+
+
+def _shares(where: str, texts: Sequence[str]) -> list[float]:
+    """The numbers of a row, in double precision."""
+    values = []
+    for text in texts:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not value >= 0:
+            raise DataError(f"{where}: expected numbers of at least 0, got {text!r}")
+        values.append(value)
+    if not abs(sum(values) - 1) <= 1e-3:
+        raise DataError(f"{where}: expected sizes that sum to 1 within 0.001, got a sum of {sum(values):.6g}")
+    return values
+
+
+def _read_text(path: Path) -> str:
+    check_file(path, "a text file")
+    try:
+        return path.read_text(encoding="utf-8-sig")  # with or without the mark that spreadsheets put first
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: expected UTF-8 text, got {error.reason} at byte {error.start}") from None
+    except OSError as error:
+        raise DataError(f"{path}: expected a file that can be read, got: {error.strerror}") from None
+
+
+def _decode(path: Path, what: str, formats: tuple[str, ...]) -> tuple[Image.Image, object]:
+    """A decoded image, and Pillow's name for the layout of the pixels in the file."""
+    check_file(path, what)
+    try:
+        with Image.open(path, formats=formats) as image:
+            layout = image.tile[0][3] if image.tile else None
+            image.load()
+            return image, layout
+    except BROKEN as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path}: expected {what} that can be read, got: {reason}") from None

@@ -1,0 +1,56 @@
+"""Where the images of an example come from: scenes, a folder in the layout of VOC 2012, a plain folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import engine
+from command import check_least
+
+from data.augment import Fit
+from data.folder import Folder
+from data.sample import Images, Stacked
+from data.scenes import CLASSES, Scenes, Split, stack
+from data.voc import VOC
+
+EVALUATED = 200  # scenes
+
+
+@dataclass(frozen=True)
+class Options(engine.Options):
+    """What every training on images can be told on the command line."""
+
+    data: Literal["scenes", "voc", "folder"] = "scenes"
+    """Images: scenes, which are drawn; voc, the layout of VOC 2012; folder, with train/ and val/ that have images/,
+    masks/ and classes.txt each."""
+    root: Path | None = None
+    """Folder of the images, for voc and folder."""
+    train_split: str = "train"
+    """Training images of voc: the name of their list, trainaug for those of SBD."""
+    split: Literal["val", "final"] = "val"
+    """Images that are evaluated: val, or final, scenes kept for figures to report; settings were chosen on val."""
+    scenes: int = 1500
+    """Number of training scenes."""
+    size: int = 48
+    """Height and width of the images in pixels; photographs are made to fit and padded."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, scenes=1, size=32)
+        if (self.root is None) != (self.data == "scenes"):
+            raise ValueError(f"--root: expected a folder with --data voc or folder only, got --data {self.data}")
+
+    def images(self, purpose: Literal["train", "evaluate"]) -> Images:
+        """Images with masks, to train on or to evaluate."""
+        split: Split = "train" if purpose == "train" else self.split
+        if self.root and self.data == "voc":
+            return VOC(self.root, self.train_split if purpose == "train" else split)
+        if self.root and self.data == "folder":
+            return Folder(self.root / split)
+        count, seed = (self.scenes, self.seed) if purpose == "train" else (EVALUATED, 0)
+        scenes = stack(Scenes(split, count, size=self.size, seed=seed))
+        return Stacked(CLASSES, scenes.image, scenes.labels)
+
+    def fit(self, *, mirror: bool = False) -> Fit:
+        """Brings images to one size; what is known of whole images stays true."""
+        return Fit(self.size, mirror=mirror)

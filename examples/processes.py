@@ -1,0 +1,76 @@
+"""One process, or several that ``torchrun`` has started and that share the work."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Device = Literal["auto", "cpu", "cuda"]
+Value = TypeVar("Value")
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def count() -> int:
+    """Number of processes."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def pick_device(name: Device) -> torch.device:
+    """The device of that name; ``"auto"`` is the GPU when there is one. Each process of a machine has its own GPU."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("error: --device cuda: PyTorch sees no CUDA device")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+@contextlib.contextmanager
+def joined(device: Device) -> Iterator[None]:
+    """Within it the processes can talk to each other: by NCCL on GPUs, by Gloo on CPUs."""
+    if count() == 1:
+        yield
+        return
+    place = pick_device(device)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    yield
+    dist.destroy_process_group()  # not after an exception: the others may never come
+
+
+def total(value: Tensor) -> Tensor:
+    """Sum of a tensor over the processes."""
+    if count() > 1:
+        value = value.clone()
+        dist.all_reduce(value)
+    return value
+
+
+def gather(value: Value) -> list[Value]:
+    """What each of the processes has."""
+    if count() == 1:
+        return [value]
+    values: list[Value] = [value] * count()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def same_buffers(model: torch.nn.Module) -> None:
+    """Gives all processes the buffers of the first; those of batch normalisation differ between them."""
+    if count() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def say(text: str) -> None:
+    """Prints, once."""
+    if rank() == 0:
+        print(text, flush=True)

@@ -1,0 +1,16 @@
+"""Runs an example as a user does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_example(name: str, *options: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    """``python examples/NAME.py OPTIONS``, or ``torchrun --nproc-per-node PROCESSES`` in place of ``python``."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *launcher * (processes > 1), str(ROOT / "examples" / f"{name}.py"), *map(str, options)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
