@@ -161,7 +161,7 @@ def read_sizes(path: Path, names: Sequence[str], classes: Sequence[str]) -> Tens
         classes: names of the classes.
 
     Returns:
-        ``[N, K]``, float32.
+        ``[N, K]``, float32; each row, which may be rounded in the file, is divided by its sum.
 
     Raises:
         DataError: no file, not UTF-8, no CSV; a header without ``name``, with an unknown class or with a column
@@ -214,9 +214,10 @@ def _shares(where: str, texts: Sequence[str]) -> list[float]:
         if not value >= 0:
             raise DataError(f"{where}: expected numbers of at least 0, got {text!r}")
         values.append(value)
-    if not abs(sum(values) - 1) <= 1e-3:
-        raise DataError(f"{where}: expected sizes that sum to 1 within 0.001, got a sum of {sum(values):.6g}")
-    return values
+    total = sum(values)
+    if not abs(total - 1) <= 1e-3:
+        raise DataError(f"{where}: expected sizes that sum to 1 within 0.001, got a sum of {total:.6g}")
+    return [value / total for value in values]
 
 
 def _read_text(path: Path) -> str:

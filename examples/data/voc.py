@@ -95,7 +95,7 @@ def read_boxes(
     """Boxes of all objects of an image, and their classes, from an annotation of VOC.
 
     VOC counts pixels from 1, far ends inclusive: ``xmin`` 1 and ``xmax`` 500 are the whole width of an image of 500
-    pixels, here 0 and 500. A few of its coordinates are fractions; none is outside the image.
+    pixels, here 0 and 500. A few of its coordinates are fractions.
 
     Args:
         path: an XML file; parts of objects, which have boxes of their own, are left out.

@@ -1,6 +1,7 @@
 """The quickstart as a user runs it, on a tiny budget."""
 
 import re
+import shutil
 import subprocess
 from functools import partial
 from pathlib import Path
@@ -134,6 +135,29 @@ def test_it_trains_on_a_folder_in_the_layout_of_voc(voc: Path, tmp_path: Path) -
     assert len(rows(done.stdout)) == 3
     assert "measured" not in done.stdout, "the sizes of a file are taken as they are"
     assert (tmp_path / "quickstart.png").exists()
+
+
+@pytest.mark.slow
+def test_it_trains_on_plain_folders(voc: Path, tmp_path: Path) -> None:
+    source = voc / "VOCdevkit" / "VOC2012"
+    for split in ("train", "val"):
+        for folder in ("images", "masks"):
+            (tmp_path / split / folder).mkdir(parents=True)
+        shutil.copy(source / "classes.txt", tmp_path / split)
+        for name in (source / "ImageSets" / "Segmentation" / f"{split}.txt").read_text().split():
+            shutil.copy(source / "JPEGImages" / f"{name}.jpg", tmp_path / split / "images")
+            shutil.copy(source / "SegmentationClass" / f"{name}.png", tmp_path / split / "masks")
+    done = quickstart(*TINY, "--data", "folder", "--root", tmp_path, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert len(rows(done.stdout)) == 3
+    (tmp_path / "train" / "images" / f"train_{3:06d}.jpg").write_bytes(b"")
+    for workers in (0, 2):
+        done = quickstart(*TINY, "--data", "folder", "--root", tmp_path, "--workers", workers, "--out", tmp_path / "no")
+        assert done.returncode == 1
+        assert re.search(
+            r"^error: .*train_000003.jpg: expected a JPEG or PNG image that can be read, .*$", done.stderr, re.M
+        )
+        assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
