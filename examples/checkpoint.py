@@ -31,27 +31,39 @@ class Checkpoint:
         """Replaces the file at once: with the parts, how far the training is, and each process's random numbers."""
         states = processes.gather(random_state())
         if processes.rank() == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             state = {"settings": dict(self.settings), "progress": progress, "random": states}
-            storage.save(self.path, state | {name: part.state_dict() for name, part in self.parts.items()})
+            storage.save(self.path, _plain(state | {name: part.state_dict() for name, part in self.parts.items()}))
 
     def restore(self) -> dict[str, Any] | None:
         """Puts parts and random numbers back to where they were; returns the progress, or None without a file.
 
         Raises:
-            StorageError: a file that cannot be read, or that was written with other settings.
+            StorageError: a file that cannot be read, or that was written with other settings or for another model.
         """
         if not self.path.exists():
             return None
         state = storage.load(self.path)
-        for name, value in self.settings.items():
-            if state["settings"].get(name) != value:
-                found = state["settings"].get(name)
-                raise StorageError(f"cannot resume: {self.path} was written with {name} {found}, not {value}")
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-        restore_random_state(state["random"][processes.rank() % len(state["random"])])
-        return state["progress"]
+        try:
+            for name, value in self.settings.items():
+                if state["settings"].get(name) != value:
+                    found = state["settings"].get(name)
+                    raise StorageError(f"cannot resume: {self.path} was written with {name} {found}, not {value}")
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            if processes.rank() < len(state["random"]):  # further processes keep their own
+                restore_random_state(state["random"][processes.rank()])
+            return state["progress"]
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
+            raise StorageError(f"cannot resume: {self.path} is of something else: {storage.reason(error)}") from error
+
+
+def _plain(state: Any) -> Any:
+    """NumPy's numbers, such as a learning rate, as Python's: others would need trust when they are loaded."""
+    if type(state) is dict:  # an OrderedDict of weights has attributes, and no numbers
+        return {key: _plain(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(map(_plain, state))
+    return state.item() if isinstance(state, np.generic) else state
 
 
 def random_state() -> dict[str, Any]:
@@ -59,10 +71,10 @@ def random_state() -> dict[str, Any]:
     numpy: Any = np.random.get_state()  # noqa: NPY002  (the global one, for the user's code)
     state = {
         "python": random.getstate(),
-        "numpy": (numpy[0], numpy[1].tolist(), *numpy[2:]),  # an array would need trust when it is loaded
+        "numpy": (numpy[0], numpy[1].tolist(), *numpy[2:]),
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
@@ -72,5 +84,5 @@ def restore_random_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])  # noqa: NPY002
     torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
+    if "cuda" in state and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(state["cuda"])

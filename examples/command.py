@@ -34,7 +34,8 @@ def parse(config: type[Config], args: Sequence[str] | None = None) -> Config:
             while not lines[0].strip("─-"):
                 lines.pop(0)
             message = itertools.takewhile(lambda line: line.strip("─-"), lines)  # hints follow below a rule
-            print(f"error: {' '.join(message)} (see --help)", file=sys.stderr)
+            text = " ".join(message).removeprefix(f"Error parsing {config.__name__}: ")
+            print(f"error: {text} (see --help)", file=sys.stderr)
         raise
 
 
@@ -73,5 +74,9 @@ def run(main: Callable[[Config], None], config: type[Config]) -> None:
     except (DataError, StorageError, FloatingPointError) as error:
         # A worker process of a data loader puts its traceback before the message.
         raise SystemExit(f"error: {str(error).rsplit('DataError: ')[-1].strip()}") from None
+    except RuntimeError as error:
+        if processes.count() > 1 and "closed by peer" in str(error):
+            raise SystemExit("stopped: another process has ended") from None
+        raise
     except KeyboardInterrupt:
         raise SystemExit("stopped") from None

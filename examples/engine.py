@@ -5,6 +5,7 @@ import dataclasses
 import math
 import os
 import random
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,15 +15,13 @@ from typing import Any, Literal, cast
 import numpy as np
 import processes
 import torch
-import torchvision_cpu  # noqa: F401  (before torchmetrics, which imports torchvision)
 from checkpoint import Checkpoint
-from command import check_least
+from command import check_least, output_folder
 from data.sample import VOID, Batch, Images
 from data.stream import Augment, Prepared, Stream, loader
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torchmetrics.classification import MulticlassJaccardIndex
 from tqdm import tqdm
 
 Loss = Callable[[Any, Batch], Tensor]  # from the output of a model for a batch's images, and the batch, to a scalar
@@ -78,7 +77,18 @@ class Progress:
     step: int = 0  # optimizer steps done
     loss: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(()))  # running mean
     curve: list[tuple[int, float]] = dataclasses.field(default_factory=list)  # step, mIoU
-    seconds: float = 0.0  # of training, those before a stop included
+    seconds: float = 0.0  # of training and evaluation, those before a stop included
+
+
+def start(options: Options) -> Path:
+    """Makes the folder of a run, without the checkpoints of an earlier one unless it goes on; seeds everything."""
+    folder = output_folder(options.out)
+    if not options.resume and processes.rank() == 0:
+        for path in (folder / "checkpoints").glob("*.pt"):
+            path.unlink()
+    processes.gather(None)  # nobody begins before
+    seed_everything(options.seed)
+    return folder
 
 
 def seed_everything(seed: int) -> None:
@@ -123,25 +133,28 @@ def train(
         steps: optimizer steps.
         name: of the checkpoint and of the progress bar.
         options: of the command line.
-        counts: what sums are divided by, scalars at least 1 in the end; see above.
+        counts: what sums are divided by, scalars, by the name that they get in the batch; see above.
         evaluate: from the model to the IoU of its classes; called ``evaluations`` times, the last one at the end.
         evaluations: evenly spaced over the training.
 
     Raises:
         StorageError: a checkpoint that cannot be written, or read, or that was written with other options.
-        FloatingPointError: a loss that is not finite.
+        FloatingPointError: a loss, or weights at a checkpoint, that are not finite.
     """
     device = next(model.parameters()).device
     scaler = torch.amp.GradScaler(device.type, enabled=options.precision == "fp16")  # its gradients have a small range
-    rates = [group["lr"] for group in optimizer.param_groups]
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
     settings = {key: str(value) for key, value in vars(options).items() if key not in FREE}
     checkpoint = Checkpoint(
-        options.out / "checkpoints" / f"{name.replace(' ', '_')}.pt",
+        options.out / "checkpoints" / f"{_file_name(name)}.pt",
         settings | {f"steps of {name}": str(steps)},
         {"model": model, "optimizer": optimizer, "scaler": scaler},
     )
+    if processes.rank():
+        seed_everything(options.seed + 1_000_003 * processes.rank())  # its own dropout
     progress = Progress(**((options.resume and checkpoint.restore()) or {}))
-    parallel = DistributedDataParallel(model) if processes.count() > 1 else model
+    # Looking for parameters without gradient also keeps the order of sums, which a resumed training would change.
+    parallel = DistributedDataParallel(model, find_unused_parameters=True) if processes.count() > 1 else model
     due = {steps * (i + 1) // evaluations for i in range(evaluations)} if evaluate else set()
     began = time.perf_counter() - progress.seconds
     bar = tqdm(
@@ -163,21 +176,28 @@ def train(
             progress.loss = value if progress.step == 1 else 0.95 * progress.loss + 0.05 * value
             if evaluate and progress.step in due:
                 processes.same_buffers(model)
-                progress.curve.append((progress.step, evaluate(model).mean().item()))
+                progress.curve.append((progress.step, evaluate(model).nanmean().item()))
                 log(progress.step, mIoU=progress.curve[-1][1])
-            if progress.step % 10 == 0 or progress.step == steps:  # reading the loss makes a GPU wait
+            saved = progress.step % options.save_every == 0 or progress.step == steps
+            if progress.step % 10 == 0 or saved:  # reading the loss makes a GPU wait
                 shown = progress.loss.item()
                 if not math.isfinite(shown):
                     raise FloatingPointError(f"{name}: the loss is {shown} after {progress.step} of {steps} steps")
                 log(progress.step, loss=shown, lr=optimizer.param_groups[0]["lr"])
                 miou = {"mIoU": f"{progress.curve[-1][1]:.3f}"} if progress.curve else {}
                 bar.set_postfix({"loss": f"{shown:.3f}", **miou}, refresh=False)
-            if progress.step % options.save_every == 0 or progress.step == steps:
+            if saved:
+                if not all(parameter.isfinite().all() for parameter in model.parameters()):
+                    raise FloatingPointError(f"{name}: weights are not finite after {progress.step} of {steps} steps")
                 processes.same_buffers(model)
                 progress.seconds = time.perf_counter() - began
                 checkpoint.save(vars(progress))
             bar.update()
     return progress
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"\W+", "_", name)
 
 
 def _to(device: torch.device, batch: Batch) -> Batch:
@@ -190,7 +210,8 @@ def _to(device: torch.device, batch: Batch) -> Batch:
 def _share_counts(parts: list[Batch], counts: Mapping[str, Callable[[Batch], Tensor]]) -> None:
     """Adds to each batch of a step what all of them have, in all processes, divided by their number."""
     for name, count in counts.items():
-        mean = processes.total(torch.stack([count(batch) for batch in parts]).sum()) / (processes.count() * len(parts))
+        total = processes.total(torch.stack([count(batch) for batch in parts]).sum())
+        mean = total.clamp(min=1) / (processes.count() * len(parts))  # what is divided by it is 0 where nothing counts
         for batch in parts:
             batch[name] = mean
 
@@ -234,7 +255,7 @@ def _log(options: Options, name: str, step: int) -> Iterator[Callable[..., None]
         for key, value in scalars.items():
             writer.add_scalar(key, value, step)
 
-    with SummaryWriter(options.out / "tensorboard" / name.replace(" ", "_"), purge_step=step + 1) as writer:
+    with SummaryWriter(options.out / "tensorboard" / _file_name(name), purge_step=step + 1) as writer:
         yield log
 
 
@@ -244,6 +265,7 @@ def evaluate(
 ) -> Tensor:
     """IoU of every class, ``[K]``: intersections and unions are summed over all images before they are divided.
 
+    NaN for a class that is neither in the labels nor in the predictions: leave it out of the mean by ``nanmean``.
     Several processes share the images. The modes of the modules of the model are as before in the end.
 
     Args:
@@ -253,15 +275,17 @@ def evaluate(
         batch_size: images at once, in one process.
         workers: processes that read images.
     """
-    device = next(model.parameters()).device
-    metric = MulticlassJaccardIndex(len(data.classes), average="none", ignore_index=VOID).to(device)
+    device, count = next(model.parameters()).device, len(data.classes)
+    pairs = torch.zeros(count * count, dtype=torch.int64, device=device)  # pixels by truth and prediction
     own = [(0, i) for i in range(processes.rank(), len(data), processes.count())]
     batches = [own[i : i + batch_size] for i in range(0, len(own), batch_size)]
     with inference(model):
         for batch in loader(Prepared(data, augment), batches, workers):
-            metric.update(model(batch["image"].to(device)).argmax(1), batch["labels"].to(device))
-    iou: Tensor = metric.compute()
-    return iou
+            found, labels = model(batch["image"].to(device)).argmax(1), batch["labels"].to(device)
+            labelled = labels != VOID
+            pairs += torch.bincount(labels[labelled] * count + found[labelled], minlength=count * count)
+    table = processes.total(pairs).view(count, count).double()
+    return table.diag() / (table.sum(0) + table.sum(1) - table.diag())
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import engine
 import torch
 import torch.nn.functional as F
-from command import check_least, output_folder, run
+from command import check_least, run
 from data.sample import VOID, Batch
 from data.source import Options
 from data.stream import Prepared, loader
@@ -27,7 +27,7 @@ from segattr.metrics import contour_f, region_similarity
 class Config(Options):
     """Goes on training one small classifier with six losses; prints the quality of their CAMs, draws them.
 
-    CAMs are half as large as the images.
+    CAMs are half as large as the images; those of the first 200 images of the split are assessed.
     """
 
     steps: int = 200
@@ -98,15 +98,16 @@ def assess(model: nn.Module, test: Batch, seconds: float) -> Outcome:
     maps = maps * present(test)[:, :, None, None]
     classes = torch.arange(test["tags"].shape[1], device=maps.device).view(-1, 1, 1)
     truth, labelled = test["labels"][:, None] == classes, test["labels"] != VOID
-    outcomes = []
-    for percent in range(10, 95, 5):
-        masks = torch.cat([torch.full_like(maps[:, :1], percent / 100), maps], 1).argmax(1)
-        found = masks[:, None] == classes
-        region = region_similarity(found, truth, valid=labelled, pooled=True)
-        outcomes.append((region.mean(), percent / 100, region, found, masks))
-    _, threshold, region, found, masks = max(outcomes, key=lambda outcome: outcome[0])
-    contour = contour_f(found, truth, valid=labelled, pooled=True)
-    return Outcome(threshold, region, contour, masks[:SHOWN].cpu(), seconds)
+
+    def masks(threshold: float) -> Tensor:
+        return torch.cat([torch.full_like(maps[:, :1], threshold), maps], 1).argmax(1)
+
+    def region(threshold: float) -> Tensor:
+        return region_similarity(masks(threshold)[:, None] == classes, truth, valid=labelled, pooled=True)
+
+    best = max((percent / 100 for percent in range(10, 95, 5)), key=lambda threshold: region(threshold).mean())
+    contour = contour_f(masks(best)[:, None] == classes, truth, valid=labelled, pooled=True)
+    return Outcome(best, region(best), contour, masks(best)[:SHOWN].cpu(), seconds)
 
 
 def table(outcomes: dict[str, Outcome]) -> str:
@@ -127,8 +128,7 @@ def picture(test: Batch, outcomes: dict[str, Outcome], path: Path) -> None:
 
 
 def main(config: Config) -> None:
-    folder = output_folder(config.out)
-    engine.seed_everything(config.seed)
+    folder = engine.start(config)
     device, images = pick_device(config.device), config.images("evaluate")
     keys = [(0, i) for i in range(min(EVALUATED, len(images)))]
     test = next(iter(loader(Prepared(images, config.fit()), [keys], config.workers)))

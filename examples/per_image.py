@@ -53,7 +53,7 @@ def each_image(
             that NumPy has, such as bfloat16.
     """
     for image in data.names:
-        if Path(image).name != image:
+        if Path(image).name != image or "\0" in image or not image.strip("."):
             raise DataError(f"names of the images: expected file names, got {image!r}")
     wanted = _plain(settings)
     _enter(folder, wanted)  # each process by itself, so that all of them stop
@@ -145,6 +145,8 @@ def _content(work: Callable[[Sample], Mapping[str, Tensor]], data: Images, index
     file = io.BytesIO()
     try:
         arrays = {key: _array(key, value) for key, value in work(data[index]).items()}
+        if taken := {"file", "allow_pickle"} & arrays.keys():
+            raise ValueError(f"expected other names of results than NumPy's own {sorted(taken)}")
         np.savez_compressed(file, **arrays)
     except (DataError, StorageError):  # name their file
         raise

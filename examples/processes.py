@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Literal, TypeVar
 
 import torch
@@ -29,7 +30,10 @@ def pick_device(name: Device) -> torch.device:
         raise SystemExit("error: --device cuda: PyTorch sees no CUDA device")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    place = int(os.environ.get("LOCAL_RANK", "0"))
+    if place >= torch.cuda.device_count():
+        raise SystemExit(f"error: expected at most a process for each of {torch.cuda.device_count()} GPUs, got more")
+    return torch.device("cuda", place)
 
 
 @contextlib.contextmanager
@@ -41,7 +45,8 @@ def joined(device: Device) -> Iterator[None]:
     place = pick_device(device)
     if place.type == "cuda":
         torch.cuda.set_device(place)
-    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    # Who is done first may wait for long: for the last image of a data set, say.
+    dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=timedelta(days=1))
     yield
     dist.destroy_process_group()  # not after an exception: the others may never come
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import engine
 import torch
 import torch.nn.functional as F
-from command import check_least, output_folder, run
+from command import check_least, run
 from data.files import read_sizes
-from data.sample import VOID, Annotated, Batch, Images, collate
+from data.sample import VOID, Annotated, Batch, DataError, Images, collate
 from data.source import Options
 from data.stream import Prepared
 from network import EncoderDecoder, tag_loss
@@ -32,7 +32,8 @@ class Config(Options):
     pretrain_steps: int = 300
     """Optimizer steps of the pretraining on image tags from which all three start."""
     sizes: Path | None = None
-    """CSV of size targets, name and classes in its header; without it, sizes of the masks with an error of 8%."""
+    """CSV of size targets: a header of name and classes, a row for each image (its name without ending) that sums to 1.
+    Without it, the sizes of the masks with an error of 8%."""
     repeats: int = 1
     """Number of runs; their seeds count up from --seed, and the table shows mean and standard deviation."""
     out: Path = Path("runs/quickstart")
@@ -82,6 +83,12 @@ def training_images(config: Config) -> Images:
     if config.sizes:
         return Annotated(images, targets=read_sizes(config.sizes, images.names, images.classes))
     sizes = images.sizes()
+    for name, row in zip(images.names, sizes, strict=True):
+        if not row.any():
+            raise DataError(f"{name}: expected a mask with labelled pixels, got one that is all void ({VOID})")
+    for name, share in zip(images.classes, sizes.mean(0), strict=True):
+        if not share:
+            say(f"no training mask has a pixel of {name}: masks hold the indices of the classes")
     generator = torch.Generator().manual_seed(config.seed)
     targets = segloss.corrupt_sizes(sizes, MRE * math.sqrt(math.pi / 2), generator=generator)
     measured = segloss.mean_relative_error(targets, sizes)
@@ -106,7 +113,7 @@ def experiment(config: Config, test: Images, shown: Batch) -> dict[str, Outcome]
         lambda logits, batch: tag_loss(logits, batch["tags"]),
         optimizer=optimizer(pretrained),
         steps=config.pretrain_steps,
-        name="pretraining",
+        name=f"pretraining, seed {config.seed}",
     )
     outcomes = {}
     for name, loss in SUPERVISIONS.items():
@@ -116,7 +123,7 @@ def experiment(config: Config, test: Images, shown: Batch) -> dict[str, Outcome]
             loss,
             optimizer=optimizer(model),
             steps=config.steps,
-            name=name,
+            name=f"{name}, seed {config.seed}",
             counts={"labelled": lambda batch: (batch["labels"] != VOID).sum()},
             evaluate=evaluate,
         )
@@ -127,11 +134,11 @@ def experiment(config: Config, test: Images, shown: Batch) -> dict[str, Outcome]
 
 
 def main(config: Config) -> None:
-    folder = output_folder(config.out)
+    folder = engine.start(config)
     test = config.images("evaluate")
     shown = collate([Prepared(test, config.fit())[0, i] for i in range(min(SHOWN, len(test)))])
     seeds = range(config.seed, config.seed + config.repeats)
-    runs = [experiment(dataclasses.replace(config, seed=s, out=folder / f"seed{s}"), test, shown) for s in seeds]
+    runs = [experiment(dataclasses.replace(config, seed=seed), test, shown) for seed in seeds]
     say(table(test.classes, runs))
     if rank() == 0:
         picture(shown["image"], shown["labels"], runs[0], folder / "quickstart.png")

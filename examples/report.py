@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from data.write_voc import palette
 from matplotlib.figure import Figure, FigureBase
 from torch import Tensor
 
@@ -18,34 +19,38 @@ class Outcome(NamedTuple):
 
 
 def table(classes: Sequence[str], runs: Sequence[Mapping[str, Outcome]]) -> str:
-    """IoU per class and mean, its share of the first row's, seconds; means over runs, standard deviations below."""
+    """IoU per class, mean over the classes that occur, its share of the first row's, seconds.
+
+    Means over runs; standard deviations below.
+    """
     reference, *_ = runs[0]
-    lines = [f"{'IoU':<13}" + "".join(f"{name:>11}" for name in (*classes, "mean", "of full", "seconds"))]
+    width = max(11, *(len(name) + 1 for name in classes))
+    lines = [f"{'IoU':<13}" + "".join(f"{name:>{width}}" for name in (*classes, "mean", "of full", "seconds"))]
     for name in runs[0]:
         iou = torch.stack([run[name].iou for run in runs])
-        share = [float(run[name].iou.mean() / run[reference].iou.mean()) for run in runs]
+        share = [float(run[name].iou.nanmean() / run[reference].iou.nanmean()) for run in runs]
         seconds = statistics.mean(run[name].seconds for run in runs)
         cells = [
-            *(f"{value:.3f}" for value in (*iou.mean(0), iou.mean())),
+            *(f"{value:.3f}" for value in (*iou.mean(0), iou.nanmean())),
             f"{statistics.mean(share):.1%}",
             f"{seconds:.0f}",
         ]
-        lines.append(f"{name:<13}" + "".join(f"{cell:>11}" for cell in cells))
+        lines.append(f"{name:<13}" + "".join(f"{cell:>{width}}" for cell in cells))
         if len(runs) > 1:
             spread = [
-                *(f"±{value:.3f}" for value in (*iou.std(0), iou.mean(1).std())),
+                *(f"±{value:.3f}" for value in (*iou.std(0), iou.nanmean(1).std())),
                 f"±{statistics.stdev(share):.1%}",
             ]
-            lines.append(" " * 13 + "".join(f"{cell:>11}" for cell in spread) + f"   least share {min(share):.1%}")
+            lines.append(" " * 13 + "".join(f"{cell:>{width}}" for cell in spread) + f"   least share {min(share):.1%}")
     return "\n".join(lines)
 
 
 def draw_rows(figure: FigureBase, rows: Mapping[str, Tensor]) -> None:
-    """Draws images ``[n, H, W, 3]`` and label maps ``[n, H, W]``, n of them in a row for each name."""
-    columns = len(next(iter(rows.values())))
-    for axes, (name, maps) in zip(figure.subplots(len(rows), columns), rows.items(), strict=True):
-        for axis, values in zip(axes, maps.cpu(), strict=True):
-            axis.imshow(values, cmap="Set1_r", vmin=0, vmax=8, interpolation="nearest")
+    """Draws images ``[n, H, W, 3]`` and label maps ``[n, H, W]``, in VOC's colours, n in a row for each name."""
+    columns, colours = len(next(iter(rows.values()))), palette()
+    for axes, (name, maps) in zip(figure.subplots(len(rows), columns, squeeze=False), rows.items(), strict=True):
+        for axis, values in zip(axes, maps.cpu().numpy(), strict=True):
+            axis.imshow(values if values.ndim == 3 else colours[values], interpolation="nearest")
             axis.set(xticks=[], yticks=[])
         axes[0].set_ylabel(name)
 

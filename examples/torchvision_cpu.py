@@ -1,4 +1,4 @@
-"""Makes torchvision importable beside a CPU build of PyTorch; import it before torchvision and torchmetrics.
+"""Makes torchvision importable beside a CPU build of PyTorch; import it before torchvision.
 
 The torchvision of the package index is compiled against CUDA. Beside a CPU build of PyTorch its compiled operators do
 not load, and ``import torchvision`` stops because the schema of ``nms`` is missing. Only then this module defines

@@ -1,4 +1,4 @@
-"""Writes the scenes as a folder in the layout of Pascal VOC 2012, which every example reads with ``--data voc``."""
+"""Writes the scenes as a folder in the layout of Pascal VOC 2012, for the examples that have ``--data voc``."""
 
 import shlex
 from dataclasses import dataclass

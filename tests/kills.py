@@ -115,6 +115,8 @@ def kill_while_writing(out: Path, rng: Random) -> str:
         time.sleep(rng.uniform(0, 0.01))
         process.kill()
         process.join()
+        if process.exitcode == 0:
+            raise SystemExit("the training ended before it could be killed")
         if partial.exists():
             return f"after {steps_done.value:.0f} steps, {partial.stat().st_size} bytes into a checkpoint"
 

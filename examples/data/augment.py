@@ -51,7 +51,8 @@ class Crop:
 
     Resizing and padding are those of :class:`Fit`; where the resized image is smaller than the square it lies in it at
     random. Boxes are cut off at the border, and left out with their labels if less than a pixel of width or height
-    remains.
+    remains. Tags that follow from boxes alone are then those that may be in the crop: what is left of a box need not
+    show its object, and the background may be cut off.
 
     Args:
         size: height and width of the result, in pixels.

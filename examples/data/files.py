@@ -3,13 +3,14 @@
 import csv
 import io
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torchvision_cpu  # noqa: F401  (before torchvision)
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 from torchvision import tv_tensors
 
@@ -68,13 +69,13 @@ class ImageFiles(Images):
 
 def check_folder(path: Path) -> None:
     """Raises :class:`DataError` if there is no such folder."""
-    if not path.is_dir():
+    if not os.path.isdir(path):  # unlike Path.is_dir, False as well for one that may not be looked at
         raise DataError(f"{path}: expected a folder, found none")
 
 
 def check_file(path: Path, what: str) -> None:
     """Raises :class:`DataError` if there is no such file, saying what it should be."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise DataError(f"{path}: expected {what}, found no file")
 
 
@@ -82,9 +83,13 @@ def read_image(path: Path) -> tv_tensors.Image:
     """A JPEG or PNG image, float32 ``[3, H, W]``, RGB in [0, 1]; transparency is left out.
 
     Raises:
-        DataError: no file, no image, a damaged one, or more than 8 bits of grey.
+        DataError: no file, no image, a damaged one, more than 8 bits of grey, or one that viewers turn or mirror, with
+            which a mask would not agree if it was drawn in such a viewer.
     """
     image, _ = _decode(path, "a JPEG or PNG image", ("JPEG", "PNG"))
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    if orientation not in (0, 1):
+        raise DataError(f"{path}: expected an upright image, got EXIF orientation {orientation}: save it turned")
     if image.mode.startswith(("I", "F")):  # Pillow would cut the values off at 255
         raise DataError(f"{path}: expected 8 bits for each channel, got an image of mode {image.mode}")
     image.info.pop("transparency", None)  # of a palette; Pillow warns of leaving it out

@@ -30,7 +30,10 @@ class Folder(ImageFiles):
         check_folder(root)
         folder = root / "images"
         check_folder(folder)
-        images = [path for path in folder.iterdir() if path.suffix.lower() in ENDINGS]
+        try:
+            images = [path for path in folder.iterdir() if path.suffix.lower() in ENDINGS]
+        except OSError as error:
+            raise DataError(f"{folder}: expected a folder that can be read, got: {error.strerror}") from None
         images.sort(key=lambda path: (path.stem, path.name))
         if not images:
             raise DataError(f"{folder}: expected images ({', '.join(ENDINGS)}), found none")

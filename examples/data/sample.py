@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import processes
 import torch
 import torchvision_cpu  # noqa: F401  (before torchvision)
 from torch import Tensor
@@ -50,7 +51,10 @@ class Images(Dataset[Sample]):
 
     def sizes(self) -> Tensor:
         """Shares of the classes in the labelled pixels of each whole image, ``[N, K]``."""
-        rows = [class_sizes(self.labels(i), len(self.classes)) for i in tqdm(range(len(self)), "sizes", delay=2)]
+        rows = [
+            class_sizes(self.labels(i), len(self.classes))
+            for i in tqdm(range(len(self)), "sizes", delay=2, disable=processes.rank() > 0)
+        ]
         return torch.stack(rows)
 
 
@@ -104,8 +108,9 @@ def complete(sample: Sample, classes: int) -> Sample:
     """Adds what follows from the maps and boxes of a sample, after it was cropped.
 
     ``"valid"``, bool [H, W], is False on padding. ``"tags"``, int64 [K], are the classes of the labels, void aside; for
-    want of labels those of the boxes and the background; for want of boxes those with a size. ``"sizes"``, float32
-    [K], are shares of the labelled pixels. Tags and sizes from lists of whole images, which a sample has already, stay.
+    want of labels those of the boxes and the background, which a crop may have left without a pixel; for want of boxes
+    those with a size. ``"sizes"``, float32 [K], are shares of the labelled pixels. Tags and sizes from lists of whole
+    images, which a sample has already, stay.
     """
     sample = dict(sample)
     sample.setdefault("valid", tv_tensors.Mask(torch.ones(sample["image"].shape[1:], dtype=torch.bool)))

@@ -8,8 +8,9 @@ import engine
 from command import check_least
 
 from data.augment import Fit
+from data.files import read_classes
 from data.folder import Folder
-from data.sample import Images, Stacked
+from data.sample import DataError, Images, Stacked
 from data.scenes import CLASSES, Scenes, Split, stack
 from data.voc import VOC
 
@@ -22,23 +23,27 @@ class Options(engine.Options):
 
     data: Literal["scenes", "voc", "folder"] = "scenes"
     """Images: scenes, which are drawn; voc, the layout of VOC 2012; folder, with train/ and val/ that have images/,
-    masks/ and classes.txt each."""
+    masks/ (PNG files of class indices, 255 where the class is not known) and classes.txt each."""
     root: Path | None = None
     """Folder of the images, for voc and folder."""
     train_split: str = "train"
-    """Training images of voc: the name of their list, trainaug for those of SBD."""
+    """Training images of voc: the name of their list; trainaug with SBD, whose masks are in SegmentationClassAug."""
     split: Literal["val", "final"] = "val"
     """Images that are evaluated: val, or final, scenes kept for figures to report; settings were chosen on val."""
     scenes: int = 1500
-    """Number of training scenes."""
+    """Number of training scenes, for scenes."""
     size: int = 48
     """Height and width of the images in pixels; photographs are made to fit and padded."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_least(self, scenes=1, size=32)
-        if (self.root is None) != (self.data == "scenes"):
-            raise ValueError(f"--root: expected a folder with --data voc or folder only, got --data {self.data}")
+        if self.data == "scenes" and self.root:
+            raise ValueError(f"--root: expected --data voc or --data folder with it, got --data scenes and {self.root}")
+        if self.data != "scenes" and not self.root:
+            raise ValueError(f"--root: expected the folder of --data {self.data}, got none")
+        if self.data != "voc" and self.train_split != "train":
+            raise ValueError(f"--train-split: expected --data voc with it, got --data {self.data}")
 
     def images(self, purpose: Literal["train", "evaluate"]) -> Images:
         """Images with masks, to train on or to evaluate."""
@@ -46,6 +51,9 @@ class Options(engine.Options):
         if self.root and self.data == "voc":
             return VOC(self.root, self.train_split if purpose == "train" else split)
         if self.root and self.data == "folder":
+            lists = [self.root / name / "classes.txt" for name in ("train", split)]
+            if read_classes(lists[0]) != read_classes(lists[1]):
+                raise DataError(f"{lists[1]}: expected the classes of {lists[0]}, got others, or another order")
             return Folder(self.root / split)
         count, seed = (self.scenes, self.seed) if purpose == "train" else (EVALUATED, 0)
         scenes = stack(Scenes(split, count, size=self.size, seed=seed))

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import processes
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from data.sample import Batch, Images, Sample, collate, complete
@@ -42,9 +44,15 @@ def loader(data: Prepared, keys: Iterable[list[Key]], workers: int) -> DataLoade
         batch_sampler=keys,
         collate_fn=collate,
         num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=torch.cuda.is_initialized(),
         generator=torch.Generator(),  # it would draw from the global one, and a resumed training would have another
     )
+
+
+@lru_cache(maxsize=4)
+def _order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The images of an epoch in random order."""
+    return np.random.default_rng([0, seed, epoch]).permutation(count)
 
 
 @dataclass(frozen=True)
@@ -87,9 +95,7 @@ class Stream:
         keys: list[Key] = []
         for position in range(step * self.batch_size, (step + 1) * self.batch_size):
             epoch, place = divmod(position, len(self.data))
-            if not keys or epoch != keys[-1][0]:
-                order = np.random.default_rng([0, self.seed, epoch]).permutation(len(self.data))
-            keys.append((epoch, int(order[place])))
+            keys.append((epoch, int(_order(len(self.data), self.seed, epoch)[place])))
         return keys
 
     def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:

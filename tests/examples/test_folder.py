@@ -230,6 +230,14 @@ def test_what_is_wrong_in_a_file_is_said_when_it_is_read(
         list(data)
 
 
+def test_an_image_that_viewers_turn_is_refused(root: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (3, 2)).save(root / "images" / "a.jpg", exif=exif)
+    with pytest.raises(DataError, match=r"a\.jpg: expected an upright image, got EXIF orientation 6: save it turned$"):
+        Folder(root)[0]
+
+
 def test_an_image_too_large_to_be_true_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2)
     with pytest.raises(DataError, match=r"a\.jpg: expected .* that can be read, got: Image size \(6 pixels\) exceeds"):

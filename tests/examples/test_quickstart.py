@@ -60,12 +60,12 @@ def test_it_says_how_wrong_the_sizes_are(finished: tuple[subprocess.CompletedPro
 
 def test_the_progress_bar_shows_loss_and_miou(finished: tuple[subprocess.CompletedProcess[str], Path]) -> None:
     for name in ("full masks", "size targets", "tag barrier"):
-        assert re.search(rf"{name}: 100%.*3/3.*loss=\d+\.\d+, mIoU=0\.\d+", finished[0].stderr)
+        assert re.search(rf"{name}, seed 0: 100%.*3/3.*loss=\d+\.\d+, mIoU=0\.\d+", finished[0].stderr)
 
 
 def test_the_picture_can_be_looked_at(finished: tuple[subprocess.CompletedProcess[str], Path]) -> None:
     folder = finished[1]
-    assert sorted(path.name for path in folder.iterdir()) == ["quickstart.png", "seed0"]
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "quickstart.png"]
     picture = imread(folder / "quickstart.png")
     assert picture.shape[:2] == (1100, 900)
     assert picture[..., :3].std() > 0.1
@@ -106,7 +106,7 @@ def test_help_explains_every_option() -> None:
         pytest.param(["--steps", "-1"], "--steps: expected at least 1, got -1", marks=pytest.mark.slow),
         pytest.param(["--split", "train"], "invalid choice 'train'", marks=pytest.mark.slow),
         (["--out", f"{__file__}/below"], "cannot write to .*/below: Not a directory"),
-        (["--data", "voc"], "--root: expected a folder with --data voc or folder only, got --data voc"),
+        (["--data", "voc"], "--root: expected the folder of --data voc, got none"),
         (["--data", "voc", "--root", "/nowhere"], "/nowhere: .*"),
         pytest.param(
             ["--accumulate", "3"], "--batch-size: expected a multiple of 3 .*, got 16", marks=pytest.mark.slow
@@ -174,8 +174,8 @@ def test_two_processes_give_one_table_and_one_picture(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("IoU") == done.stdout.count("picture:") == done.stdout.count("seed 0:") == 1
     assert len(rows(done.stdout)) == 3
-    assert len(re.findall("full masks: 100%.*3/3", done.stderr.replace("\r", "\n"))) == 2  # the last, drawn twice
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["quickstart.png", "seed0"]
+    assert len(re.findall("full masks, seed 0: 100%.*3/3", done.stderr.replace("\r", "\n"))) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "quickstart.png"]
 
 
 @pytest.mark.slow
@@ -184,14 +184,16 @@ def test_a_stopped_run_goes_on_to_the_same_table(
 ) -> None:
     """As if it had been stopped during the second training."""
     first = quickstart(*TINY, "--out", tmp_path)
-    folder = tmp_path / "seed0" / "checkpoints"
-    expected = storage.load(folder / "tag_barrier.pt")["model"]
-    (folder / "size_targets.pt").unlink()
-    (folder / "tag_barrier.pt").unlink()
+    folder = tmp_path / "checkpoints"
+    expected = storage.load(folder / "tag_barrier_seed_0.pt")["model"]
+    (folder / "size_targets_seed_0.pt").unlink()
+    (folder / "tag_barrier_seed_0.pt").unlink()
     resumed = quickstart(*TINY, "--out", tmp_path, "--resume")
     assert rows(resumed.stdout) == rows(first.stdout) == rows(finished[0].stdout)
-    assert "full masks: 100%|██████████| 3/3 [00:00<?" in resumed.stderr, "nothing was left to do"
-    for name, values in storage.load(folder / "tag_barrier.pt")["model"].items():
+    assert "full masks, seed 0: 100%|██████████| 3/3 [00:00<?" in resumed.stderr, "nothing was left to do"
+    for name, values in storage.load(folder / "tag_barrier_seed_0.pt")["model"].items():
         assert torch.equal(values, expected[name]), name
     other = quickstart(*TINY, "--out", tmp_path, "--resume", "--seed", "0", "--size", "40")
-    assert re.fullmatch(r"error: cannot resume: .*pretraining.pt was written with size 32, not 40\n", other.stderr)
+    assert re.fullmatch(
+        r"error: cannot resume: .*pretraining_seed_0.pt was written with size 32, not 40\n", other.stderr
+    )
