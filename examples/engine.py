@@ -94,11 +94,15 @@ def start(options: Options) -> Path:
 def seed_everything(seed: int) -> None:
     """Same seed, same numbers, on the same machine."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002  (the global one, for the user's code)
-    torch.manual_seed(seed)
+    _seed(seed)
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  (the global one, for the user's code)
+    torch.manual_seed(seed)
 
 
 def train(
@@ -151,7 +155,7 @@ def train(
         {"model": model, "optimizer": optimizer, "scaler": scaler},
     )
     if processes.rank():
-        seed_everything(options.seed + 1_000_003 * processes.rank())  # its own dropout
+        _seed(options.seed + 1_000_003 * processes.rank())  # its own dropout
     progress = Progress(**((options.resume and checkpoint.restore()) or {}))
     # Looking for parameters without gradient also keeps the order of sums, which a resumed training would change.
     parallel = DistributedDataParallel(model, find_unused_parameters=True) if processes.count() > 1 else model

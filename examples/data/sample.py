@@ -90,6 +90,9 @@ class Annotated(Images):
     """
 
     def __init__(self, data: Images, **known: Tensor) -> None:
+        for name, rows in known.items():
+            if len(rows) != len(data):
+                raise ValueError(f"{name}: expected a row for each of {len(data)} images, got {len(rows)}")
         self.classes, self.names = data.classes, data.names
         self.labels = data.labels  # type: ignore[method-assign]
         self._data, self._known = data, known
