@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def naive_size_kl(logits: Tensor, sizes: Tensor) -> Tensor:
@@ -85,3 +85,22 @@ def naive_path_affinity_loss(boundary_logits: Tensor, labels: Tensor, radius: in
                 totals[same] = totals[same] + torch.where(chosen, loss, 0).sum()
                 counts[same] = counts[same] + chosen.sum()
     return totals[True] / counts[True].clamp(min=1) + totals[False] / counts[False].clamp(min=1)
+
+
+def sequential_heatmaps(model: nn.Module, images: Tensor, create_graph: bool) -> tuple[Tensor, Tensor]:
+    """Input times gradient, a backward pass for each class: scores ``[B, K]``, heatmaps ``[B, K, H, W]``."""
+    pixels = images.detach().requires_grad_()
+    scores = model(pixels)
+    gradients = (
+        torch.autograd.grad(score, pixels, retain_graph=True, create_graph=create_graph)[0] for score in scores.sum(0)
+    )
+    return scores, torch.stack([(images * gradient).sum(1) for gradient in gradients], 1)
+
+
+def batched_heatmaps(model: nn.Module, images: Tensor, create_graph: bool) -> tuple[Tensor, Tensor]:
+    """The same with one call for all classes, over which autograd's backward pass is vectorised (vmap)."""
+    pixels = images.detach().requires_grad_()
+    scores = model(pixels)
+    units = torch.eye(scores.shape[1], dtype=scores.dtype).unsqueeze(1).expand(-1, len(scores), -1)
+    (gradients,) = torch.autograd.grad(scores, pixels, units, create_graph=create_graph, is_grads_batched=True)
+    return scores, (images * gradients).sum(2).transpose(0, 1)

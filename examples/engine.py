@@ -8,7 +8,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -263,6 +263,13 @@ def _log(options: Options, name: str, step: int) -> Iterator[Callable[..., None]
         yield log
 
 
+def share(data: Images, augment: Augment | None, batch_size: int, workers: int) -> Iterable[Batch]:
+    """This process's share of the images of a data set, in batches."""
+    own = [(0, i) for i in range(processes.rank(), len(data), processes.count())]
+    batches = [own[i : i + batch_size] for i in range(0, len(own), batch_size)]
+    return loader(Prepared(data, augment), batches, workers)
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module, data: Images, *, augment: Augment | None = None, batch_size: int = 50, workers: int = 0
@@ -281,10 +288,8 @@ def evaluate(
     """
     device, count = next(model.parameters()).device, len(data.classes)
     pairs = torch.zeros(count * count, dtype=torch.int64, device=device)  # pixels by truth and prediction
-    own = [(0, i) for i in range(processes.rank(), len(data), processes.count())]
-    batches = [own[i : i + batch_size] for i in range(0, len(own), batch_size)]
     with inference(model):
-        for batch in loader(Prepared(data, augment), batches, workers):
+        for batch in share(data, augment, batch_size, workers):
             found, labels = model(batch["image"].to(device)).argmax(1), batch["labels"].to(device)
             labelled = labels != VOID
             pairs += torch.bincount(labels[labelled] * count + found[labelled], minlength=count * count)

@@ -1,5 +1,5 @@
 """Attribution for weakly supervised segmentation: from a classifier and images to maps."""
 
-from segattr import metrics
+from segattr import lrp, metrics
 
-__all__ = ["metrics"]
+__all__ = ["lrp", "metrics"]

@@ -7,15 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks.__main__ import collect, markdown
 from benchmarks.baselines import (
+    batched_heatmaps,
     dense_filter,
     log_space_size_kl,
     naive_feature_similarity,
     naive_path_affinity_loss,
     naive_size_kl,
+    sequential_heatmaps,
 )
+from segattr.lrp import unroll
 from segloss import feature_similarity, path_affinity_loss, size_kl
 from segloss.bilateral.reference import gaussian_filter_reference
 
@@ -59,6 +63,10 @@ def test_baselines_compute_what_they_are_compared_with() -> None:
     for radius in (1, 4):
         expected = path_affinity_loss(logits, labels, radius=radius)
         torch.testing.assert_close(naive_path_affinity_loss(logits, labels, radius), expected)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 5))
+    images = torch.randn(2, 3, 8, 8)
+    for heatmaps in (sequential_heatmaps, batched_heatmaps):
+        torch.testing.assert_close(heatmaps(model, images, False), unroll(model)(images))
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import segattr
 import segloss
 
 PACKAGES = [segloss, segattr]
+LRP = ("heatmap_loss", "labelled_subset", "unroll")
 METRICS = ("region_similarity", "contour_f", "j_and_f")
 
 
@@ -45,6 +46,7 @@ def test_public_names_exist_and_are_typed(package) -> None:  # type: ignore[no-u
 def test_public_functions_are_documented() -> None:
     functions = [(name, getattr(segloss, name)) for name in segloss.__all__]
     functions += [(f"metrics.{name}", item) for name, item in vars(segattr.metrics).items() if name in METRICS]
+    functions += [(f"lrp.{name}", getattr(segattr.lrp, name)) for name in LRP]
     for name, item in functions:
         assert item.__doc__, name
         if inspect.isfunction(item) and name != "check_values":
@@ -100,8 +102,13 @@ def test_names_are_the_published_ones() -> None:
     modules = [name for name in segloss.__all__ if isinstance(getattr(segloss, name), type)]
     assert set(segloss.__all__) == set(signatures) | set(modules)
     assert all(issubclass(getattr(segloss, name), nn.Module) for name in modules if name != "ToleranceError")
-    for name, expected in signatures.items():
-        parameters = list(inspect.signature(getattr(segloss, name)).parameters.values())
+    lrp = {
+        "heatmap_loss": "(heatmaps, scores, labels, tags, *, scale, weight, background_weight, ignore_index)",
+        "labelled_subset": "(tags, count, *, uniform_below, generator)",
+        "unroll": "(model, *, activations, weights, upsampling, skip, batch_norm, epsilon, chunk)",
+    }
+    for name, expected in (signatures | lrp).items():
+        parameters = list(inspect.signature(getattr(segattr.lrp if name in lrp else segloss, name)).parameters.values())
         words, starred = [], False
         for parameter in parameters:
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY and not starred:

@@ -1,0 +1,383 @@
+"""One adjoint per operation of a classifier: how gradients of all class scores pass through it, in one batch."""
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
+
+Adjoint = Callable[[Tensor], Tensor | Sequence[Tensor]]
+
+
+@dataclass
+class Linearised:
+    """The output of an operation, and the linear map that the operation is at its inputs.
+
+    Args:
+        output: ``[B, *out]``.
+        adjoint: from the gradients of the scores at the output, ``[B, K, *out]``, to those at the inputs that are
+            tensors, ``[B, K, *in]``; one, or a tuple of as many as there are such inputs.
+        shifts: what the operation adds to its output whatever its input is, per channel ``[C]``, by name.
+        scale: of an operation that only scales and shifts channels, ``[C]``.
+        weighted: whether it is a layer in the sense of LRP-epsilon, weighted sums of its input.
+    """
+
+    output: Tensor
+    adjoint: Adjoint
+    shifts: dict[str, Tensor] = field(default_factory=dict)
+    scale: Tensor | None = None
+    weighted: bool = False
+
+
+Rule = Callable[..., Linearised]
+RULES: dict[Any, Rule] = {}  # by type of a module, function, or name of a method of a tensor
+
+
+def adjoint(*operations: Any) -> Callable[[Rule], Rule]:
+    """Registers the rule of operations: types of modules, functions, or names of methods of tensors.
+
+    A rule is called with the arguments of the operation, after the module itself if that is what it is. It runs the
+    operation, not in place, and returns a :class:`Linearised`. What it saves for the adjoint, such as masks and the
+    indices of a maximum, is constant: the operation must be linear around its input, up to a constant shift.
+
+    Example:
+        >>> class Scale(nn.Module):
+        ...     def forward(self, x):
+        ...         return 3 * x
+        >>> @adjoint(Scale)
+        ... def scale(module, x):
+        ...     return Linearised(module(x), lambda gradient: 3 * gradient)
+    """
+
+    def register(rule: Rule) -> Rule:
+        RULES.update(dict.fromkeys(operations, rule))
+        return rule
+
+    return register
+
+
+def images(function: Callable[[Tensor], Tensor], gradient: Tensor) -> Tensor:
+    """Applies a function of batches ``[N, ...]`` to ``[B, K, ...]``."""
+    return function(gradient.flatten(0, 1)).unflatten(0, gradient.shape[:2])
+
+
+# --- affine operations
+
+
+@adjoint(F.conv2d)
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    *,
+    norm: Callable[[Tensor], Linearised] | None = None,
+) -> Linearised:
+    """The transposed convolution with the same weight; output padding brings back the size of the input.
+
+    ``norm``, a batch normalisation that comes next, is folded into the weight of the adjoint.
+    """
+    stride, dilation = _pair(stride), _pair(dilation)
+    padding = _explicit_padding(padding, weight.shape[2:], dilation)
+    output = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    smallest = [
+        (o - 1) * s - 2 * p + d * (k - 1) + 1
+        for o, s, p, d, k in zip(output.shape[2:], stride, padding, dilation, weight.shape[2:], strict=True)
+    ]
+    rest = [n - least for n, least in zip(x.shape[2:], smallest, strict=True)]
+    shifts = {} if bias is None else {"bias": bias}
+    if norm:
+        normalised = norm(output)
+        assert normalised.scale is not None
+        scale = normalised.scale
+        output, weight = normalised.output, weight * scale[:, None, None, None]
+        shifts = {name: scale * shift for name, shift in shifts.items()}
+        shifts |= {f"norm.{name}": shift for name, shift in normalised.shifts.items()}
+
+    def transposed(gradient: Tensor) -> Tensor:
+        return F.conv_transpose2d(gradient, weight, None, stride, padding, rest, groups, dilation)
+
+    return Linearised(output, lambda gradient: images(transposed, gradient), shifts, weighted=True)
+
+
+@adjoint(nn.Conv2d)
+def _conv2d(module: nn.Conv2d, x: Tensor, **norm: Any) -> Linearised:
+    if module.padding_mode != "zeros":
+        raise ValueError(f"expected padding with zeros, got padding_mode={module.padding_mode!r}")
+    return conv2d(x, module.weight, module.bias, module.stride, module.padding, module.dilation, module.groups, **norm)
+
+
+def _explicit_padding(padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> tuple[int, int]:
+    if padding == "same":
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        if any(t % 2 for t in total):
+            raise ValueError("expected padding='same' with odd kernels, as other padding is not symmetric")
+        return total[0] // 2, total[1] // 2
+    return (0, 0) if padding == "valid" else _pair(padding)
+
+
+@adjoint(F.linear)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Linearised:
+    shifts = {} if bias is None else {"bias": bias}
+    return Linearised(F.linear(x, weight, bias), lambda gradient: gradient @ weight, shifts, weighted=True)
+
+
+@adjoint(nn.Linear)
+def _linear(module: nn.Linear, x: Tensor) -> Linearised:
+    return linear(x, module.weight, module.bias)
+
+
+@adjoint(nn.BatchNorm1d, nn.BatchNorm2d)
+def batch_norm(module: nn.BatchNorm2d, x: Tensor) -> Linearised:
+    """With running statistics, whatever the mode of the module."""
+    if module.running_mean is None or module.running_var is None:
+        raise ValueError("expected running statistics, got track_running_stats=False")
+    return normalise(module, x, module.running_mean, module.running_var)
+
+
+def normalise(module: nn.BatchNorm2d, x: Tensor, mean: Tensor, variance: Tensor) -> Linearised:
+    """Batch normalisation by constant statistics: a scale and shifts per channel."""
+    scale = (variance + module.eps).rsqrt()
+    if module.affine:
+        scale = scale * module.weight
+    output = F.batch_norm(x, mean, variance, module.weight, module.bias, training=False, eps=module.eps)
+    shifts = {"mean_shift": -mean * scale} | ({"bias": module.bias} if module.affine else {})
+    return Linearised(output, lambda gradient: gradient * channels(scale, gradient), shifts, scale, weighted=True)
+
+
+def batch_statistics(module: nn.BatchNorm2d, x: Tensor) -> Linearised:
+    """With the statistics of the batch, as constants, in training mode, where running statistics follow them once."""
+    if not module.training:
+        return batch_norm(module, x)
+    with torch.no_grad():
+        axes = [axis for axis in range(x.dim()) if axis != 1]
+        half = x.dtype in (torch.float16, torch.bfloat16)
+        variance, mean = torch.var_mean(x.float() if half else x, axes, correction=0)
+        if (
+            module.running_mean is not None
+            and module.running_var is not None
+            and module.num_batches_tracked is not None
+        ):
+            module.num_batches_tracked += 1
+            momentum = 1 / module.num_batches_tracked if module.momentum is None else module.momentum
+            count = x.numel() // x.shape[1]
+            module.running_mean.lerp_(mean, momentum)
+            module.running_var.lerp_(variance * count / max(count - 1, 1), momentum)
+    return normalise(module, x, mean, variance)
+
+
+def channels(values: Tensor, gradient: Tensor) -> Tensor:
+    """Values per channel ``[C]`` that broadcast against ``[B, K, C, *spatial]``."""
+    return values.view(-1, *[1] * (gradient.dim() - 3))
+
+
+# --- activations
+
+
+@adjoint(F.relu, torch.relu, torch.relu_, F.relu_, "relu", "relu_")
+def relu(x: Tensor, inplace: bool = False) -> Linearised:
+    """Gradients pass where the output is positive: the Heaviside function of the input."""
+    output = F.relu(x)
+    mask = (output > 0).unsqueeze(1)
+    return Linearised(output, lambda gradient: gradient * mask)
+
+
+@adjoint(nn.ReLU)
+def relu_module(module: nn.ReLU, x: Tensor) -> Linearised:
+    return relu(x)
+
+
+def untied_relu(*args: Any, **kwargs: Any) -> Linearised:
+    """The activation of a decoder that is not tied in it: ReLU of the gradients themselves."""
+    (x,) = (argument for argument in args if isinstance(argument, Tensor))
+    return Linearised(F.relu(x), F.relu)
+
+
+@adjoint(nn.Dropout, nn.Dropout2d)
+def dropout(module: nn.Dropout, x: Tensor) -> Linearised:
+    """The mask that was drawn, and its scale."""
+    if not module.training:
+        return identity(x)
+    mask = module(torch.ones_like(x))
+    return Linearised(x * mask, lambda gradient: gradient * mask.unsqueeze(1))
+
+
+@adjoint(F.dropout)
+def functional_dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Linearised:
+    if training:
+        raise ValueError("expected dropout in training mode to be a module, got F.dropout, whose mask cannot be had")
+    return identity(x)
+
+
+@adjoint("contiguous", "clone")
+def identity(x: Tensor, *args: Any, **kwargs: Any) -> Linearised:
+    return Linearised(x, lambda gradient: gradient)
+
+
+@adjoint(nn.Identity)
+def identity_module(module: nn.Identity, x: Tensor) -> Linearised:
+    return identity(x)
+
+
+# --- pooling
+
+
+@adjoint(F.max_pool2d)
+def max_pool2d(x: Tensor, *args: Any, **kwargs: Any) -> Linearised:
+    """Gradients go back to where the maxima were; those of windows that overlap add up."""
+    return _maximum(x, *F.max_pool2d(x, *args, **{**kwargs, "return_indices": True}))
+
+
+@adjoint(nn.MaxPool2d)
+def _max_pool2d(module: nn.MaxPool2d, x: Tensor) -> Linearised:
+    return max_pool2d(x, module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode)
+
+
+@adjoint(F.adaptive_max_pool2d)
+def adaptive_max_pool2d(x: Tensor, output_size: Any, return_indices: bool = False) -> Linearised:
+    return _maximum(x, *F.adaptive_max_pool2d(x, output_size, return_indices=True))
+
+
+@adjoint(nn.AdaptiveMaxPool2d)
+def _adaptive_max_pool2d(module: nn.AdaptiveMaxPool2d, x: Tensor) -> Linearised:
+    return adaptive_max_pool2d(x, module.output_size)
+
+
+def _maximum(x: Tensor, output: Tensor, indices: Tensor) -> Linearised:
+    size = x.shape[2:]
+
+    def back(gradient: Tensor) -> Tensor:
+        values = gradient.flatten(3)
+        places = indices.flatten(2).unsqueeze(1).expand_as(values)
+        return values.new_zeros(*values.shape[:3], size.numel()).scatter_add(3, places, values).unflatten(3, size)
+
+    return Linearised(output, back)
+
+
+@adjoint(F.avg_pool2d)
+def avg_pool2d(
+    x: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Linearised:
+    """Average pooling is separable: pooling of unit vectors gives the matrix of each axis, and so the adjoint."""
+    kernel, stride, padding = _pair(kernel_size), _pair(stride or kernel_size), _pair(padding)
+    output = F.avg_pool2d(x, kernel, stride, padding, ceil_mode, count_include_pad, divisor_override)
+    rows, columns = (
+        F.avg_pool1d(_units(x, n), k, s, p, ceil_mode, count_include_pad)[0]
+        for n, k, s, p in zip(x.shape[2:], kernel, stride, padding, strict=True)
+    )
+    if divisor_override:  # of sums
+        rows, columns = (rows > 0).to(rows) / divisor_override, (columns > 0).to(columns)
+    return Linearised(output, lambda gradient: rows @ gradient @ columns.T)
+
+
+@adjoint(nn.AvgPool2d)
+def _avg_pool2d(module: nn.AvgPool2d, x: Tensor) -> Linearised:
+    return avg_pool2d(
+        x,
+        module.kernel_size,
+        module.stride,
+        module.padding,
+        module.ceil_mode,
+        module.count_include_pad,
+        module.divisor_override,
+    )
+
+
+@adjoint(F.adaptive_avg_pool2d)
+def adaptive_avg_pool2d(x: Tensor, output_size: Any) -> Linearised:
+    output = F.adaptive_avg_pool2d(x, output_size)
+    rows, columns = (
+        F.adaptive_avg_pool1d(_units(x, n), m)[0] for n, m in zip(x.shape[2:], output.shape[2:], strict=True)
+    )
+    return Linearised(output, lambda gradient: rows @ gradient @ columns.T)
+
+
+@adjoint(nn.AdaptiveAvgPool2d)
+def _adaptive_avg_pool2d(module: nn.AdaptiveAvgPool2d, x: Tensor) -> Linearised:
+    return adaptive_avg_pool2d(x, module.output_size)
+
+
+def _units(x: Tensor, count: int) -> Tensor:
+    return torch.eye(count, dtype=x.dtype, device=x.device)[None]
+
+
+@adjoint(torch.mean, "mean")
+def mean(x: Tensor, dim: Any, keepdim: bool = False) -> Linearised:
+    axes = sorted(d % x.dim() for d in (dim if isinstance(dim, (tuple, list)) else (dim,)))
+    if 0 in axes:
+        raise ValueError("expected a mean within images, got one over the batch")
+    count = 1
+    for axis in axes:
+        count *= x.shape[axis]
+
+    def back(gradient: Tensor) -> Tensor:
+        if not keepdim:
+            for axis in axes:
+                gradient = gradient.unsqueeze(axis + 1)  # after the axis of the classes
+        return (gradient / count).expand(*gradient.shape[:2], *x_size[1:])
+
+    x_size = x.shape
+    return Linearised(x.mean(dim, keepdim), back)
+
+
+# --- structure
+
+
+@adjoint(torch.add, operator.add, operator.iadd, "add", "add_")
+def add(x: Tensor, y: Tensor) -> Linearised:
+    if not isinstance(y, Tensor) or x.shape != y.shape:
+        raise ValueError("expected a sum of two tensors of one shape")
+    return Linearised(x + y, lambda gradient: (gradient, gradient))
+
+
+@adjoint(torch.cat)
+def cat(tensors: Sequence[Tensor], dim: int = 0) -> Linearised:
+    axis = dim % tensors[0].dim()
+    if axis == 0:
+        raise ValueError("expected a concatenation within images, got one along the batch")
+    sizes = [tensor.shape[axis] for tensor in tensors]
+    return Linearised(torch.cat(list(tensors), axis), lambda gradient: gradient.split(sizes, axis + 1))
+
+
+@adjoint(torch.flatten, "flatten")
+def flatten(x: Tensor, start_dim: int = 0, end_dim: int = -1) -> Linearised:
+    return _reshaped(x, x.flatten(start_dim, end_dim))
+
+
+@adjoint(nn.Flatten)
+def flatten_module(module: nn.Flatten, x: Tensor) -> Linearised:
+    return flatten(x, module.start_dim, module.end_dim)
+
+
+@adjoint(torch.reshape, "reshape", "view")
+def reshape(x: Tensor, *shape: Any) -> Linearised:
+    return _reshaped(x, x.reshape(*shape))
+
+
+@adjoint(torch.squeeze, "squeeze")
+def squeeze(x: Tensor, *args: Any, **kwargs: Any) -> Linearised:
+    return _reshaped(x, torch.squeeze(x, *args, **kwargs))
+
+
+def _reshaped(x: Tensor, output: Tensor) -> Linearised:
+    if output.shape[:1] != x.shape[:1]:
+        raise ValueError(f"expected images to stay apart, got {list(x.shape)} to {list(output.shape)}")
+    size = x.shape[1:]
+    return Linearised(output, lambda gradient: gradient.reshape(*gradient.shape[:2], *size))
+
+
+# What may give the memory of its argument another name: overwriting one overwrites the other.
+VIEWS = (identity, identity_module, dropout, functional_dropout, flatten, flatten_module, reshape, squeeze)

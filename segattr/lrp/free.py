@@ -1,0 +1,171 @@
+"""A classifier as encoder of a segmentation network with free weights: the FCN and the U-Net of the ablation."""
+
+import math
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from segattr.lrp.adjoints import Linearised
+from segattr.lrp.classes import Classes, check_classes
+from segattr.lrp.trace import Operation
+from segloss._checks import check_choice, check_floating, shape_text
+
+WIDEST = 256  # channels of a level: makes the U-Net of ResNet-50 about as large as the one of the paper
+
+
+class Level(nn.Sequential):
+    """One resolution of the decoder: nearest up-sampling, concatenation with the encoder's map, two convolutions.
+
+    Args:
+        source: name of the result whose size it goes up to.
+        below: channels that it gets from the level below.
+        beside: channels of the encoder's map that are concatenated; 0 for none.
+        width: channels that it gives.
+    """
+
+    def __init__(self, source: str, below: int, beside: int, width: int) -> None:
+        layers: list[nn.Module] = []
+        for channels in (below + beside, width):
+            layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        super().__init__(*layers)
+        self.source, self.beside = source, beside
+
+    def forward(self, x: Tensor, results: dict[str, Tensor]) -> Tensor:  # type: ignore[override]
+        guide = results[self.source]
+        x = _resize(x, guide)
+        return super().forward(torch.cat([x, guide], 1) if self.beside else x)
+
+    def extra_repr(self) -> str:
+        concatenated = f", concatenated with its {self.beside} channels" if self.beside else ""
+        return f"up to the size of {self.source}{concatenated}"
+
+
+class FreeDecoder(nn.Module):
+    """A classifier as encoder, and a decoder with weights of its own from its last feature map to one map per class.
+
+    At each resolution, one per halving of the image, the encoder's map is the last one that everything after it
+    depends on: the end of a stage of a ResNet, not something inside a block. The coarsest one before global pooling
+    or flattening is the bottleneck. From there every level of the decoder goes up to the actual size of the
+    next map and has as many channels, at most 256. A last one goes up to the image, which is not concatenated, as
+    in the U-Net, unless the encoder has a map of that size. A convolution 1x1 gives the maps.
+
+    The encoder runs by the rules of its operations, so that its batch normalisation is that of the unrolled decoder.
+    The decoder starts in training mode, on the device and in the dtype of the classifier. With ResNet-50 and 21
+    classes the U-Net has 35.65 M parameters (38.84 M in the paper), the FCN 31.48 M. The head of the classifier has no
+    part in the maps: under DistributedDataParallel a loss of the maps alone needs ``find_unused_parameters=True``.
+
+    Args:
+        encoder: the classifier itself, whose own head gives the scores.
+        image: name of its input.
+        operations: of the classifier, in order.
+        skip: ``"concat"`` for the U-Net, None for the FCN.
+        size: of the image to find the resolutions with, ``(C, H, W)``, any that the classifier can take.
+
+    Raises:
+        ValueError: another ``skip``, a ``size`` that the classifier cannot take, scores that are not ``[B, K]``.
+        TypeError: a classifier without feature maps.
+
+    Source:
+        *Model Guidance via Explanations Turns Image Classifiers into Segmentation Models*, section 3 and table 3.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        image: str,
+        operations: list[Operation],
+        skip: Literal["concat"] | None = None,
+        size: tuple[int, int, int] = (3, 224, 224),
+    ) -> None:
+        check_choice("skip", skip, (None, "concat"))
+        super().__init__()
+        self.encoder, self.image, self.operations = encoder, image, operations
+        results = self._example(size)
+        *sources, self.bottleneck = _feature_maps(image, operations, results)
+        scores = results[operations[-1].name]
+        if scores.dim() != 2:
+            raise ValueError(f"model: expected scores [B, K], got {shape_text(scores.shape)}")
+        width = results[self.bottleneck].shape[1]
+        levels = []
+        for source in reversed(sources):
+            below, beside = width, results[source].shape[1]
+            if source != image:  # the finest level is as wide as the one before
+                width = min(beside, WIDEST)
+            levels.append(Level(source, below, beside if skip and source != image else 0, width))
+        self.decoder = nn.ModuleList(levels).to(scores)
+        self.maps = nn.Conv2d(width, scores.shape[1], 1).to(scores)
+
+    def forward(self, x: Tensor, classes: Classes | None = None) -> tuple[Tensor, Any]:
+        """Class scores and maps, with the arguments, results and errors of :meth:`UnrolledLRP.forward`."""
+        check_floating("x", x)
+        if x.dim() != 4:
+            raise ValueError(f"x: expected [B, C, H, W], got {shape_text(x.shape)}")
+        results = self._encode(x)
+        maps = results[self.bottleneck]
+        for level in self.decoder:
+            maps = level(maps, results)
+        return results[self.operations[-1].name], _choose(_resize(self.maps(maps), x), classes)
+
+    def _encode(self, x: Tensor) -> dict[str, Any]:
+        """The results of all operations by name, and the image."""
+        results: dict[str, Any] = {self.image: x}
+        for operation in self.operations:
+            step = operation.run(self.encoder, results)
+            results[operation.name] = step.output if isinstance(step, Linearised) else step
+        return results
+
+    def _example(self, size: tuple[int, int, int]) -> dict[str, Any]:
+        """What :meth:`_encode` gives for a blank image in evaluation mode, which leaves no trace in the encoder."""
+        parameter = next(self.encoder.parameters(), torch.empty(0))
+        modes = {module: module.training for module in self.encoder.modules()}
+        self.encoder.eval()
+        try:
+            with torch.no_grad():
+                return self._encode(parameter.new_zeros(1, *size))
+        except RuntimeError as error:
+            raise ValueError(f"size: the classifier does not take an image {shape_text(size)}: {error}") from error
+        finally:
+            for module, training in modes.items():
+                module.training = training
+
+
+def _choose(maps: Tensor, classes: Classes | None) -> Tensor | list[Tensor]:
+    if classes is None:
+        return maps
+    wanted = check_classes(classes, *maps.shape[:2])
+    if any(isinstance(numbers, list) for numbers in wanted):
+        return [own[numbers] for own, numbers in zip(maps, wanted, strict=True)]
+    return maps[:, wanted]
+
+
+def _resize(x: Tensor, guide: Tensor) -> Tensor:
+    return x if x.shape[2:] == guide.shape[2:] else F.interpolate(x, guide.shape[2:], mode="nearest")
+
+
+def _feature_maps(image: str, operations: list[Operation], results: dict[str, Any]) -> list[str]:
+    """Names of the feature maps, the last at each resolution, from fine to coarse; the image where none is as fine."""
+    height = results[image].shape[2]
+    found = {0: image}  # by how often the image is halved
+    for operation in _cut_points(image, operations, results):
+        shape = results[operation.name].shape
+        if len(shape) != 4 or shape[2:].numel() == 1 or operation.kind.lower().startswith("adaptive"):
+            break  # global pooling, or the head
+        found[round(math.log2(height / shape[2]))] = operation.name
+    if found == {0: image}:
+        raise TypeError("model: expected a classifier with feature maps, such as a ResNet, got none before its head")
+    return [found[halvings] for halvings in sorted(found)]
+
+
+def _cut_points(image: str, operations: list[Operation], results: dict[str, Any]) -> list[Operation]:
+    """The operations that everything after them depends on, in order: none later has an input from before them."""
+    tensors = [operation for operation in operations if isinstance(results[operation.name], Tensor)]
+    place = {image: -1} | {operation.name: i for i, operation in enumerate(tensors)}
+    found = []
+    earliest = len(tensors)
+    for i, operation in reversed(list(enumerate(tensors))):
+        if earliest >= i:
+            found.append(operation)
+        earliest = min([earliest, *(place[name] for name in operation.inputs)])
+    return found[::-1]

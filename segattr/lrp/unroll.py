@@ -1,0 +1,264 @@
+"""Layer-wise relevance propagation (LRP) unrolled into a decoder whose layers are tied to those of the classifier."""
+
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from segattr.lrp.adjoints import RULES, Adjoint, batch_statistics, relu, relu_module, untied_relu
+from segattr.lrp.classes import Classes, check_classes
+from segattr.lrp.free import FreeDecoder
+from segattr.lrp.trace import Operation, trace
+from segloss._checks import check_choice, check_floating, check_int, check_number, shape_text
+
+
+class Saved(NamedTuple):
+    """What the decoder needs of an operation that the encoder has run."""
+
+    adjoint: Adjoint
+    shifts: dict[str, Tensor]
+    size: Tensor | None  # of its output, for LRP-epsilon
+
+
+class TiedLayer(nn.Module):
+    """A layer of the decoder: the adjoint of an operation of the encoder, without parameters of its own."""
+
+    def __init__(self, operation: Operation) -> None:
+        super().__init__()
+        self.operation = operation
+
+    def forward(self, gradient: Tensor, step: Saved) -> list[tuple[str, Tensor]]:
+        """Gradients at the inputs of the operation, by their names, from those at its output."""
+        back = step.adjoint(gradient)
+        return list(zip(self.operation.inputs, [back] if isinstance(back, Tensor) else back, strict=True))
+
+    def extra_repr(self) -> str:
+        tied = [operation.label for operation in (self.operation, self.operation.norm) if operation]
+        return f"adjoint of {self.operation.kind}, tied to {' and '.join(tied)}"
+
+
+class UnrolledLRP(nn.Module):
+    """A classifier and the decoder that is tied to it; see :func:`unroll`, which makes it.
+
+    Attributes:
+        encoder: the classifier itself, which has all parameters.
+        decoder: one layer for each operation of the encoder, last one first; printing shows what each is tied to.
+    """
+
+    def __init__(
+        self, encoder: nn.Module, image: str, operations: list[Operation], epsilon: float, chunk: int | None
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = nn.ModuleList(TiedLayer(operation) for operation in reversed(operations) if operation.inputs)
+        self.operations = operations
+        self.image, self.epsilon, self.chunk = image, epsilon, chunk
+
+    def forward(self, x: Tensor, classes: Classes | None = None) -> tuple[Tensor, Any]:
+        """Class scores and heatmaps.
+
+        Args:
+            x: images as the classifier wants them, ``[B, C, H, W]``.
+            classes: all of them if None; numbers of classes, the same for every image; or a sequence of them for each
+                image, the classes present say.
+
+        Returns:
+            Scores of all classes, ``[B, K]``, and heatmaps of the wanted ones, ``[B, len(classes), H, W]``; a list of
+            ``[len(classes[i]), H, W]`` where images have their own.
+
+        Raises:
+            TypeError: ``x`` that is not a floating point tensor, ``classes`` that are not integers.
+            ValueError: ``x`` that is not ``[B, C, H, W]``, a class that there is not, sequences for more or fewer than
+                B images; from an operation of the classifier, what its adjoint cannot do.
+        """
+        scores, tape = self._encode(x)
+        start, counts = _start(scores, classes)
+        parts = start.split(self.chunk or max(start.shape[1], 1), 1)
+        if self.chunk and torch.is_grad_enabled():  # the decoder runs again in the backward pass, a chunk at a time
+            heat = [checkpoint(self._heat, x, part, tape, use_reentrant=False) for part in parts]
+        else:
+            heat = [self._heat(x, part, tape) for part in parts]
+        maps = heat[0] if len(heat) == 1 else torch.cat(heat, 1)
+        return scores, maps if counts is None else [m[:n] for m, n in zip(maps, counts, strict=True)]
+
+    def ledger(self, x: Tensor) -> dict[str, Tensor]:
+        r"""Relevance that goes to biases and batch normalisation instead of pixels.
+
+        .. math:: s_c = \sum_{pixels} heat_c + \sum_{entries} absorbed_c
+
+        for every class c. An operation that adds :math:`b` to its output z has the entry
+        :math:`\langle b, \partial s_c / \partial z \rangle`: ``"<layer>.bias"``; batch normalisation also has
+        ``"<layer>.mean_shift"``, :math:`b = -\gamma \mu / \sqrt{\sigma^2 + \epsilon}`. The sum is not that with
+        ``epsilon > 0``, which takes relevance away by itself, or ``activations="relu"``.
+
+        Args:
+            x: images, ``[B, C, H, W]``.
+
+        Returns:
+            ``[B, K]`` by name, in the order of the decoder.
+
+        Raises:
+            TypeError, ValueError: as :meth:`forward`.
+        """
+        scores, tape = self._encode(x)
+        absorbed: dict[str, Tensor] = {}
+        self._decode(_start(scores, None)[0], tape, absorbed)
+        return absorbed
+
+    def _encode(self, x: Tensor) -> tuple[Tensor, dict[str, Saved]]:
+        """The scores, and for every operation its adjoint around what it got."""
+        check_floating("x", x)
+        if x.dim() != 4:
+            raise ValueError(f"x: expected [B, C, H, W], got {shape_text(x.shape)}")
+        results: dict[str, Any] = {self.image: x}
+        tape = {}
+        for operation in self.operations:
+            step = operation.run(self.encoder, results)
+            if operation.inputs:
+                results[operation.name] = step.output
+                size = step.output.detach().abs().unsqueeze(1) if self.epsilon and step.weighted else None
+                tape[operation.name] = Saved(step.adjoint, step.shifts, size)
+            else:
+                results[operation.name] = step
+        return results[self.operations[-1].name], tape
+
+    def _heat(self, x: Tensor, start: Tensor, tape: dict[str, Saved]) -> Tensor:
+        return (self._decode(start, tape) * x.unsqueeze(1)).sum(2)
+
+    def _decode(self, start: Tensor, tape: dict[str, Saved], absorbed: dict[str, Tensor] | None = None) -> Tensor:
+        """Gradients at the image, ``[B, K, C, H, W]``, from those at the scores, ``[B, K, classes]``."""
+        gradients = {self.operations[-1].name: start}
+        for layer in cast(Iterable[TiedLayer], self.decoder):
+            step = tape[layer.operation.name]
+            gradient = gradients.pop(layer.operation.name, None)
+            if gradient is None:  # only the size of its result is used
+                continue
+            if step.size is not None:
+                gradient = gradient * (step.size / (step.size + self.epsilon))
+            if absorbed is not None:
+                for entry, value in _absorbed(layer.operation, gradient, step).items():
+                    absorbed[entry] = absorbed[entry] + value if entry in absorbed else value  # modules used twice
+            for name, part in layer(gradient, step):
+                gradients[name] = gradients[name] + part if name in gradients else part
+        return gradients[self.image]
+
+
+def _absorbed(operation: Operation, gradient: Tensor, step: Saved) -> dict[str, Tensor]:
+    """What goes to the shifts of an operation instead of its inputs, by name, ``[B, K]``."""
+    total = gradient.flatten(3).sum(3) if gradient.dim() > 3 else gradient
+    entries = {}
+    for name, shift in step.shifts.items():
+        place = operation.norm.label if operation.norm and name.startswith("norm.") else operation.label
+        entries[f"{place}.{name.removeprefix('norm.')}"] = total @ shift
+    return entries
+
+
+def _start(scores: Tensor, classes: Classes | None) -> tuple[Tensor, list[int] | None]:
+    """Unit vectors of the wanted classes, ``[B, K, classes]``; per image, padded, with the number of each."""
+    if scores.dim() != 2:
+        raise ValueError(f"model: expected scores [B, K], got {shape_text(scores.shape)}")
+    units = torch.eye(scores.shape[1], dtype=scores.dtype, device=scores.device)
+    if classes is None:
+        return units.expand(len(scores), -1, -1), None
+    wanted = check_classes(classes, *scores.shape)
+    counts = [len(numbers) for numbers in wanted if isinstance(numbers, list)]
+    if not counts:
+        return units[wanted].expand(len(scores), -1, -1), None
+    padded = [[*numbers, *[0] * (max(counts) - len(numbers))] for numbers in wanted if isinstance(numbers, list)]
+    return units[torch.tensor(padded, dtype=torch.int64, device=scores.device)], counts
+
+
+def unroll(
+    model: nn.Module,
+    *,
+    activations: Literal["tied", "relu"] = "tied",
+    weights: Literal["tied", "free"] = "tied",
+    upsampling: Literal["tied", "nearest"] = "tied",
+    skip: Literal["concat"] | None = None,
+    batch_norm: Literal["eval", "batch"] = "eval",
+    epsilon: float = 0.0,
+    chunk: int | None = None,
+) -> UnrolledLRP | FreeDecoder:
+    r"""Turns a classifier into a segmentation network: LRP of all classes as a decoder that shares its parameters.
+
+    .. math:: heat_c = \sum_{channels} x \odot \frac{\partial s_c}{\partial x}
+
+    is LRP-0 of the score of class c, which in networks of convolutions, ReLU and pooling equals input times gradient.
+    The decoder is explicit, one layer for each operation of the classifier: transposed convolutions with its weights,
+    its activation masks, up-sampling to where its pooling took the maxima from, each the exact adjoint. It runs for all
+    classes in one batch, can be trained, and reads the parameters of the classifier, of which there is one copy:
+    training, moving or loading one is training, moving or loading the other.
+
+    Masks and indices of maxima are constants. So a loss of the heatmaps reaches weights through the decoder only, and
+    neither biases nor shifts of batch normalisation at all; :class:`segattr.lrp.HeatmapLoss` adds a loss of the scores
+    that does. Under DistributedDataParallel a loss of the heatmaps alone needs ``find_unused_parameters=True``.
+
+    Where this differs from the authors' code: overlapping maxima add up (``max_unpool2d`` there overwrites them), tied
+    weights are one parameter (two leaves there), nothing is divided by activations.
+
+    Args:
+        model: classifier from images ``[B, C, H, W]`` to scores ``[B, K]`` that torch.fx can trace. Its modes are left
+            as they are; branches that depend on them are those of evaluation mode. Its forward hooks do not run.
+        activations: of a tied decoder: ``"tied"``, the masks of the classifier; ``"relu"``, ReLU of the decoder's own
+            signal, which is the weight-sharing auto-encoder (WS-AE) of the paper's ablation.
+        weights: ``"tied"``, or ``"free"``, a decoder with parameters of its own and one branch for all classes.
+        upsampling: ``"tied"``, or ``"nearest"``, which goes with free weights and only with them.
+        skip: with free weights, ``"concat"`` for a U-Net; None for a fully convolutional network (FCN).
+        batch_norm: statistics of batch normalisation, which are constants: ``"eval"``, running ones in any mode;
+            ``"batch"``, in training mode those of the batch, by which running ones are updated once a step.
+        epsilon: stabiliser of LRP-epsilon, in the unit of the activations z: the relevance of each convolution, linear
+            layer and batch normalisation shrinks by :math:`|z| / (|z| + \epsilon)`. For attribution only: the factor is
+            taken as a constant in the backward pass, where its derivative would give rare huge gradients.
+        chunk: classes decoded at once, to save memory; in training the decoder then runs twice. All if None.
+
+    Returns:
+        A module from images to ``(scores [B, K], heatmaps [B, K, H, W])``; see :meth:`UnrolledLRP.forward`.
+
+    Raises:
+        TypeError: a model that cannot be traced, with an operation that has no adjoint, or with other outputs.
+        ValueError: options that do not go together, ``epsilon`` below 0, ``chunk`` below 1.
+
+    Source:
+        *Model Guidance via Explanations Turns Image Classifiers into Segmentation Models*, sec. 2, tables 1 and 3.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+        >>> unrolled = unroll(model)
+        >>> image = torch.randn(2, 3, 32, 32)
+        >>> scores, heatmaps = unrolled(image)
+        >>> heatmaps.shape
+        torch.Size([2, 4, 32, 32])
+        >>> torch.allclose(heatmaps.sum((2, 3)) + sum(unrolled.ledger(image).values()), scores, atol=1e-5)
+        True
+        >>> unrolled.decoder[0]
+        TiedLayer(adjoint of Linear, tied to 4)
+    """
+    check_choice("activations", activations, ("tied", "relu"))
+    check_choice("weights", weights, ("tied", "free"))
+    check_choice("upsampling", upsampling, ("tied", "nearest"))
+    check_choice("skip", skip, (None, "concat"))
+    check_choice("batch_norm", batch_norm, ("eval", "batch"))
+    check_number("epsilon", epsilon, least=0)
+    if chunk is not None:
+        check_int("chunk", chunk)
+        check_number("chunk", chunk, least=1)
+    if (weights == "free") != (upsampling == "nearest") or (skip and weights == "tied"):
+        raise ValueError(
+            "weights: expected 'tied' with upsampling='tied' and skip=None, or 'free' with upsampling='nearest', "
+            f"got {weights!r} with {upsampling!r} and {skip!r}"
+        )
+    if weights == "free" and (activations != "tied" or epsilon or chunk):
+        raise ValueError(
+            "weights: expected 'tied' with activations='relu', epsilon or chunk: a free decoder has none, got 'free'"
+        )
+    rules = dict(RULES)
+    if activations == "relu":
+        rules |= {operation: untied_relu for operation, rule in RULES.items() if rule in (relu, relu_module)}
+    if batch_norm == "batch":
+        rules |= {nn.BatchNorm1d: batch_statistics, nn.BatchNorm2d: batch_statistics}
+    image, operations = trace(model, rules)
+    if weights == "free":
+        return FreeDecoder(model, image, operations, skip=skip)
+    return UnrolledLRP(model, image, operations, float(epsilon), chunk)
