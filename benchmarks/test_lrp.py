@@ -1,9 +1,9 @@
 """Heatmaps of all classes, and a training step through them: the unrolled decoder against autograd, class by class.
 
 21 classes are VOC's. resnet18 on 2 images of 96 pixels is small enough for what is done per class to show, resnet50 on
-an image of 224 is what classifiers are trained on; a training step of it, for all classes at once, needs the memory of
-a large machine. Shares are those of one forward pass of the classifier, without gradients, in the same group: time in
-forward passes is what can be compared between machines. Evaluation mode, float32, one thread.
+an image of 224 is what classifiers are trained on; its training step is left out, as it takes long. Shares are those of
+one forward pass of the classifier, without gradients, in the same group: time in forward passes is what can be compared
+between machines. Evaluation mode, float32, one thread.
 
 zennit and captum take part where they are installed, in heatmaps only: captum's gradients cannot be differentiated
 again, and zennit merges batch normalisation into copies of the weights, which its scale gets no gradient from. Both run
@@ -11,7 +11,7 @@ the classifier again for each class. captum's own LRP does not know the sums of 
 times gradient, the same quantity, stands in.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import import_module
@@ -91,14 +91,6 @@ METHODS: dict[str, Callable[[nn.Module, bool], Heatmaps]] = {
 }
 PEERS = {"zennit": zennit, "captum": captum}
 ROWS = [(case, method) for case in CASES for method in [FORWARD, *METHODS, *(PEERS if case.task == "heatmaps" else [])]]
-
-
-@pytest.fixture
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def classifier(case: Case) -> nn.Module:

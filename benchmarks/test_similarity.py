@@ -4,7 +4,7 @@
 large and half as large again show the growth. One thread, since that is how data-parallel training shares out cores.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -23,14 +23,6 @@ METHODS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "feature_similarity, window 10": lambda scores, image: feature_similarity(scores, image, window=10),
 }
 ERRORS = {"feature_similarity": 1e-4, "feature_similarity, window 15": 2e-2, "feature_similarity, window 10": 0.2}
-
-
-@pytest.fixture
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def step(method: str, shape: tuple[int, ...]) -> Callable[[], Tensor]:

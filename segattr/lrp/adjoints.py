@@ -108,7 +108,7 @@ def conv2d(
 
 
 @adjoint(nn.Conv2d)
-def _conv2d(module: nn.Conv2d, x: Tensor, **norm: Any) -> Linearised:
+def conv2d_module(module: nn.Conv2d, x: Tensor, **norm: Any) -> Linearised:
     if module.padding_mode != "zeros":
         raise ValueError(f"expected padding with zeros, got padding_mode={module.padding_mode!r}")
     return conv2d(x, module.weight, module.bias, module.stride, module.padding, module.dilation, module.groups, **norm)

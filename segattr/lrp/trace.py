@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from segattr.lrp.adjoints import VIEWS, Rule
+from segattr.lrp.adjoints import VIEWS, Rule, batch_norm, batch_statistics, conv2d, conv2d_module
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def trace(model: nn.Module, rules: Mapping[Any, Rule]) -> tuple[str, list[Operat
     for operation in needed:
         if operation.rule is None:
             raise TypeError(refusal(operation))
-    return image, _fold(needed, modules)
+    return image, _fold(needed)
 
 
 def refusal(operation: Operation) -> str:
@@ -222,7 +222,7 @@ def _needed(operations: dict[str, Operation], output: str) -> list[Operation]:
     return needed[::-1]
 
 
-def _fold(operations: list[Operation], modules: Mapping[str, nn.Module]) -> list[Operation]:
+def _fold(operations: list[Operation]) -> list[Operation]:
     """Makes a batch normalisation part of the convolution before it, where nothing else uses that."""
     users: dict[str, int] = {}
     for operation in operations:
@@ -232,9 +232,9 @@ def _fold(operations: list[Operation], modules: Mapping[str, nn.Module]) -> list
     for operation in operations:
         previous = kept.get(operation.inputs[0]) if operation.inputs else None
         if (
-            operation.kind == "BatchNorm2d"
+            operation.rule in (batch_norm, batch_statistics)
             and previous is not None
-            and previous.kind in ("Conv2d", "conv2d")
+            and previous.rule in (conv2d, conv2d_module)
             and users[previous.name] == 1
         ):
             del kept[previous.name]

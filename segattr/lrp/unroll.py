@@ -91,7 +91,8 @@ class UnrolledLRP(nn.Module):
         for every class c. An operation that adds :math:`b` to its output z has the entry
         :math:`\langle b, \partial s_c / \partial z \rangle`: ``"<layer>.bias"``; batch normalisation also has
         ``"<layer>.mean_shift"``, :math:`b = -\gamma \mu / \sqrt{\sigma^2 + \epsilon}`. The sum is not that with
-        ``epsilon > 0``, which takes relevance away by itself, or ``activations="relu"``.
+        ``epsilon > 0``, which takes relevance away by itself, or ``activations="relu"``. It runs the classifier: in
+        training mode dropout is drawn anew, and with ``batch_norm="batch"`` running statistics are updated.
 
         Args:
             x: images, ``[B, C, H, W]``.
