@@ -128,6 +128,7 @@ def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root.parents[1]
 
 
+@pytest.mark.slow
 def test_it_trains_on_a_folder_in_the_layout_of_voc(voc: Path, tmp_path: Path) -> None:
     sizes = voc / "VOCdevkit" / "VOC2012" / "sizes.csv"
     done = quickstart(*TINY, "--data", "voc", "--root", voc, "--sizes", sizes, "--workers", "2", "--out", tmp_path)
