@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from segattr.lrp.adjoints import Linearised
 from segattr.lrp.classes import Classes, check_classes
-from segattr.lrp.trace import Operation
+from segattr.lrp.trace import Operation, evaluating
 from segloss._checks import check_choice, check_floating, shape_text
 
 WIDEST = 256  # channels of a level: makes the U-Net of ResNet-50 about as large as the one of the paper
@@ -119,16 +119,11 @@ class FreeDecoder(nn.Module):
     def _example(self, size: tuple[int, int, int]) -> dict[str, Any]:
         """What :meth:`_encode` gives for a blank image in evaluation mode, which leaves no trace in the encoder."""
         parameter = next(self.encoder.parameters(), torch.empty(0))
-        modes = {module: module.training for module in self.encoder.modules()}
-        self.encoder.eval()
-        try:
-            with torch.no_grad():
+        with torch.no_grad(), evaluating(self.encoder):
+            try:
                 return self._encode(parameter.new_zeros(1, *size))
-        except RuntimeError as error:
-            raise ValueError(f"size: the classifier does not take an image {shape_text(size)}: {error}") from error
-        finally:
-            for module, training in modes.items():
-                module.training = training
+            except RuntimeError as error:
+                raise ValueError(f"size: the classifier does not take an image {shape_text(size)}: {error}") from error
 
 
 def _choose(maps: Tensor, classes: Classes | None) -> Tensor | list[Tensor]:

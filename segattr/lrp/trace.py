@@ -1,5 +1,6 @@
 """The operations of a classifier, in order, as data: traced by torch.fx, with in-place operations made explicit."""
 
+import contextlib
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping
@@ -163,12 +164,20 @@ def _graph(model: nn.Module, rules: Mapping[Any, Rule]) -> fx.Graph:
 
     parameters = list(inspect.signature(model.forward).parameters.values())[1:]
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    with evaluating(model):
+        try:
+            return Tracer().trace(model, concrete_args=defaults or None)
+        except Exception as error:  # whatever the code of the model does with a stand-in for an image
+            raise TypeError(f"model: torch.fx cannot trace it: {error}") from error
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within it all modules are in evaluation mode; afterwards each is in the mode that it was in."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        return Tracer().trace(model, concrete_args=defaults or None)
-    except Exception as error:  # whatever the code of the model does with a stand-in for an image
-        raise TypeError(f"model: torch.fx cannot trace it: {error}") from error
+        yield
     finally:
         for module, training in modes.items():
             module.training = training
