@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
+from segattr.lrp.subpixel import SubPixel
+
 Adjoint = Callable[[Tensor], Tensor | Sequence[Tensor]]
 
 
@@ -101,7 +103,11 @@ def conv2d(
         shifts = {name: scale * shift for name, shift in shifts.items()}
         shifts |= {f"norm.{name}": shift for name, shift in normalised.shifts.items()}
 
+    to_image = x.shape[1] <= 4 and min(stride) > 1 and groups == 1 and dilation == (1, 1)
+
     def transposed(gradient: Tensor) -> Tensor:
+        if to_image:
+            return SubPixel.apply(gradient, weight, stride, padding, tuple(x.shape[2:]))
         return F.conv_transpose2d(gradient, weight, None, stride, padding, rest, groups, dilation)
 
     return Linearised(output, lambda gradient: images(transposed, gradient), shifts, weighted=True)
