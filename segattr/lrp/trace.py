@@ -53,8 +53,13 @@ class Operation:
     def __post_init__(self) -> None:
         self.label = self.path or self.name  # the name changes when a normalisation becomes part of it
 
+    @property
+    def place(self) -> str:
+        """Where it is in the classifier, for messages."""
+        return f"{self.path} ({self.kind}, node {self.name})" if self.path else f"{self.kind} (node {self.name})"
+
     def run(self, model: nn.Module, results: Mapping[str, Any]) -> Any:
-        """Runs the rule with the arguments filled in."""
+        """Runs the rule with the arguments filled in; its errors name the operation."""
 
         def fill(argument: Any) -> Any:
             if isinstance(argument, Result):
@@ -71,7 +76,11 @@ class Operation:
             assert norm is not None
             kwargs = {**kwargs, "norm": lambda x: norm(module, x)}
         assert self.rule is not None
-        return self.rule(*args, **kwargs)
+        try:
+            return self.rule(*args, **kwargs)
+        except (TypeError, ValueError) as error:
+            kind = ValueError if isinstance(error, ValueError) else TypeError
+            raise kind(f"model: LRP cannot do {self.place}: {error}") from error
 
 
 def trace(model: nn.Module, rules: Mapping[Any, Rule]) -> tuple[str, list[Operation]]:
@@ -130,11 +139,9 @@ def trace(model: nn.Module, rules: Mapping[Any, Rule]) -> tuple[str, list[Operat
 
 
 def refusal(operation: Operation) -> str:
-    name, path, kind = operation.name, operation.path, operation.kind
-    place = f"{path} ({kind}, node {name})" if path else f"{kind} (node {name})"
     return (
-        f"model: LRP has no adjoint for {place}: register one with segattr.lrp.adjoint if the operation is linear "
-        "around its input, or use a classifier of convolutions, linear layers, batch normalisation, ReLU and pooling"
+        f"model: LRP has no adjoint for {operation.place}: register one with segattr.lrp.adjoint if the operation is "
+        "linear around its input, or use a classifier of convolutions, linear layers, batch normalisation, ReLU and pooling"
     )
 
 

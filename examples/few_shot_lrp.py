@@ -1,0 +1,299 @@
+"""Few pixel labels, many tags: classifiers trained through their heatmaps against U-Nets and their kin."""
+
+import copy
+import dataclasses
+import statistics
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import engine
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision_cpu  # noqa: F401  (before torchvision)
+from command import check_least, run
+from data.augment import Crop
+from data.sample import VOID, Batch, Images, Sample, collate, complete
+from data.source import Options
+from data.stream import Prepared
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from processes import pick_device, rank, say, total
+from report import draw_rows
+from torch import Tensor, nn
+from torchvision import models, tv_tensors
+
+from segattr.lrp import HeatmapLoss, labelled_subset, unroll
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Options):
+    """Trains a classifier on tags, then segmentation networks made from it on few masks; prints mIoU and F1."""
+
+    labelled: tuple[int, ...] = (1, 5)
+    """Images with masks per class, one column of the tables each; 0 for all images. The paper has 1 5 25 0."""
+    backbone: Literal["vgg", "resnet"] = "vgg"
+    """Classifier: a small one; with --weights imagenet VGG-16 with batch normalisation, or ResNet-50."""
+    weights: Literal["none", "imagenet"] = "none"
+    """Where the classifier starts; imagenet downloads weights, crops photographs and trains at a rate of 1e-5."""
+    pretrain_steps: int = 1000
+    """Optimizer steps of the classifier, on tags."""
+    steps: int = 250
+    """Optimizer steps of each segmentation network."""
+    repeats: int = 1
+    """Number of runs; their seeds count up from --seed, and the tables show mean and standard deviation."""
+    scenes: int = 3000
+    """Number of training scenes, for scenes."""
+    batch_size: int = 10
+    """Images of an optimizer step, of all processes together; half of them have masks."""
+    out: Path = Path("runs/few_shot_lrp")
+    """Folder of the pictures and of the checkpoints."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, pretrain_steps=0, steps=1, repeats=1)
+        if not self.labelled or min(self.labelled) < 0:
+            raise ValueError(f"--labelled: expected numbers of at least 0, got {self.labelled}")
+
+    def augment(self, classes: int) -> "Hide":
+        """Scenes are mirrored, photographs cropped as well."""
+        return Hide(self.fit(mirror=True) if self.data == "scenes" else Crop(self.size), classes)
+
+
+class Method(NamedTuple):
+    options: dict[str, Any]  # of unroll
+    tags: bool  # trained on images without masks, too
+
+
+FREE: dict[str, Any] = {"weights": "free", "upsampling": "nearest"}
+METHODS = {
+    "unrolled LRP": Method({}, tags=True),
+    "WS-AE": Method({"activations": "relu"}, tags=True),
+    "FCN": Method(FREE, tags=False),
+    "U-Net": Method(FREE | {"skip": "concat"}, tags=False),
+    "multi-task U-Net": Method(FREE | {"skip": "concat"}, tags=True),
+}
+RATES = {"none": 1e-3, "imagenet": 1e-5}
+TAGS_WEIGHT = 10.0  # of the loss of the tags: that of the authors' code, where with 1 the F1 score falls more
+SHOWN = 5
+
+
+class Normalised(nn.Module):
+    """A network for images in [0, 1] from one that wants ImageNet's mean and deviation to be 0 and 1."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
+        self.register_buffer("deviation", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
+
+    def forward(self, image: Tensor) -> Any:
+        return self.network((image - self.mean) / self.deviation)
+
+
+class Maps(nn.Module):
+    """What of a network's scores and maps is the segmentation."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.network(image)[1]
+
+
+def classifier(config: Config, classes: int) -> nn.Module:
+    start = None if config.weights == "none" else "DEFAULT"
+    if config.backbone == "resnet":
+        resnet = models.resnet50(weights=start) if start else models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1])
+        resnet.fc = nn.Linear(resnet.fc.in_features, classes)
+        return resnet
+    if start:
+        vgg = models.vgg16_bn(weights=start)
+        vgg.classifier[-1] = nn.Linear(4096, classes)
+        return vgg
+    features = models.vgg.make_layers([16, 16, "M", 32, 32, "M", 64, 64, "M", 128, 128], batch_norm=True)
+    return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, classes))
+
+
+class FewMasks(Images):
+    """Images of which only some have masks; each epoch has as many of these as of the others.
+
+    Args:
+        images: all of them.
+        masked: those that have masks.
+        others: whether there are others.
+    """
+
+    def __init__(self, images: Images, masked: list[int], *, others: bool) -> None:
+        self._images, self._masked = images, set(masked)
+        rest = [i for i in range(len(images)) if i not in self._masked] if others else []
+        self._index = rest + [masked[i % len(masked)] for i in range(max(len(rest), len(masked)))]
+        self.names, self.classes = [images.names[i] for i in self._index], images.classes
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self._images[self._index[index]]
+        shown = torch.full(sample["labels"].shape, self._index[index] in self._masked)
+        return sample | {"shown": tv_tensors.Mask(shown)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Hide:
+    """Augments, takes the tags from the mask, and then hides the masks of images that have none."""
+
+    augment: Any
+    classes: int
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        sample = complete(self.augment(sample, rng), self.classes)
+        shown = sample.pop("shown", None)
+        if shown is not None:
+            sample["labels"] = tv_tensors.Mask(torch.where(shown.as_subclass(Tensor), sample["labels"], VOID))
+        return sample
+
+
+@torch.no_grad()
+def f1(model: nn.Module, data: Images, config: Config) -> float:
+    """F1 score of the tags of the foreground, mean over the classes; a tag is predicted where its score is above 0."""
+    counts = torch.zeros(2, len(data.classes), device=next(model.parameters()).device)
+    with engine.inference(model):
+        for batch in engine.share(data, config.fit(), 50, config.workers):
+            output = model(batch["image"].to(counts.device))
+            found = (output[0] if isinstance(output, tuple) else output) > 0
+            tags = batch["tags"].to(counts.device).bool()
+            counts += torch.stack([2 * (found & tags).sum(0), found.sum(0) + tags.sum(0)])
+    hits, both = total(counts)[:, 1:]
+    return float((hits / both.clamp(min=1)).mean())
+
+
+def first(test: Images, config: Config) -> Batch:
+    """The images that are shown."""
+    return collate([Prepared(test, config.fit())[0, i] for i in range(min(SHOWN, len(test)))])
+
+
+class Outcome(NamedTuple):
+    iou: float
+    f1: float
+    shown: list[tuple[Tensor, Tensor]]  # labels [n, H, W] and heatmaps [n, K, H, W] of some images, over the training
+
+
+def pretrain(config: Config, images: Images) -> Normalised:
+    """A classifier trained on tags; the background, which is everywhere, has no weight."""
+    model = Normalised(classifier(config, len(images.classes))).to(pick_device(config.device))
+    engine.train(
+        model,
+        lambda scores, batch: F.binary_cross_entropy_with_logits(scores[:, 1:], batch["tags"][:, 1:].to(scores.dtype)),
+        config.stream(images, config.augment(len(images.classes))),
+        torch.optim.AdamW(model.parameters(), lr=RATES[config.weights]),
+        steps=config.pretrain_steps,
+        name=f"classifier, seed {config.seed}",
+        options=config,
+    )
+    return model
+
+
+def experiment(
+    config: Config, name: str, per_class: int, pretrained: Normalised, images: Images, test: Images
+) -> Outcome:
+    """Trains one network, made from the classifier, with some masks."""
+    method, count = METHODS[name], min(per_class * (len(images.classes) - 1), len(images)) or len(images)
+    device, generator = pick_device(config.device), torch.Generator().manual_seed(config.seed)
+    masked = labelled_subset((images.sizes() > 0)[:, 1:], count, generator=generator).tolist()
+    model = Normalised(unroll(copy.deepcopy(pretrained.network), **method.options)).to(device)
+    # Relevances of pixels are shares of a score, the maps of other networks are logits.
+    heatmap_loss = HeatmapLoss(
+        scale="pixels" if "weights" not in method.options else 1.0, weight=TAGS_WEIGHT * method.tags
+    )
+    shown: list[tuple[Tensor, Tensor]] = []
+    image = first(test, config)["image"].to(device)
+
+    def loss(output: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
+        return heatmap_loss(output[1], output[0], batch["labels"], batch["tags"])
+
+    def evaluate(model: nn.Module) -> Tensor:
+        look(model)
+        return engine.evaluate(Maps(model), test, augment=config.fit(), workers=config.workers)
+
+    def look(model: nn.Module) -> None:
+        with torch.no_grad(), engine.inference(model):
+            heat = model(image)[1].cpu()
+        shown.append((heat.argmax(1), heat))
+
+    look(model)
+    engine.train(
+        model,
+        loss,
+        config.stream(FewMasks(images, masked, others=method.tags), config.augment(len(images.classes))),
+        torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATES[config.weights]),
+        steps=config.steps,
+        name=f"{name}, {per_class or 'all'}, seed {config.seed}",
+        options=config,
+        evaluate=evaluate,
+        evaluations=3,
+    )
+    iou = engine.evaluate(Maps(model), test, augment=config.fit(), workers=config.workers).nanmean().item()
+    return Outcome(iou, f1(model, test, config), shown)
+
+
+def table(outcomes: dict[tuple[str, int], list[Outcome]], config: Config, before: list[float]) -> str:
+    """mIoU and F1 by method and number of masks; means over runs, and standard deviations."""
+    lines = []
+    for measure in ("iou", "f1"):
+        title = "mIoU" if measure == "iou" else f"F1 (classifier: {statistics.mean(before):.3f})"
+        columns = [f"{per_class or 'all'} per class" if per_class else "all" for per_class in config.labelled]
+        lines.append(f"{title:<26}" + "".join(f"{column:>16}" for column in columns))
+        for name, method in METHODS.items():
+            if measure == "f1" and not method.tags:
+                continue
+            cells = []
+            for per_class in config.labelled:
+                values = [getattr(outcome, measure) for outcome in outcomes[name, per_class]]
+                spread = f" ±{statistics.stdev(values):.3f}" if len(values) > 1 else ""
+                cells.append(f"{statistics.mean(values):.3f}{spread}")
+            lines.append(f"{name:<26}" + "".join(f"{cell:>16}" for cell in cells))
+    return "\n".join(lines)
+
+
+def picture(shown: Batch, outcomes: dict[str, Outcome], path: Path) -> None:
+    """Segmentations of all methods, and how that of unrolled LRP came about, with the heatmap of a class shown."""
+    rows = {"image": shown["image"].movedim(1, -1), "truth": shown["labels"]}
+    present = shown["tags"][:, 1:].argmax(1) + 1
+    for i, (labels, heat) in enumerate(outcomes["unrolled LRP"].shown):
+        own = torch.stack(
+            [maps[c] / maps[c].abs().max().clamp(min=1e-12) for maps, c in zip(heat, present, strict=True)]
+        )
+        rows[f"heat {i}"] = torch.from_numpy(colormaps["RdBu_r"](0.5 + own.numpy() / 2)[..., :3])
+        rows[f"LRP {i}"] = labels
+    rows |= {name.replace(" ", "\n"): outcome.shown[-1][0] for name, outcome in outcomes.items()}
+    figure = Figure(figsize=(7, 1.3 * len(rows)), layout="constrained")
+    draw_rows(figure, rows)
+    figure.savefig(path, dpi=100)
+
+
+def main(config: Config) -> None:
+    folder = engine.start(config)
+    test = config.images("evaluate")
+    outcomes: dict[tuple[str, int], list[Outcome]] = {}
+    before = []
+    for seed in range(config.seed, config.seed + config.repeats):
+        run_config = dataclasses.replace(config, seed=seed)
+        engine.seed_everything(seed)
+        images = run_config.images("train")
+        pretrained = pretrain(run_config, images)
+        before.append(f1(pretrained, test, config))
+        for per_class in config.labelled:
+            for name in METHODS:
+                outcome = experiment(run_config, name, per_class, pretrained, images, test)
+                outcomes.setdefault((name, per_class), []).append(outcome)
+    say(table(outcomes, config, before))
+    if rank() == 0:
+        shown = {name: outcomes[name, config.labelled[0]][0] for name in METHODS}
+        picture(first(test, config), shown, folder / "few_shot_lrp.png")
+    say(f"picture: {folder / 'few_shot_lrp.png'}")
+
+
+if __name__ == "__main__":
+    run(main, Config)

@@ -1,0 +1,88 @@
+"""The comparison with few masks as a user runs it, on a tiny budget."""
+
+import re
+from pathlib import Path
+
+import few_shot_lrp
+import numpy as np
+import pytest
+import torch
+from data.augment import Fit
+from data.sample import VOID, Stacked
+from data.scenes import CLASSES, Scenes, stack
+from data.write_voc import write_voc
+from few_shot_lrp import METHODS, FewMasks, Hide
+from matplotlib.image import imread
+from torch import Tensor, nn
+
+from tests.run_example import run_example
+
+TINY = ("--steps", "3", "--pretrain-steps", "2", "--scenes", "24", "--size", "32", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def images() -> Stacked:
+    scenes = stack(Scenes("train", 12, size=32))
+    return Stacked(CLASSES, scenes.image, scenes.labels)
+
+
+def test_it_compares_the_networks_and_draws_their_masks(tmp_path: Path) -> None:
+    done = run_example("few_shot_lrp", *TINY, "--labelled", "1", "0", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^(\D+?) +(\d\.\d{3}) +(\d\.\d{3})$", done.stdout, re.M)
+    trained_on_tags = [name for name, method in METHODS.items() if method.tags]
+    assert [row[0] for row in rows] == [*METHODS, *trained_on_tags]
+    assert re.search(r"F1 \(classifier: \d\.\d{3}\) +1 per class +all\n", done.stdout)
+    assert imread(tmp_path / "few_shot_lrp.png").shape[2] == 4
+
+
+@pytest.mark.slow
+def test_it_trains_a_resnet_on_a_folder_in_the_layout_of_voc_with_spreads(tmp_path: Path) -> None:
+    write_voc(tmp_path / "voc", {"train": Scenes("train", 24, size=40), "val": Scenes("val", 8, size=40, void_width=2)})
+    options = ("--data", "voc", "--root", tmp_path / "voc", "--backbone", "resnet", "--repeats", "2")
+    done = run_example("few_shot_lrp", *TINY, *options, "--labelled", "1", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"\d\.\d{3} ±\d\.\d{3}$", done.stdout, re.M)) == len(METHODS) + 3
+
+
+def test_half_of_an_epoch_has_masks(images: Stacked) -> None:
+    few = FewMasks(images, [3, 7], others=True)
+    shown = [bool(few[i]["shown"].all()) for i in range(len(few))]
+    assert len(few) == 20
+    assert sum(shown) == 10
+    assert {name for name, mask in zip(few.names, shown, strict=True) if mask} == {images.names[3], images.names[7]}
+    assert len(FewMasks(images, [3, 7], others=False)) == 2
+    assert len(FewMasks(images, list(range(12)), others=True)) == 12
+
+
+def test_hidden_masks_leave_the_tags(images: Stacked) -> None:
+    few = FewMasks(images, [3], others=True)
+    hide = Hide(Fit(32), len(CLASSES))
+    for i in (0, len(few) - 1):
+        sample = hide(few[i], np.random.default_rng(0))
+        truth = images[images.names.index(few.names[i])]["labels"].as_subclass(Tensor)
+        assert "shown" not in sample
+        assert sample["tags"].tolist() == [int((truth == c).any()) for c in range(len(CLASSES))]
+        expected = truth if few.names[i] == images.names[3] else torch.full_like(truth, VOID)
+        assert torch.equal(sample["labels"].as_subclass(Tensor), expected)
+
+
+def test_f1_of_known_predictions(images: Stacked) -> None:
+    class Always(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.tensor([0.0, 1.0, -1.0, 1.0, -1.0]))
+
+        def forward(self, image: Tensor) -> Tensor:
+            return self.bias.expand(len(image), -1)
+
+    config = few_shot_lrp.Config(size=32, workers=0)
+    tags = torch.stack([(images[i]["labels"] == c).any() for i in range(12) for c in range(5)]).view(12, 5)
+    expected = [2 * tags[:, c].sum() / (12 + tags[:, c].sum()) for c in (1, 3)]
+    assert few_shot_lrp.f1(Always(), images, config) == pytest.approx(float(sum(expected)) / 4)
+
+
+def test_a_wrong_number_of_masks_is_one_line() -> None:
+    done = run_example("few_shot_lrp", "--labelled", "1", "-2")
+    assert done.returncode != 0
+    assert "--labelled: expected numbers of at least 0, got (1, -2)" in done.stderr
