@@ -141,7 +141,8 @@ def trace(model: nn.Module, rules: Mapping[Any, Rule]) -> tuple[str, list[Operat
 def refusal(operation: Operation) -> str:
     return (
         f"model: LRP has no adjoint for {operation.place}: register one with segattr.lrp.adjoint if the operation is "
-        "linear around its input, or use a classifier of convolutions, linear layers, batch normalisation, ReLU and pooling"
+        "linear around its input, or use a classifier of convolutions, linear layers, batch normalisation, ReLU and "
+        "pooling"
     )
 
 

@@ -26,6 +26,7 @@ def images() -> Stacked:
     return Stacked(CLASSES, scenes.image, scenes.labels)
 
 
+@pytest.mark.slow
 def test_it_compares_the_networks_and_draws_their_masks(tmp_path: Path) -> None:
     done = run_example("few_shot_lrp", *TINY, "--labelled", "1", "0", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
