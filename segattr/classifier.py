@@ -1,0 +1,184 @@
+"""A classifier in two parts: the network up to its last feature map, and the head that makes logits of it."""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from segattr._cut import Cut, weights_of
+from segloss._checks import check_floating, shape_text
+
+ClassWeights: TypeAlias = nn.Linear | nn.Conv2d
+Part: TypeAlias = Callable[[Tensor], Tensor]
+
+
+class Classifier(nn.Module):
+    r"""An image classifier in two parts, ``head(features(image))``, of which attribution maps are made.
+
+    :func:`split` makes one of most networks. Any other network can be used by giving the two parts; what is no module
+    is called as it is. Parameters and buffers are those of the parts themselves, nothing is copied, so that they
+    may be trained, frozen or loaded before and after. The parts run in the mode, training or evaluation, that they
+    are in.
+
+    Args:
+        features: takes images ``[B, C, H, W]``, gives the last feature maps ``[B, D, h, w]``.
+        head: takes feature maps, gives logits ``[B, K]``.
+
+    Raises:
+        TypeError: parts that cannot be called.
+
+    Example:
+        >>> features = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU())
+        >>> head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+        >>> clf = Classifier(features, head)
+        >>> clf(torch.zeros(2, 3, 5, 6)).shape, clf.num_classes, clf.linear
+        (torch.Size([2, 4]), 4, Linear(in_features=8, out_features=4, bias=True))
+    """
+
+    def __init__(self, features: Part, head: Part) -> None:
+        for name, part in (("features", features), ("head", head)):
+            if not callable(part):
+                raise TypeError(f"{name}: expected a module or function, got {type(part).__name__}")
+        super().__init__()
+        self.model: nn.Module | None = None  # what it was split from
+        self.features, self.head = features, head
+        self._linear: str | None = None  # names of modules, which may be replaced by others
+        self._last: str | None = None
+        if isinstance(head, nn.Module):
+            self._linear, self._last = weights_of(head)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``[B, K]`` of images ``[B, C, H, W]``."""
+        return self.head(self.features(images))
+
+    @property
+    def linear(self) -> ClassWeights | None:
+        """The layer whose ``weight.flatten(1)``, ``[K, D]``, gives class activation maps.
+
+        A linear layer, or convolution 1x1, that together with global average pooling is all of the head, apart from
+        dropout. None if the head is something else, or a function.
+        """
+        return None if self._linear is None else self.get_submodule(self._linear)  # type: ignore[return-value]
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes K.
+
+        Raises:
+            ValueError: the head does not end in a linear layer or convolution: only its logits tell.
+        """
+        if self._last is None:
+            raise ValueError("num_classes: expected a head that ends in a linear layer or convolution, got another one")
+        last = self.get_submodule(self._last)
+        return last.out_features if isinstance(last, nn.Linear) else last.out_channels  # type: ignore[return-value]
+
+
+def split(model: nn.Module, layer: str | nn.Module | None = None) -> Classifier:
+    r"""Splits a classifier at its last feature map, without copying or changing it.
+
+    The forward code of the model is followed by torch.fx from the logits back: through linear layers, flattening and
+    pooling, to the feature map that they are made of. Only modules on that path are looked into, so that
+    everything else may hold any code. A last convolution 1x1 before or after global pooling belongs to the head.
+    ResNet, VGG, DenseNet, EfficientNet and their kind, ``nn.Sequential`` and hand-written networks are split
+    as they are. The branches that the looked-into code takes for the mode of the model, training or evaluation, are
+    those of the mode at each call. So are hooks of these modules: they meet a stand-in for the image, when the code is
+    followed; hooks of all other modules run in each call.
+
+    Args:
+        model: takes images ``[B, C, H, W]``, gives logits ``[B, K]``, or an object with ``logits``. Further arguments
+            must have defaults. Of a network compiled by ``torch.compile``, or wrapped in ``DataParallel`` or
+            ``DistributedDataParallel``, the network inside is split; names of layers are those in it.
+        layer: name of the submodule, or the submodule itself, whose output is the feature map; the last one if None.
+            Everything behind it must depend on that output alone: the end of a residual block, not its middle.
+
+    Returns:
+        A :class:`Classifier` with ``model`` as submodule; ``split(model)(x)`` equals ``model(x)``, or its logits.
+
+    Raises:
+        TypeError: a ``model`` that is no module or cannot be traced, whose logits are not made from one feature map;
+            a ``layer`` of another type.
+        ValueError: a ``layer`` that is not in the model, is not called once, or is bypassed by something.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+        >>> clf = split(net)
+        >>> clf.features(torch.zeros(2, 3, 9, 9)).shape, clf.linear is net[-1]
+        (torch.Size([2, 8, 7, 7]), True)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    model = _unwrapped(model)
+    cut = Cut(model, None if layer is None else _path(model, layer))
+    clf = Classifier(cut.features, cut.head)
+    clf.model = model
+    clf.training = model.training
+    clf._linear, clf._last = cut.parts().linear, cut.parts().last
+    return clf
+
+
+def as_classifier(clf: nn.Module, layer: str | nn.Module | None = None) -> Classifier:
+    """A classifier as it is, any other network split at its last feature map; both split at a layer if there is one."""
+    clf = _unwrapped(clf)
+    if isinstance(clf, Classifier):
+        return clf if layer is None else split(clf.model or clf, layer)
+    return split(clf, layer)
+
+
+def undisturbed(clf: Classifier, function: Callable[[], Any], *, constant: bool = False) -> Any:
+    """The result of a function that calls a classifier, which leaves no trace in it and runs as without autocast.
+
+    Args:
+        clf: what it calls.
+        function: takes no arguments.
+        constant: whether parameters are constants, so that autograd does not keep what their gradients would need.
+    """
+    caller = _Caller(clf)
+    state = {name: buffer.clone() for name, buffer in caller.named_buffers()}  # batch statistics go to the copies
+    if constant:
+        state |= {name: parameter.detach() for name, parameter in caller.named_parameters()}
+    elsewhere = torch.accelerator.current_accelerator() or torch.device("cpu")  # functions do not tell
+    device = next((tensor.device for tensor in state.values()), elsewhere)
+    with torch.autocast(device.type, enabled=False):
+        return functional_call(caller, state, (function,))
+
+
+class _Caller(nn.Module):
+    """Calls a function while the parameters and buffers of a classifier are replaced."""
+
+    def __init__(self, clf: Classifier) -> None:
+        super().__init__()
+        self.clf = clf
+
+    def forward(self, function: Callable[[], Any]) -> Any:
+        return function()
+
+
+def check_images(images: object) -> None:
+    check_floating("images", images)
+    assert isinstance(images, Tensor)
+    if images.dim() != 4:
+        raise ValueError(f"images: expected [B, C, H, W], got {shape_text(images.shape)}")
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside what torch.compile, or use of several devices, wraps it in."""
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return _unwrapped(model.module)
+    compiled = getattr(model, "_orig_mod", None)
+    return _unwrapped(compiled) if isinstance(compiled, nn.Module) else model
+
+
+def _path(model: nn.Module, layer: str | nn.Module) -> str:
+    """The name of a submodule by which torch.fx knows it: the first one, where it has several."""
+    if not isinstance(layer, (str, nn.Module)):
+        raise TypeError(f"layer: expected the name of a submodule or a module, got {type(layer).__name__}")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    module = modules.get(layer) if isinstance(layer, str) else layer
+    for name, other in modules.items():
+        if other is module and name:
+            return name
+    names = ", ".join(name for name, _ in model.named_children())
+    got = layer if isinstance(layer, str) else f"a {type(layer).__name__} that is not in the model"
+    raise ValueError(f"layer: expected a submodule such as {names or 'none'}, got {got}")

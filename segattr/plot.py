@@ -1,0 +1,217 @@
+"""Pictures of images, maps and labels; figures need matplotlib, which is imported when the first one is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from segloss._checks import check_floating, check_int, check_number, check_tensor, require, shape_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_SLACK = 1e-3  # beyond [0, 1]: what normalising, resizing and going back leave
+
+
+@torch.no_grad()
+def overlay(image: Tensor, values: Tensor, *, alpha: float = 0.5) -> Tensor:
+    r"""A heat map, or labels in colours, over an image.
+
+    .. math:: (1 - \alpha) \, I + \alpha \, \mathrm{colour}(v)
+
+    Args:
+        image: RGB in [0, 1], ``[3, H, W]``, see :func:`segloss.denormalize`.
+        values: a floating-point map in [0, 1] of any resolution, ``[h, w]``, which is resized to the image (bilinear)
+            and coloured from blue to red (jet), or labels, integers from 0 to 255 or a bool mask, ``[H, W]``, in VOC's
+            colours.
+        alpha: opacity of the colours, in [0, 1].
+
+    Returns:
+        ``[3, H, W]`` in [0, 1], in the dtype and on the device of the image. No gradient.
+
+    Raises:
+        TypeError: ``image`` that is not floating point, ``values`` that are no tensor or complex, ``alpha`` that is no
+            number.
+        ValueError: shapes or devices that do not fit, ``alpha`` outside [0, 1], an image or map outside it by more
+            than 1e-3 or NaN, labels outside 0 to 255.
+
+    Example:
+        >>> overlay(torch.ones(3, 1, 2), torch.tensor([[0, 1]]))[:, 0].T  # background, aeroplane
+        tensor([[0.5000, 0.5000, 0.5000],
+                [0.7510, 0.5000, 0.5000]])
+    """
+    _check_image("image", image)
+    check_number("alpha", alpha, least=0, most=1)
+    colours = _heat(values, image) if _is_map(values, image) else _palette(image)[_labels(values, image)].movedim(-1, 0)
+    return torch.lerp(image.clamp(0, 1), colours, alpha)
+
+
+def map_grid(
+    images: Tensor | Sequence[Tensor], maps: Mapping[str, Tensor | Sequence[Tensor]], *, alpha: float = 0.5
+) -> Figure:
+    """Images and what was found in them: a row for each image, first the image, then each kind of maps over it.
+
+    Args:
+        images: N images, RGB in [0, 1], ``[N, 3, H, W]`` or a sequence of ``[3, H, W]`` that may differ in size.
+        maps: by their titles, N maps or label images each, as for :func:`overlay`. The maps of several classes go in
+            as ``dict(zip(names, maps.unbind(1)))``.
+        alpha: opacity of the colours, in [0, 1].
+
+    Returns:
+        A matplotlib figure that belongs to no window: ``figure.savefig(path)`` writes it. Its axes lie row by row.
+
+    Raises:
+        TypeError, ValueError: as :func:`overlay`; no image, or maps of more or fewer images.
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> maps = {"CAM": torch.rand(2, 6, 8), "truth": torch.ones(2, 24, 32, dtype=torch.bool)}
+        >>> figure = map_grid(torch.rand(2, 3, 24, 32), maps)
+        >>> [axes.get_title() for axes in figure.axes]
+        ['image', 'CAM', 'truth', '', '', '']
+    """
+    if not len(images):
+        raise ValueError("images: expected at least one, got none")
+    for title, found in maps.items():
+        if len(found) != len(images):
+            raise ValueError(f"maps: expected {len(images)} of {title!r}, one for each image, got {len(found)}")
+    for image in images:
+        _check_image("images", image)
+    rows = [
+        [image, *(overlay(image, found[n], alpha=alpha) for found in maps.values())] for n, image in enumerate(images)
+    ]
+    figure = _figure(2.5 * (1 + len(maps)), 2.5 * len(rows))
+    grid = figure.subplots(len(rows), 1 + len(maps), squeeze=False)
+    for axes, row in zip(grid, rows, strict=True):
+        for axis, picture in zip(axes, row, strict=True):
+            _show(axis, picture)
+    for axis, title in zip(grid[0], ("image", *maps), strict=True):
+        axis.set_title(title)
+    return figure
+
+
+def size_grid(image: Tensor, *, columns: int = 5, rows: int = 4) -> Figure:
+    """An image under grid lines, for annotating sizes: who counts the cells of a class, in fractions, has its size.
+
+    All cells have the same area, to a fraction of a pixel: a class that covers n of them has the size
+    ``n / (columns * rows)``. The source's tool offers 5 x 4 cells for small objects and 3 x 3 for large ones.
+
+    Args:
+        image: RGB in [0, 1], ``[3, H, W]``.
+        columns: number of cells from left to right, at least 1.
+        rows: number of cells from top to bottom, at least 1.
+
+    Returns:
+        A matplotlib figure that belongs to no window: ``figure.savefig(path)`` writes it.
+
+    Raises:
+        TypeError: ``image`` that is not floating point, ``columns`` or ``rows`` that are no int.
+        ValueError: ``image`` that is not ``[3, H, W]``, is NaN or outside [0, 1] by more than 1e-3, ``columns`` or
+            ``rows`` below 1.
+        ImportError: matplotlib is not installed.
+
+    Source:
+        *Approximate Size Targets Are Sufficient for Accurate Semantic Segmentation*, sec. 3.4, annotation tool.
+
+    Example:
+        >>> figure = size_grid(torch.rand(3, 375, 500), columns=3, rows=3)
+        >>> figure.axes[0].get_xlabel()
+        '9 cells of 11.1% each'
+    """
+    _check_image("image", image)
+    for name, count in (("columns", columns), ("rows", rows)):
+        check_int(name, count)
+        check_number(name, count, least=1)
+    height, width = image.shape[1:]
+    figure = _figure(8, 8 * height / width)
+    axis = figure.subplots()
+    _show(axis, image)
+    # Pixels are drawn around their centres: the image begins at -0.5. White on a wider black line shows everywhere.
+    across = [width * column / columns - 0.5 for column in range(1, columns)]
+    down = [height * row / rows - 0.5 for row in range(1, rows)]
+    for colour, thickness in (("black", 3), ("white", 1)):
+        axis.vlines(across, -0.5, height - 0.5, colors=colour, linewidths=thickness)
+        axis.hlines(down, -0.5, width - 0.5, colors=colour, linewidths=thickness)
+    axis.set_xlabel(f"{columns * rows} cells of {100 / (columns * rows):.3g}% each")
+    return figure
+
+
+def _check_image(name: str, image: object) -> None:
+    check_floating(name, image)
+    assert isinstance(image, Tensor)
+    if image.dim() != 3 or image.shape[0] != 3 or not image.numel():
+        raise ValueError(f"{name}: expected [3, H, W], got {shape_text(image.shape)}")
+    _check_unit(name, image)
+
+
+def _check_unit(name: str, values: Tensor) -> None:
+    require(
+        name,
+        values,
+        lambda: ((values >= -_SLACK) & (values <= 1 + _SLACK)).all(),
+        lambda: f"expected values in [0, 1], got {values.min().item():.6g} to {values.max().item():.6g}",
+    )
+
+
+def _is_map(values: object, image: Tensor) -> bool:
+    """Whether these are the values of a map, and not labels."""
+    check_tensor("values", values)
+    assert isinstance(values, Tensor)
+    if values.is_complex():
+        raise TypeError(f"values: expected a map of real numbers or labels, got {values.dtype}")
+    if values.dim() != 2 or not values.numel():
+        raise ValueError(f"values: expected [H, W], got {shape_text(values.shape)}")
+    if values.device != image.device:
+        raise ValueError(f"values: expected device {image.device}, that of image, got {values.device}")
+    return values.is_floating_point()
+
+
+def _heat(values: Tensor, image: Tensor) -> Tensor:
+    """Jet: ramps of the three colours, each a quarter of the range after the other."""
+    _check_unit("values", values)
+    resized = F.interpolate(values.to(image.dtype)[None, None], image.shape[1:], mode="bilinear", align_corners=False)
+    centres = torch.tensor([3.0, 2.0, 1.0]).to(image).view(3, 1, 1)
+    return (1.5 - (4 * resized[0] - centres).abs()).clamp(0, 1)
+
+
+def _labels(values: Tensor, image: Tensor) -> Tensor:
+    if values.shape != image.shape[1:]:
+        raise ValueError(
+            f"values: expected labels {shape_text(image.shape[1:])} to go with image {shape_text(image.shape)}, "
+            f"got {shape_text(values.shape)}"
+        )
+    labels = values.long()
+    require(
+        "values",
+        labels,
+        lambda: ((labels >= 0) & (labels <= 255)).all(),
+        lambda: f"expected labels from 0 to 255, got {labels.min().item()} to {labels.max().item()}",
+    )
+    return labels
+
+
+def _palette(like: Tensor) -> Tensor:
+    """VOC's colours, ``[256, 3]``: red, green and blue take the bits of a label in turn, the lowest as 128."""
+    labels, channels = torch.arange(256, device=like.device)[:, None], torch.arange(3, device=like.device)
+    bits = [(labels >> (3 * turn + channels) & 1) << (7 - turn) for turn in range(3)]
+    return sum(bits, torch.zeros_like(channels)).to(like.dtype) / 255
+
+
+def _figure(width: float, height: float) -> Figure:
+    """A figure of its own: pyplot, with its global state and its choice of a window system, stays out of this."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("figures need matplotlib: pip install matplotlib, or segprims[examples]") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _show(axis: Axes, image: Tensor) -> None:
+    pixels = image.detach().float().cpu().clamp(0, 1).movedim(0, -1).numpy()
+    axis.imshow(pixels, interpolation="nearest", origin="upper")
+    axis.set(xticks=[], yticks=[])
