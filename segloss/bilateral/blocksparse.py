@@ -188,14 +188,40 @@ def gaussian_filter(values: Tensor, features: Tensor, tolerance: float) -> Tenso
         ]
         out = torch.cat([part for part, _ in parts])
         first, second = _pairs(torch.stack([near for _, near in parts]))
-    for pair in _weighted(tiles, first, second):
-        out.index_add_(0, pair.first, torch.bmm(v.index_select(0, pair.second), pair.weights.transpose(1, 2)))
-        out.index_add_(0, pair.second, torch.bmm(v.index_select(0, pair.first), pair.weights))
-    return tiles.scatter(out)
+    return tiles.scatter(_add_near(out, v, tiles, first, second))
 
 
 def _approximate(values: Tensor, features: Tensor, real: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
     """What ``values [T, K, t]`` of an image receive from pairs that need not be exact, and a mask of those that do."""
+    far, near = _split(features, real, tolerance)
+    return far.filtered(values), near
+
+
+def _add_near(out: Tensor, values: Tensor, tiles: Tiles, first: Tensor, second: Tensor) -> Tensor:
+    """Adds to ``out`` what the exact pairs of tiles (first, second) send to each other, ``[B T, K, t]``."""
+    for pair in _weighted(tiles, first, second):
+        out.index_add_(0, pair.first, torch.bmm(values.index_select(0, pair.second), pair.weights.transpose(1, 2)))
+        out.index_add_(0, pair.second, torch.bmm(values.index_select(0, pair.first), pair.weights))
+    return out
+
+
+class _Far(NamedTuple):
+    """The pairs of tiles of an image that need not be exact."""
+
+    expansion: farfield.Expansion
+    z: Tensor  # [T, T]
+    expanded: Tensor  # [T, T], mask of the pairs that are expanded
+    mean: Tensor  # [T, T]: the mean weight of negligible pairs, 0 for others
+
+    def filtered(self, values: Tensor) -> Tensor:
+        """What ``values [T, K, t]`` send by these pairs."""
+        by_pixel = values.transpose(1, 2).contiguous()
+        out = farfield.expanded_filter(by_pixel, self.expansion, self.z, self.expanded).transpose(1, 2)
+        return out.contiguous().add_((self.mean @ values.sum(2))[:, :, None])
+
+
+def _split(features: Tensor, real: Tensor, tolerance: float) -> tuple[_Far, Tensor]:
+    """The pairs of tiles of an image that need not be exact, and a mask of those that do."""
     expansion = farfield.expand(features, real)
     first, second, z = farfield.sums(expansion)
     most, least = _bounds(features, real)
@@ -207,10 +233,36 @@ def _approximate(values: Tensor, features: Tensor, real: Tensor, tolerance: floa
     negligible = _cheapest(2 * most, tolerance * _NEGLIGIBLE * least)
     error = expansion.bound.mul(2).add_(1).mul_(second).nan_to_num_(nan=math.inf).masked_fill_(negligible, 0)
     expanded = _cheapest(error, tolerance * (1 - _NEGLIGIBLE) * least) & ~negligible
-    out = farfield.expanded_filter(values.transpose(1, 2).contiguous(), expansion, z, expanded).transpose(1, 2)
     pixels = real.sum(1).clamp(min=1)
     mean = first.add_(second).clamp_(min=0).minimum(most).where(negligible & known, 0) / pixels / pixels[:, None]
-    return out.contiguous().add_((mean @ values.sum(2))[:, :, None]), ~(negligible | expanded)
+    return _Far(expansion, z, expanded, mean), ~(negligible | expanded)
+
+
+def prepare(features: Tensor, tolerance: float) -> "Prepared":
+    """:func:`gaussian_filter` for many values of the same ``features [B, D, N]``, N > 0."""
+    tiles = cut(features)
+    if tolerance == 0:
+        return Prepared(tiles, [], *kept_pairs(tiles, 0))
+    far, near = zip(*(_split(*image, tolerance) for image in _images(tiles)), strict=True)
+    return Prepared(tiles, list(far), *_pairs(torch.stack(near)))
+
+
+class Prepared(NamedTuple):
+    """Tiles, and what to do with which pairs of them: all that the filter needs to know of the features."""
+
+    tiles: Tiles
+    far: list[_Far]  # one per image; none for tolerance 0
+    first: Tensor  # [P]: numbers of the pairs of tiles that are exact
+    second: Tensor
+
+    def filtered(self, values: Tensor) -> Tensor:
+        """:func:`gaussian_filter` of ``values [B, K, N]``."""
+        v = self.tiles.gather(values)
+        out = torch.zeros_like(v)
+        if self.far:
+            parts = v.unflatten(0, (self.tiles.batch, -1))
+            out = torch.cat([far.filtered(part) for far, part in zip(self.far, parts, strict=True)])
+        return self.tiles.scatter(_add_near(out, v, self.tiles, self.first, self.second))
 
 
 def guide_gradient(grad: Tensor, values: Tensor, features: Tensor, tolerance: float) -> Tensor:

@@ -1,6 +1,7 @@
 """The filter as an operator with gradients: what ``torch.compile``, ``vmap`` and autograd see of it."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -127,6 +128,27 @@ def _filter(values: Tensor, features: Tensor, landmarks: Tensor, plan: Plan) -> 
 def _by_tiles(values: Tensor, features: Tensor, plan: Plan) -> Tensor:
     run = _kernels().gaussian_filter if _on_triton(plan, values) else blocksparse.gaussian_filter
     return run(values, features, _cutoff(plan))
+
+
+def prepare(features: Tensor, plan: Plan) -> Callable[[Tensor], Tensor]:
+    """What :class:`Bilateral` makes of ``values [B, K, N]``, N > 0, by tiles whatever the plan; without gradients.
+
+    For many values of the same features: which pairs of tiles count is found once. Triton finds them in next to no
+    time, again for each of the values.
+    """
+    device = features.device.type
+    run: Callable[[Tensor], Tensor]
+    with torch.no_grad(), torch.autocast(device, enabled=False), full_precision():
+        if _on_triton(plan, features):
+            run = partial(_kernels().gaussian_filter, features=features, tolerance=_cutoff(plan))
+        else:
+            run = blocksparse.prepare(features, _cutoff(plan)).filtered
+
+    def filtered(values: Tensor) -> Tensor:
+        with torch.no_grad(), torch.autocast(device, enabled=False), full_precision():
+            return run(values)
+
+    return filtered
 
 
 def _bilateral_guide(grad: Tensor, values: Tensor, features: Tensor, *settings: Any) -> Tensor:

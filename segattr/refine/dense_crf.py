@@ -1,0 +1,336 @@
+"""Dense CRF inference: class probabilities that follow the edges of an image."""
+
+import math
+from collections.abc import Callable
+from typing import TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from segloss._checks import (
+    check_choice,
+    check_floating,
+    check_int,
+    check_integer,
+    check_labels,
+    check_like,
+    check_number,
+    check_real,
+    check_tags,
+    check_tensor,
+    require,
+    shape_text,
+)
+from segloss._precision import full_precision
+from segloss._reduce import LARGEST, wide_dtype
+from segloss.bilateral import check_guide, guide_features, make_plan
+from segloss.bilateral.operator import Plan, prepare
+
+_METHODS = ("auto", "exact", "blocksparse")
+_FLOOR = 1e-5  # of the probabilities in the unary term, as pydensecrf clips them
+_ROUNDING = 1e-3  # above 1, of probabilities that come from half precision or an interpolation
+_NARROWEST = 1e-10  # smaller sigmas give the same kernel: no two different pixels meet
+
+Filter = Callable[[Tensor], Tensor]  # [B, K, H, W] to the same
+
+
+class CRFSettings(TypedDict):
+    """Keyword arguments of :func:`dense_crf` that make up a published setting: ``dense_crf(p, image, **IRN_CRF)``."""
+
+    iterations: int
+    weight: float
+    sigma_rgb: float
+    sigma_xy: float
+    smooth_weight: float
+    smooth_sigma_xy: float
+
+
+IRN_CRF: CRFSettings = {
+    "iterations": 10,
+    "weight": 10.0,
+    "sigma_rgb": 5 / 255,
+    "sigma_xy": 50.0,
+    "smooth_weight": 3.0,
+    "smooth_sigma_xy": 3.0,
+}
+
+BBAM_CRF: CRFSettings = {
+    "iterations": 10,
+    "weight": 4.0,
+    "sigma_rgb": 3 / 255,
+    "sigma_xy": 80.0,
+    "smooth_weight": 3.0,
+    "smooth_sigma_xy": 1.0,
+}
+
+
+def dense_crf(
+    probabilities: Tensor,
+    image: Tensor,
+    *,
+    iterations: int = 10,
+    weight: float = 10.0,
+    sigma_rgb: float = 5 / 255,
+    sigma_xy: float = 50.0,
+    smooth_weight: float = 3.0,
+    smooth_sigma_xy: float = 3.0,
+    valid: Tensor | None = None,
+    scale_factor: float = 1.0,
+    method: str = "auto",
+    tolerance: float = 1e-2,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Mean-field inference of the fully connected CRF: a Potts model over all pairs of pixels of an image.
+
+    .. math:: Q^k_p \leftarrow \frac{1}{Z_p} \exp\Big(\ln P^k_p
+        + \sum_m w_m \sum_{q \ne p} \frac{K^m_{pq}}{\sqrt{D^m_p D^m_q}} Q^k_q\Big), \qquad D^m_p = \sum_q K^m_{pq}
+
+    at all pixels at once, starting from Q = P, with two kernels: the bilateral one of
+    :func:`~segloss.bilateral.bilateral_filter`, of ``weight``, ``sigma_rgb`` and ``sigma_xy``, and a Gaussian of
+    position alone, of ``smooth_weight`` and ``smooth_sigma_xy``. The kernels are normalised symmetrically. A pixel
+    counts in its own D, which is at least 1 therefore, but sends no message to itself.
+
+    Only the classes that are present in an image are carried: those with a probability above 0 at some valid pixel.
+    Others stay 0. So to refine the softmax of a network among the tagged classes, background included, pass
+    ``probabilities * tags[:, :, None, None]``. For labels, see :func:`label_probabilities`.
+
+    The defaults are those of IRN's label CRF, ``IRN_CRF``; ``dense_crf(probabilities, image, **BBAM_CRF)`` takes those
+    of BBAM. Which pairs of pixels count is found once for all iterations.
+
+    Args:
+        probabilities: P, ``[B, K, H, W]``, in [0, 1], K >= 2. Only their ratios count: they need not sum to 1. In
+            :math:`\ln P` the share of a class is at least 1e-5. A pixel where all are 0 does not know its class.
+        image: guide, ``[B, C, H, W]``: RGB in [0, 1] (see :func:`~segloss.images.denormalize`), or any C >= 1 channels
+            in the unit of ``sigma_rgb``.
+        iterations: number of updates, at least 0.
+        weight: of the bilateral kernel, at least 0; 0 leaves it out. What pydensecrf calls ``compat``.
+        sigma_rgb: width of the bilateral kernel in colour, above 0, in the unit of ``image``; infinite: colour does not
+            count. What pydensecrf calls ``srgb`` is 255 times as much.
+        sigma_xy: width of the bilateral kernel in space, above 0, in pixels of ``image``.
+        smooth_weight: of the kernel of position alone, at least 0; 0 leaves it out.
+        smooth_sigma_xy: its width, above 0, in pixels.
+        valid: pixels that count, bool, ``[B, H, W]``; all of them if None. The others send and receive no messages.
+        scale_factor: in (0, 1]: resolution of the bilateral kernel, image and messages averaged over cells, and results
+            interpolated. Half of it takes about a fifth of the time, and loses detail; the kernel of position alone and
+            :math:`\ln P` keep their resolution.
+        method: ``"exact"`` visits all pairs of pixels, ``"blocksparse"`` leaves out or approximates those that count
+            little; ``"auto"`` is exact below 2,500 pixels. There is no low rank: its error is small in proportion to
+            the whole image, not to the small D of rare colours, and narrow kernels need too many landmarks.
+        tolerance: of the block-sparse method, as in :func:`~segloss.bilateral.bilateral_filter`.
+        backend: as in :func:`~segloss.bilateral.bilateral_filter`.
+
+    Returns:
+        Q, ``[B, K, H, W]``, a constant: no gradient flows. It sums to 1 over the classes, or is 0 for images in which
+        no class is present; P, made to sum to 1, at pixels that are not valid. float32 (float64 where probabilities or
+        image are float64). Of values that are not checked (see :func:`segloss.check_values`), negative ones count as
+        0, and NaN and infinity may spread over their image.
+
+    Raises:
+        TypeError: ``probabilities`` or ``image`` that are not floating point, ``valid`` that is not bool, settings of
+            the wrong type.
+        ValueError: shapes or devices that do not fit each other, fewer than 2 classes, probabilities outside [0, 1],
+            NaN or infinity in ``image``, settings outside their range, a ``scale_factor`` that leaves no pixel, an
+            unknown ``method`` or ``backend``, a ``backend`` that cannot run.
+
+    Source:
+        *Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials*, eq. (3) and algorithm 1, where
+        messages come from all other pixels. The authors' released code, and pydensecrf, which is built on it, keep the
+        pixel itself, a further :math:`w_m Q^k_p / D^m_p`, and approximate K by a lattice. IRN_CRF: the released code of
+        *Weakly Supervised Learning of Instance Segmentation with Inter-pixel Relations*; BBAM_CRF: that of *BBAM:
+        Bounding Box Attribution Map for Weakly Supervised Semantic and Instance Segmentation*.
+
+    Example:
+        A pixel of unknown class takes that of the pixels of its colour:
+
+        >>> image = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(1, 3, 1, 4)
+        >>> left = torch.tensor([0.9, 0.5, 0.1, 0.1])
+        >>> dense_crf(torch.stack([left, 1 - left])[None, :, None], image, weight=2, smooth_weight=0)[0, 0]
+        tensor([[0.9311, 0.7031, 0.0426, 0.0426]])
+    """
+    _check_probabilities(probabilities)
+    check_guide(image, probabilities, "probabilities")
+    _check_valid(valid, probabilities)
+    check_int("iterations", iterations)
+    check_number("iterations", iterations, least=0)
+    check_number("weight", weight, least=0)
+    check_number("smooth_weight", smooth_weight, least=0)
+    for name, sigma in (("sigma_rgb", sigma_rgb), ("sigma_xy", sigma_xy), ("smooth_sigma_xy", smooth_sigma_xy)):
+        check_number(name, sigma, above=0, finite=False)
+    check_number("scale_factor", scale_factor, above=0, most=1)
+    check_choice("method", method, _METHODS)
+    plan = make_plan(method, tolerance, backend, "float32", image)
+    dtype = torch.promote_types(wide_dtype(probabilities), wide_dtype(image))
+    if probabilities.numel() == 0:
+        return torch.zeros_like(probabilities, dtype=dtype)
+    if min(image.shape[2:]) * scale_factor < 1:
+        raise ValueError(
+            f"scale_factor: expected to leave at least 1 pixel of {shape_text(image.shape)}, got {scale_factor}"
+        )
+    with torch.no_grad(), torch.autocast(image.device.type, enabled=False), full_precision():
+        image = image.to(dtype)
+        mask = torch.ones_like(image[:, :1]) if valid is None else valid[:, None].to(dtype)
+        slots, present = _present_classes(probabilities, mask)
+        kernels = []
+        if slots.shape[1] > 1:  # a single class has no other to compete with
+            if weight > 0:
+                bilateral = _bilateral(image, mask, sigma_rgb, sigma_xy, scale_factor, plan)
+                kernels.append((weight, _normalised(bilateral, mask)))
+            if smooth_weight > 0:
+                kernels.append((smooth_weight, _normalised(_smooth(mask, smooth_sigma_xy), mask)))
+        index = slots[:, :, None, None].expand(-1, -1, *image.shape[2:])
+        refined = _mean_field(probabilities.gather(1, index).to(dtype), present, kernels, iterations)
+        return torch.zeros_like(probabilities, dtype=dtype).scatter_(1, index, refined)
+
+
+def label_probabilities(labels: Tensor, tags: Tensor, *, confidence: float = 0.7, ignore_index: int = 255) -> Tensor:
+    r"""Probabilities for :func:`dense_crf` from labels that are right with a given confidence.
+
+    The label of a pixel has the probability ``confidence``, and the other classes of its image share the rest equally.
+    Where there is no label, all classes of the image have the same.
+
+    Args:
+        labels: class of each pixel, integer, ``[B, H, W]``.
+        tags: 1 where a class may occur in the image, ``[B, K]``; the background is a class like others.
+        confidence: in (0, 1).
+        ignore_index: label of pixels without one.
+
+    Returns:
+        ``[B, K, H, W]``, summing to 1 over the classes (0 in images without tags); 0 for classes without a tag. A class
+        that is alone in its image has 1. float32 (float64 for float64 tags).
+
+    Raises:
+        TypeError: ``labels`` that are no integers, ``tags`` that are no real numbers, settings of the wrong type.
+        ValueError: shapes or devices that do not fit each other, tags other than 0 and 1, labels that are neither a
+            tagged class of their image nor ``ignore_index``, ``confidence`` outside (0, 1).
+
+    Source:
+        The released code of *Weakly Supervised Learning of Instance Segmentation with Inter-pixel Relations*, which
+        refines seeds so, with ``IRN_CRF``.
+
+    Example:
+        >>> labels = torch.tensor([[[0, 2, 255]]])
+        >>> label_probabilities(labels, torch.tensor([[1, 0, 1]]))[0, :, 0]
+        tensor([[0.7000, 0.3000, 0.5000],
+                [0.0000, 0.0000, 0.0000],
+                [0.3000, 0.7000, 0.5000]])
+    """
+    check_integer("labels", labels)
+    if labels.dim() != 3:
+        raise ValueError(f"labels: expected [B, H, W], got {shape_text(labels.shape)}")
+    check_real("tags", tags)
+    if tags.dim() != 2:
+        raise ValueError(f"tags: expected [B, K], got {shape_text(tags.shape)}")
+    check_tags(tags, labels, "labels", tags.shape[1])
+    check_number("confidence", confidence, above=0, below=1)
+    check_int("ignore_index", ignore_index)
+    labels = labels.long()
+    check_labels(labels, tags.shape[1], ignore_index)
+    dtype = wide_dtype(tags)
+    tagged = (tags != 0)[:, :, None, None]
+    known = (labels != ignore_index)[:, None]
+    chosen = known & (labels[:, None] == torch.arange(tags.shape[1], device=labels.device)[:, None, None])
+    require(
+        "labels",
+        labels,
+        lambda: (tagged | ~chosen).all(),
+        lambda: f"expected classes with a tag, got {labels[(chosen & ~tagged).any(1)][0].item()} without",
+    )
+    count = tagged.sum(1, keepdim=True).to(dtype)
+    right = torch.where(count == 1, torch.ones_like(count), confidence)
+    wrong = (1 - right) / (count - 1).clamp(min=1)
+    unlabelled = torch.where(known, wrong, 1 / count.clamp(min=1))
+    return torch.where(chosen, right, unlabelled).where(tagged, 0)
+
+
+def _present_classes(probabilities: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers of the classes to carry, ``[B, C]``, and which of them the image has, ``[B, C, 1, 1]``."""
+    present = ((probabilities > 0) & (mask > 0)).flatten(2).any(2)
+    most = max(1, int(present.sum(1).max()))
+    slots = present.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
+    return slots, present.gather(1, slots)[:, :, None, None]
+
+
+def _mean_field(probabilities: Tensor, present: Tensor, kernels: list[tuple[float, Filter]], iterations: int) -> Tensor:
+    probabilities = probabilities.clamp(min=0)
+    share = probabilities / probabilities.sum(1, keepdim=True).clamp(min=torch.finfo(probabilities.dtype).tiny)
+    unary = share.clamp(min=_FLOOR).log().masked_fill(~present, -torch.inf)
+
+    def normalised(logits: Tensor) -> Tensor:
+        return logits.softmax(1).masked_fill(~present, 0)  # an image without classes has NaN, which becomes 0
+
+    q = normalised(unary)
+    for _ in range(iterations):
+        q = normalised(sum((min(weight, LARGEST) * message(q) for weight, message in kernels), unary))
+    return q
+
+
+def _normalised(kernel: Filter, mask: Tensor) -> Filter:
+    """The messages between valid pixels: K divided by the roots of its row and column sums, without its diagonal."""
+    # A pixel has weight 1 with itself, so that sums below 1 are errors of the approximation.
+    scale = mask * kernel(mask).clamp(min=1).rsqrt()
+    own = scale.square()
+    return lambda q: scale * kernel(scale * q) - own * q
+
+
+def _smooth(mask: Tensor, sigma: float) -> Filter:
+    """The Gaussian kernel of position: a product of one of rows and one of columns."""
+
+    def gaussian(length: int) -> Tensor:
+        place = torch.arange(length, dtype=mask.dtype, device=mask.device) / max(sigma, _NARROWEST)
+        return ((place[:, None] - place).square() / -2).exp()
+
+    rows, columns = (gaussian(length) for length in mask.shape[2:])
+    return lambda values: rows @ values @ columns
+
+
+def _bilateral(
+    image: Tensor, mask: Tensor, sigma_rgb: float, sigma_xy: float, scale_factor: float, plan: Plan
+) -> Filter:
+    """The kernel of colour and position; at a lower resolution, values are averaged over cells before it."""
+    size = image.shape[2:]
+    small = [round(length * scale_factor) for length in size]
+
+    def down(values: Tensor) -> Tensor:
+        return F.interpolate(values, small, mode="area")
+
+    def up(values: Tensor) -> Tensor:
+        return F.interpolate(values, size, mode="bilinear", align_corners=False)
+
+    def kernel(values: Tensor) -> Tensor:
+        return run(values.flatten(2)).view_as(values)
+
+    if small == list(size):
+        run = prepare(guide_features(image, sigma_rgb, sigma_xy), plan)
+        return kernel
+    cell = math.prod(size) / math.prod(small)  # pixels
+    colour = down(image * mask) / down(mask).clamp(min=torch.finfo(mask.dtype).tiny)
+    run = prepare(guide_features(colour, sigma_rgb, sigma_xy / math.sqrt(cell)), plan)
+    return lambda values: up(kernel(down(values)) * cell)
+
+
+def _check_probabilities(probabilities: Tensor) -> None:
+    check_floating("probabilities", probabilities)
+    if probabilities.dim() != 4:
+        raise ValueError(f"probabilities: expected [B, K, H, W], got {shape_text(probabilities.shape)}")
+    if probabilities.shape[1] < 2:
+        raise ValueError(
+            f"probabilities: expected at least 2 classes, got {shape_text(probabilities.shape)}: "
+            "a single class is certain everywhere; add a background class"
+        )
+    require(
+        "probabilities",
+        probabilities,
+        lambda: ((probabilities >= 0) & (probabilities <= 1 + _ROUNDING)).all(),
+        lambda: "expected probabilities from 0 to 1, got values outside or NaN",
+    )
+
+
+def _check_valid(valid: Tensor | None, probabilities: Tensor) -> None:
+    if valid is None:
+        return
+    check_tensor("valid", valid)
+    if valid.dtype != torch.bool:
+        raise TypeError(f"valid: expected a bool tensor, got {valid.dtype}")
+    expected = (probabilities.shape[0], *probabilities.shape[2:])
+    check_like("valid", valid, expected, "probabilities", probabilities)
