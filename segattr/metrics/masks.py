@@ -1,11 +1,18 @@
-"""Quality of masks: region similarity J, contour quality F and their mean J&F."""
+"""Quality of masks: region similarity J, contour quality F, and their mean J&F."""
 
 import math
 
 import torch
 from torch import Tensor
 
-from segloss._checks import check_bool, check_like, check_number, check_tensor, shape_text
+from segloss._checks import (
+    check_bool,
+    check_int,
+    check_like,
+    check_number,
+    check_tensor,
+    shape_text,
+)
 
 
 def region_similarity(
@@ -43,8 +50,7 @@ def region_similarity(
         >>> region_similarity(predicted[:, None] == classes, labels[:, None] == classes, pooled=True)
         tensor([1.0000, 0.5000, 0.5000])
     """
-    prediction, truth = _without_void(prediction, truth, valid, pooled)
-    return _share(_count(prediction & truth, pooled), _count(prediction | truth, pooled))
+    return _share(*_region_counts(*_without_void(prediction, truth, valid, pooled), pooled))
 
 
 def contour_f(
@@ -81,7 +87,8 @@ def contour_f(
             ``valid`` None for its numbers.
         pooled: sum the counts over the first dimension before p, r and F: masks ``[N, C, H, W]`` give ``[C]``. The
             second source's released code does so over a data set, and reports the mean over the foreground classes.
-            The images must be of one size by nature: padding would move their borders and widen the tolerance.
+            Images of different sizes go through :class:`JAndF`: padding would move their borders and widen the
+            tolerance.
 
     Returns:
         ``[...]``, without the first dimension if ``pooled``; float32: the counts are exact integers, only the ratios
@@ -106,12 +113,7 @@ def contour_f(
     """
     check_number("tolerance", tolerance, least=0)
     prediction, truth = _without_void(prediction, truth, valid, pooled)
-    radius = _radius(tolerance, *prediction.shape[-2:])
-    predicted, true = _contour(prediction), _contour(truth)
-    precision = _share(_count(predicted & _dilate(true, radius), pooled), _count(predicted, pooled))
-    recall = _share(_count(true & _dilate(predicted, radius), pooled), _count(true, pooled))
-    # The smallest normal number stands for 0 in 0 / 0; a sum above 0 is at least one pixel's share, far larger.
-    return 2 * precision * recall / (precision + recall).clamp(min=torch.finfo(torch.float32).tiny)
+    return _f_measure(*_contour_counts(prediction, truth, tolerance, pooled))
 
 
 def j_and_f(
@@ -150,16 +152,77 @@ def j_and_f(
     return (region + contour_f(prediction, truth, tolerance=tolerance, valid=valid, pooled=pooled)) / 2
 
 
+class JAndF:
+    r"""J and F of a data set whose images differ in size: the counts behind ``pooled=True``, summed image by image.
+
+    .. math:: J_c = \frac{\sum_n |P_{nc} \cap T_{nc}|}{\sum_n |P_{nc} \cup T_{nc}|}
+
+    and F from precision and recall of the contour pixels of all images, as :func:`contour_f` defines them.
+
+    ``counts``, int64 ``[6, C]``, is all that an evaluation needs to go on: save it to resume, sum it over processes.
+
+    Args:
+        classes: number of classes C, at least 1.
+        tolerance: largest distance of contour pixels that match, see :func:`contour_f`; below 1 a fraction of the
+            diagonal of each image.
+        device: where the counts are kept.
+
+    Raises:
+        TypeError: ``classes`` that is no int, ``tolerance`` that is no number.
+        ValueError: ``classes`` below 1, a negative or infinite ``tolerance``.
+
+    Source:
+        As :func:`contour_f`.
+
+    Example:
+        >>> quality, mask = JAndF(classes=1), torch.tensor([[[[True, False]]]])
+        >>> quality.update(mask, mask)
+        >>> quality.update(mask.mT, ~mask.mT)
+        >>> quality.compute()  # 1 of 3 pixels; each edge between the two pixels is found
+        (tensor([0.3333]), tensor([1.]))
+    """
+
+    def __init__(self, classes: int, *, tolerance: float = 0.008, device: torch.device | str | None = None) -> None:
+        check_int("classes", classes)
+        check_number("classes", classes, least=1)
+        check_number("tolerance", tolerance, least=0)
+        self.tolerance = tolerance
+        self.counts = torch.zeros(6, classes, dtype=torch.int64, device=device)
+
+    def update(self, prediction: Tensor, truth: Tensor, *, valid: Tensor | None = None) -> None:
+        """Count a batch of images of one size.
+
+        Args:
+            prediction: predicted masks, bool, ``[N, C, H, W]``.
+            truth: true masks, bool, ``[N, C, H, W]``.
+            valid: pixels that count, bool, ``[N, C, H, W]`` or ``[N, H, W]``; all of them if None.
+
+        Raises:
+            TypeError: masks or ``valid`` that are not bool tensors.
+            ValueError: shapes or devices that do not fit each other, another number of classes.
+        """
+        masks = _without_void(prediction, truth, valid, True)
+        classes = self.counts.shape[1]
+        if prediction.dim() != 4 or prediction.shape[1] != classes:
+            raise ValueError(f"prediction: expected [N, {classes}, H, W], got {shape_text(prediction.shape)}")
+        counts = _region_counts(*masks, True) + _contour_counts(*masks, self.tolerance, True)
+        self.counts += torch.stack(counts).to(self.counts.device)
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """J and F of each class, ``[C]`` both, float32; 1 for a class of which nothing was there and nothing found."""
+        return _share(*self.counts[:2]), _f_measure(*self.counts[2:])
+
+
 def _without_void(prediction: object, truth: object, valid: object, pooled: bool) -> tuple[Tensor, Tensor]:
     """The checked masks, empty at the pixels that are not valid."""
-    prediction, truth = _mask("prediction", prediction), _mask("truth", truth)
+    prediction, truth = check_mask("prediction", prediction), check_mask("truth", truth)
     check_like("truth", truth, prediction.shape, "prediction", prediction)
     check_bool("pooled", pooled)
     if pooled and prediction.dim() < 3:
         raise ValueError(f"prediction: expected [N, ..., H, W] to pool over N, got {shape_text(prediction.shape)}")
     if valid is None:
         return prediction, truth
-    valid = _mask("valid", valid)
+    valid = check_mask("valid", valid)
     if prediction.dim() == 4 and valid.dim() == 3:
         check_like("valid", valid, (len(prediction), *prediction.shape[2:]), "prediction", prediction)
         valid = valid.unsqueeze(1)
@@ -168,7 +231,7 @@ def _without_void(prediction: object, truth: object, valid: object, pooled: bool
     return prediction & valid, truth & valid
 
 
-def _mask(name: str, value: object) -> Tensor:
+def check_mask(name: str, value: object) -> Tensor:
     check_tensor(name, value)
     assert isinstance(value, Tensor)
     if value.dtype != torch.bool:
@@ -176,6 +239,25 @@ def _mask(name: str, value: object) -> Tensor:
     if value.dim() < 2:
         raise ValueError(f"{name}: expected [..., H, W], got {shape_text(value.shape)}")
     return value
+
+
+def _region_counts(prediction: Tensor, truth: Tensor, pooled: bool) -> tuple[Tensor, ...]:
+    """Pixels of both masks and of either."""
+    return _count(prediction & truth, pooled), _count(prediction | truth, pooled)
+
+
+def _contour_counts(prediction: Tensor, truth: Tensor, tolerance: float, pooled: bool) -> tuple[Tensor, ...]:
+    """Contour pixels: the predicted ones that are near true ones, all predicted; the true ones near, all true."""
+    radius = _radius(tolerance, *prediction.shape[-2:])
+    predicted, true = _contour(prediction), _contour(truth)
+    masks = predicted & _dilate(true, radius), predicted, true & _dilate(predicted, radius), true
+    return tuple(_count(mask, pooled) for mask in masks)
+
+
+def _f_measure(found: Tensor, predicted: Tensor, met: Tensor, true: Tensor) -> Tensor:
+    precision, recall = _share(found, predicted), _share(met, true)
+    # The smallest normal number stands for 0 in 0 / 0; a sum above 0 is at least one pixel's share, far larger.
+    return 2 * precision * recall / (precision + recall).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _count(mask: Tensor, pooled: bool) -> Tensor:

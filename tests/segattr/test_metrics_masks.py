@@ -1,4 +1,4 @@
-"""Region similarity J, contour quality F and J&F, against counts made pixel by pixel."""
+"""Measures of masks, against counts made pixel by pixel."""
 
 import itertools
 import math
@@ -390,3 +390,47 @@ def test_arguments_that_make_no_sense_are_refused(
 def test_a_tolerance_that_is_no_distance_is_refused(measure: Any, tolerance: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="tolerance: expected a"):
         measure(MASKS, MASKS, tolerance=tolerance)
+
+
+@given(st.lists(mask_pairs(), max_size=4), tolerances)
+def test_j_and_f_of_images_of_different_sizes_pool_their_counts(pairs: list[Any], tolerance: float) -> None:
+    quality = metrics.JAndF(1, tolerance=tolerance)
+    both = either = 0
+    found, predicted, met, true = 0, 0, 0, 0
+    for prediction, truth in pairs:
+        quality.update(prediction[None, None], truth[None, None])
+        both += len(pixels(prediction) & pixels(truth))
+        either += len(pixels(prediction) | pixels(truth))
+        first, second, radius = contour_pixels(prediction), contour_pixels(truth), radius_of(tolerance, truth)
+        found += sum(any(math.dist(a, b) <= radius for b in second) for a in first)
+        met += sum(any(math.dist(a, b) <= radius for b in first) for a in second)
+        predicted, true = predicted + len(first), true + len(second)
+    region, contour = quality.compute()
+    precision, recall = found / predicted if predicted else 1, met / true if true else 1
+    assert region.tolist() == pytest.approx([both / either if either else 1], rel=1e-6)
+    assert contour.tolist() == pytest.approx([f_measure(precision, recall)], rel=1e-6)
+
+
+def test_j_and_f_batch_by_batch_is_the_pooled_measure() -> None:
+    masks, valid = random_masks(2, 5, 3, 11, 14), random_masks(5, 11, 14)
+    first, second = metrics.JAndF(3), metrics.JAndF(3)
+    first.update(*masks[:, :2], valid=valid[:2])
+    second.update(*masks[:, 2:], valid=valid[2:])
+    second.counts += first.counts  # as the sum over processes does
+    region, contour = second.compute()
+    assert torch.equal(region, metrics.region_similarity(*masks, valid=valid, pooled=True))
+    assert torch.equal(contour, metrics.contour_f(*masks, valid=valid, pooled=True))
+
+
+def test_j_and_f_refuses_what_makes_no_sense() -> None:
+    for arguments, error in (((0,), ValueError), ((1.0,), TypeError), ((True,), TypeError)):
+        with pytest.raises(error, match="classes: expected a"):
+            metrics.JAndF(*arguments)  # type: ignore[arg-type]
+    for tolerance, error in ((-1, ValueError), (math.inf, ValueError), ("1", TypeError)):
+        with pytest.raises(error, match="tolerance: expected a"):
+            metrics.JAndF(3, tolerance=tolerance)  # type: ignore[arg-type]
+    for masks, shape in ((MASKS[:, :1], r"\[2, 1, 4, 5\]"), (MASKS[0], r"\[3, 4, 5\]")):
+        quality = metrics.JAndF(3)
+        with pytest.raises(ValueError, match=rf"prediction: expected \[N, 3, H, W\], got {shape}"):
+            quality.update(masks, masks)
+        assert not quality.counts.any()
