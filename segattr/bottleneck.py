@@ -1,0 +1,376 @@
+"""RIB: maps of a classifier that is fine-tuned for each image, with a loss that does not saturate."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from typing import Any, Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from segattr.cam import normalize_each
+from segattr.classifier import Classifier, as_classifier, check_images
+from segattr.lrp.classes import Classes, check_classes
+from segattr.lrp.trace import evaluating
+from segloss._checks import (
+    check_bool,
+    check_choice,
+    check_finite,
+    check_floating,
+    check_int,
+    check_like,
+    check_number,
+    check_tags,
+    require,
+    shape_text,
+)
+from segloss._reduce import LARGEST, widen
+from segloss.bottleneck import rib_margin
+from segloss.similarity import max_normalize
+
+Batch: TypeAlias = tuple[Tensor, Tensor]
+Companions: TypeAlias = Iterable[Batch] | Callable[[Tensor], Iterable[Batch]]
+
+# The authors' public code takes an image for finished when that share of it is highly activated.
+_HIGH, _FINISHED = 0.3, 0.7
+
+
+def gndrp(
+    features_or_maps: Tensor,
+    maps: Tensor,
+    *,
+    threshold: float = 0.4,
+    divide_by: Literal["region", "all"] = "region",
+) -> Tensor:
+    r"""Global non-discriminative region pooling: the mean over the locations that a class is not yet seen at.
+
+    .. math::
+        \mathrm{GNDRP}_c(T) = \frac{1}{|U_c|} \sum_{u \in U_c} T(u), \quad
+        U_c = \Big\{ u : \frac{M_c(u)}{\max_v M_c(v)} \le \tau \Big\}
+
+    The choice of locations is a constant, no gradient flows to the maps through it. A map without a positive value
+    has no discriminative region: all locations count. Where none does, as for a constant positive map, the result is 0.
+
+    The authors' public code divides by the number of all locations (``divide_by="all"``), leaves out locations where
+    the map is the threshold itself, and pools nothing of a map that is negative everywhere.
+
+    Args:
+        features_or_maps: what is pooled, T: class maps of the shape of ``maps``, each over its own locations, or
+            feature maps ``[B, D, h, w]``, over those of each class in turn. Maps with as many channels as there are
+            classes count as class maps.
+        maps: class activation maps M, ``[B, K, h, w]``, normalised or not.
+        threshold: share of the maximum of a map up to which locations count, :math:`\tau`.
+        divide_by: ``"region"``, the number of locations that count, or ``"all"``, the number of all.
+
+    Returns:
+        ``[B, K]`` for class maps, ``[B, K, D]`` for features; float32 (float64 for float64 input).
+
+    Raises:
+        TypeError: ``features_or_maps`` or ``maps`` that are not floating point, ``threshold`` that is no number.
+        ValueError: shapes or devices that do not fit each other, no location, NaN or infinite values, an unknown
+            ``divide_by``.
+
+    Source:
+        Reducing the information bottleneck, the dissertation's sec. 3.4.3.
+
+    Example:
+        >>> maps = torch.tensor([[[[1.0, 10.0], [3.0, 5.0]], [[-1.0, -2.0], [-3.0, -4.0]]]])
+        >>> gndrp(maps, maps)
+        tensor([[ 2.0000, -2.5000]])
+    """
+    _check_maps("maps", maps)
+    _check_maps("features_or_maps", features_or_maps)
+    shape = (len(maps), features_or_maps.shape[1], *maps.shape[2:])
+    check_like("features_or_maps", features_or_maps, shape, "maps", maps)
+    check_number("threshold", threshold)
+    check_choice("divide_by", divide_by, ("region", "all"))
+    selected = _non_discriminative(widen(maps.detach()), threshold).flatten(2)
+    values = widen(features_or_maps).flatten(2)
+    if features_or_maps.shape == maps.shape:
+        pooled, count = torch.where(selected, values, 0).sum(2), selected.sum(2)
+    else:
+        with torch.autocast(values.device.type, enabled=False):
+            pooled, count = selected.to(values.dtype) @ values.mT, selected.sum(2, keepdim=True)
+    return pooled / (count.clamp(min=1) if divide_by == "region" else selected.shape[2])
+
+
+def rib(
+    clf: nn.Module,
+    images: Tensor,
+    tags: Tensor,
+    *,
+    companions: Companions,
+    steps: int = 10,
+    lr: float = 8e-6,
+    margin: float = 600.0,
+    pool: Literal["gndrp", "gap"] = "gndrp",
+    threshold: float = 0.4,
+    classes: Classes | None = None,
+    norm: str = "relu",
+    frozen: Sequence[nn.Module] = (),
+    stop: bool = False,
+    reference: bool = False,
+) -> Any:
+    r"""Class activation maps summed over a short fine-tuning that each image gets to itself.
+
+    .. math::
+        M_c = \sum_{k=0}^{K} \mathrm{CAM}_c(x; \theta_k), \quad
+        \theta_{k+1} = \theta_k - \lambda \nabla_{\theta_k} \sum_{x' \in \{x\} \cup X_k} L(y(x'; \theta_k), t')
+
+    with the loss L of :func:`segloss.rib_margin`, logits y pooled from the maps by :func:`gndrp`, each over the
+    locations of its own map, plus the bias of the classifier if it has one, and the companions :math:`X_k` of a step.
+    They keep the weights from fitting the image alone.
+
+    Every image starts from the weights of the classifier and trains a copy of them; the classifier is left as it is.
+    It runs in evaluation mode: statistics of normalisation are constants, nothing is drawn at random. All parameters
+    train, whether or not they require a gradient, except those of ``frozen``. Images are processed one after the other:
+    for a batch of weights at once, convolutions become grouped ones, which take longer for all but tiny images.
+
+    Layers that are frozen at the beginning of the network need not be part of the classifier: one that starts behind
+    them, ``Classifier(rest, head)``, takes their output for ``images`` and companions, which is then computed once.
+
+    Args:
+        clf: a :class:`Classifier` or a model that :func:`split` takes. Its head must be linear after global average
+            pooling.
+        images: x, ``[B, C, H, W]``.
+        tags: 1 where a class is present in the image, 0 elsewhere, ``[B, K]``. An image without tags has no loss of
+            its own.
+        companions: batches (images ``[N, C, H', W']``, tags ``[N, K]``) of any size, one for each step. From an
+            iterable the first ``steps`` are taken, held in memory and used for all images of the call. From a function,
+            which is called for each image with its tags ``[K]``, comes an iterable for that image, so that companions
+            can depend on it: those of the public code are random images that share no class with it, 20 in a step.
+        steps: number of steps, K; 0 gives the maps of the classifier itself.
+        lr: learning rate :math:`\lambda`, above 0.
+        margin: logit up to which classes train, m; without effect on the loss with ``reference``.
+        pool: ``"gndrp"``, or ``"gap"`` for global average pooling.
+        threshold: :math:`\tau` of :func:`gndrp`.
+        classes: classes that maps are wanted for, tagged or not, as in :func:`cam`; all if None.
+        norm: what :func:`normalize` does with each map before the sum: ``"relu"``, ``"raw"``, ``"relu_max"``,
+            ``"minmax"`` or ``"max"``.
+        frozen: modules of the classifier whose parameters do not train. In the public code, all before the third stage
+            of its ResNet.
+        stop: end the process of an image early, as the public code does: before a step at which the sum of its tagged
+            logits exceeds the margin, or at which the maps of its tagged classes, each over its maximum, exceed 0.3 on
+            more than 70% of the image (the latter not before the first step). The public code compares the sum over six
+            scaled and flipped views of the image with the margin. Waits for the device in every step.
+        reference: the optimiser of the public code instead of plain steps, its loss without a margin, and
+            ``divide_by="all"`` in the pooling: learning rate ten times as high for the last layer and falling with the
+            power 0.9 of the steps left, weight decay 1e-4, momentum 1e-4 (which stands where a weight decay was meant).
+
+    Returns:
+        ``[B, K', h, w]``, no gradient: all classes, or those of ``classes``; a list of ``[K_i, h, w]``
+        if these are given for each image.
+
+    Raises:
+        TypeError: an argument of another type than above, companions that are not pairs of tensors or have another
+            dtype than the images.
+        ValueError: a classifier whose head is not linear after pooling, shapes or devices that do not fit each other,
+            tags other than 0 and 1, NaN or infinite images, companions for fewer than ``steps`` steps, negative
+            ``steps``, ``lr`` of 0 or less, a ``margin`` outside ±1e30, an unknown ``pool`` or ``norm``, ``frozen``
+            modules that are not of the classifier, or that leave nothing to train; maps that are NaN or infinite, or
+            become so as weights diverge.
+
+    Source:
+        Reducing the information bottleneck, the dissertation's sec. 3.4.3. The sum of eq. (2.1) as printed is
+        ``norm="max"``; the default is what the public code adds up. That code also takes the image at four scales and
+        flipped (but for half size to train, too), and leaves out the map after the last step.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+        >>> images, tags = torch.rand(6, 3, 9, 9), torch.eye(4).repeat(2, 1)[:6]
+        >>> def others(tag: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        ...     disjoint = (tags @ tag == 0).nonzero().flatten()
+        ...     while True:
+        ...         batch = disjoint[torch.randperm(len(disjoint))[:3]]
+        ...         yield images[batch], tags[batch]
+        >>> rib(net, images[:2], tags[:2], companions=others).shape
+        torch.Size([2, 4, 7, 7])
+    """
+    clf = as_classifier(clf)
+    if clf.linear is None:
+        raise ValueError("clf: expected a head of global average pooling and one linear layer, got another one")
+    check_images(images)
+    check_finite("images", images)
+    check_tags(tags, images, "images", classes=clf.num_classes)
+    check_int("steps", steps)
+    check_number("steps", steps, least=0)
+    check_number("lr", lr, above=0)
+    check_number("margin", margin, least=-LARGEST, most=LARGEST)
+    check_choice("pool", pool, ("gndrp", "gap"))
+    check_number("threshold", threshold)
+    wanted = None if classes is None else check_classes(classes, len(images), clf.num_classes)
+    fixed = _parameters_of(frozen, clf)
+    check_choice("norm", norm, ("raw", "relu", "relu_max", "minmax", "max"))
+    check_bool("stop", stop)
+    check_bool("reference", reference)
+    batches = _source(companions, steps, images, clf.num_classes)
+
+    region = partial(gndrp, threshold=threshold, divide_by="all" if reference else "region")
+    model = _ClassMaps(clf, (lambda maps: region(maps, maps)) if pool == "gndrp" else (lambda maps: maps.mean((2, 3))))
+    loss = partial(rib_margin, margin=LARGEST if reference else margin, reduction="sum")
+    limit = margin if stop else None
+    autocast = torch.autocast(images.device.type, enabled=False)
+    with evaluating(clf), autocast, torch.inference_mode(False), torch.enable_grad():
+        maps = [] if len(images) else [model(images)[0].detach()]
+        for image, tag in zip(images.detach(), tags, strict=True):
+            copy = _Copy(model, fixed, lr, reference)
+            # Copies of images, here and below: autograd cannot use tensors that were made in inference mode.
+            process = _process(copy, image[None].clone(), tag[None], batches(tag), steps, loss, limit)
+            maps.append(torch.stack([normalize_each(widen(one), norm) for one in process]).sum(0))
+    summed = torch.cat(maps)
+    if wanted is None:
+        return summed
+    if any(isinstance(numbers, list) for numbers in wanted):
+        return [one[numbers] for one, numbers in zip(summed, wanted, strict=True)]
+    return summed[:, wanted]
+
+
+class _ClassMaps(nn.Module):
+    """Class activation maps, and the logits pooled from them."""
+
+    def __init__(self, clf: Classifier, pool: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.clf, self.pool = clf, pool
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        linear = self.clf.linear
+        assert linear is not None
+        maps = F.conv2d(self.clf.features(images), linear.weight.flatten(1)[:, :, None, None])
+        require(
+            "clf",
+            maps,
+            lambda: maps.isfinite().all(),
+            lambda: "expected finite maps, got NaN or infinity: from its weights, or an lr at which they diverge",
+        )
+        logits = self.pool(maps)
+        return maps, logits if linear.bias is None else logits + linear.bias
+
+
+class _Copy:
+    """The maps of a classifier with weights of its own, which it trains."""
+
+    def __init__(self, model: _ClassMaps, fixed: set[int], lr: float, reference: bool) -> None:
+        self.model, self.reference = model, reference
+        assert model.clf.linear is not None
+        last = set(map(id, model.clf.linear.parameters()))
+        self.state = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        groups: list[dict[str, Any]] = [{"params": []}, {"params": []}]
+        for name, parameter in model.named_parameters():
+            self.state[name] = parameter.detach()
+            if id(parameter) not in fixed:
+                self.state[name] = parameter.detach().clone().requires_grad_()
+                groups[id(parameter) in last]["params"].append(self.state[name])
+        self.rates = (lr, 10 * lr) if reference else (lr, lr)
+        decay = 1e-4 if reference else 0.0
+        self.optimizer = torch.optim.SGD(groups, lr, momentum=decay, weight_decay=decay)
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return functional_call(self.model, self.state, (images,))
+
+    def descend(self, loss: Tensor, left: float) -> None:
+        """A step of the optimiser, with this share of the steps left."""
+        groups = self.optimizer.param_groups
+        weights = [weight for group in groups for weight in group["params"]]
+        for weight, gradient in zip(weights, torch.autograd.grad(loss, weights, allow_unused=True), strict=True):
+            weight.grad = gradient
+        for group, rate in zip(groups, self.rates, strict=True):
+            group["lr"] = rate * left**0.9 if self.reference else rate
+        self.optimizer.step()
+
+
+def _process(
+    copy: _Copy,
+    image: Tensor,
+    tags: Tensor,
+    batches: Iterator[Batch],
+    steps: int,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    limit: float | None,
+) -> Iterator[Tensor]:
+    """The maps ``[1, K, h, w]`` of an image ``[1, C, H, W]`` before each step and after the last one.
+
+    With a limit of the logits it may end early.
+    """
+    for step in range(steps + 1):
+        with torch.set_grad_enabled(step < steps):
+            maps, logits = copy(image)
+        yield maps.detach()
+        if step == steps or (limit is not None and _is_finished(maps, logits, tags, step, limit)):
+            break
+        others, their_tags = next(batches)
+        logits, wanted = torch.cat([logits, copy(others.clone())[1]]), torch.cat([tags, their_tags])
+        copy.descend(loss(logits, wanted), 1 - step / steps)
+
+
+def _is_finished(maps: Tensor, logits: Tensor, tags: Tensor, step: int, limit: float) -> bool:
+    tagged = tags != 0
+    strong = torch.where(tagged, logits, 0).sum() > limit
+    high = (max_normalize(maps) > _HIGH) & tagged[:, :, None, None]
+    wide = high.any(1).float().mean() > _FINISHED
+    return bool(strong | wide if step else strong)
+
+
+def _non_discriminative(maps: Tensor, threshold: float) -> Tensor:
+    """The locations of maps ``[B, K, h, w]`` up to a share of the maximum; all where nothing is positive."""
+    peak = maps.amax((2, 3), keepdim=True)
+    return (peak <= 0) | (maps / peak <= threshold)
+
+
+def _source(companions: object, steps: int, images: Tensor, classes: int) -> Callable[[Tensor], Iterator[Batch]]:
+    """A function from the tags of an image to its checked batches."""
+
+    def checked(batches: object) -> Iterator[Batch]:
+        if not isinstance(batches, Iterable):
+            raise TypeError(f"companions: expected an iterable, or a function that gives one, got {_type(batches)}")
+        count = 0
+        for batch in islice(batches, steps):
+            _check_batch(batch, images, classes)
+            count += 1
+            yield batch[0].detach(), batch[1]
+        if count < steps:
+            raise ValueError(f"companions: expected a batch for each of {steps} steps, got {count}")
+
+    if callable(companions) and not isinstance(companions, Iterable):
+        return lambda tags: checked(companions(tags))
+    shared = list(checked(companions))
+    return lambda tags: iter(shared)
+
+
+def _check_batch(batch: object, images: Tensor, classes: int) -> None:
+    if not isinstance(batch, Sequence) or len(batch) != 2:
+        raise TypeError(f"companions: expected batches (images, tags), got {_type(batch)}")
+    others, tags = batch
+    check_floating("companions", others)
+    if others.dtype != images.dtype:
+        raise TypeError(f"companions: expected {images.dtype}, as of images, got {others.dtype}")
+    if others.dim() != 4:
+        raise ValueError(f"companions: expected images [N, C, H, W], got {shape_text(others.shape)}")
+    check_like("companions", others, (len(others), images.shape[1], *others.shape[2:]), "images", images)
+    check_finite("companions", others)
+    check_tags(tags, others, "companions", classes=classes)
+
+
+def _parameters_of(frozen: object, clf: Classifier) -> set[int]:
+    if not isinstance(frozen, Sequence) or not all(isinstance(module, nn.Module) for module in frozen):
+        raise TypeError(f"frozen: expected a sequence of modules, got {frozen!r}")
+    fixed = {id(parameter) for module in frozen for parameter in module.parameters()}
+    every = set(map(id, clf.parameters()))
+    if not fixed <= every:
+        raise ValueError("frozen: expected modules of the classifier, got parameters that it does not have")
+    if fixed == every:
+        raise ValueError(f"frozen: expected to leave parameters to train, got all {len(every)} of them")
+    return fixed
+
+
+def _check_maps(name: str, maps: object) -> None:
+    check_floating(name, maps)
+    assert isinstance(maps, Tensor)
+    if maps.dim() != 4 or 0 in maps.shape[1:]:
+        raise ValueError(f"{name}: expected [B, K, h, w] with at least one pixel, got {shape_text(maps.shape)}")
+    check_finite(name, maps)
+
+
+def _type(value: object) -> str:
+    return type(value).__name__
