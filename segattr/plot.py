@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+__all__ = ["map_grid", "overlay", "size_grid"]
+
 _SLACK = 1e-3  # beyond [0, 1]: what normalising, resizing and going back leave
 
 

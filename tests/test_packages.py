@@ -1,6 +1,7 @@
 """What an installed package promises: its names, a quiet and light import, types."""
 
 import inspect
+import operator
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,7 @@ import segattr
 import segloss
 
 PACKAGES = [segloss, segattr]
-LRP = ("heatmap_loss", "labelled_subset", "unroll")
-METRICS = ("region_similarity", "contour_f", "j_and_f")
+PARTS = ("lrp", "metrics", "plot", "refine")  # of segattr
 
 
 def in_fresh_interpreter(code: str) -> str:
@@ -45,8 +45,10 @@ def test_public_names_exist_and_are_typed(package) -> None:  # type: ignore[no-u
 
 def test_public_functions_are_documented() -> None:
     functions = [(name, getattr(segloss, name)) for name in segloss.__all__]
-    functions += [(f"metrics.{name}", item) for name, item in vars(segattr.metrics).items() if name in METRICS]
-    functions += [(f"lrp.{name}", getattr(segattr.lrp, name)) for name in LRP]
+    functions += [(name, getattr(segattr, name)) for name in segattr.__all__ if name not in PARTS]
+    for part in PARTS:
+        module = getattr(segattr, part)
+        functions += [(f"{part}.{name}", getattr(module, name)) for name in module.__all__]
     for name, item in functions:
         assert item.__doc__, name
         if inspect.isfunction(item) and name != "check_values":
@@ -102,13 +104,42 @@ def test_names_are_the_published_ones() -> None:
     modules = [name for name in segloss.__all__ if isinstance(getattr(segloss, name), type)]
     assert set(segloss.__all__) == set(signatures) | set(modules)
     assert all(issubclass(getattr(segloss, name), nn.Module) for name in modules if name != "ToleranceError")
-    lrp = {
-        "heatmap_loss": "(heatmaps, scores, labels, tags, *, scale, weight, background_weight, ignore_index)",
-        "labelled_subset": "(tags, count, *, uniform_below, generator)",
-        "unroll": "(model, *, activations, weights, upsampling, skip, batch_norm, epsilon, chunk)",
+    attribution = {
+        "advcam": "(clf, images, classes, *, steps, step_size, threshold, penalty, suppress, literal, reference, "
+        "chunk)",
+        "cam": "(clf, images, classes, *, norm)",
+        "ficklenet": "(features, head, *, passes, threshold, tags, norm, generator)",
+        "gndrp": "(features_or_maps, maps, *, threshold, divide_by)",
+        "grad_cam": "(clf, images, classes, *, layer, pool, norm)",
+        "multiscale": "(method, images, scales, flip)",
+        "normalize": "(maps, mode)",
+        "rib": "(clf, images, tags, *, companions, steps, lr, margin, pool, threshold, classes, norm, frozen, stop, "
+        "reference)",
+        "split": "(model, layer)",
+        "lrp.heatmap_loss": "(heatmaps, scores, labels, tags, *, scale, weight, background_weight, ignore_index)",
+        "lrp.labelled_subset": "(tags, count, *, uniform_below, generator)",
+        "lrp.unroll": "(model, *, activations, weights, upsampling, skip, batch_norm, epsilon, chunk)",
+        "metrics.average_best_overlap": "(predictions, truths)",
+        "metrics.average_precision": "(predictions, truths, *, threshold)",
+        "metrics.best_threshold_miou": "(maps, labels, *, tags, thresholds, ignore_index)",
+        "metrics.contour_f": "(prediction, truth, *, tolerance, valid, pooled)",
+        "metrics.high_gradient_ratio": "(gradients, regions, *, threshold, scale)",
+        "metrics.j_and_f": "(prediction, truth, *, tolerance, valid, pooled)",
+        "metrics.pointing_game": "(maps, masks, *, tolerance)",
+        "metrics.region_similarity": "(prediction, truth, *, valid, pooled)",
+        "refine.dense_crf": "(probabilities, image, *, iterations, weight, sigma_rgb, sigma_xy, smooth_weight, "
+        "smooth_sigma_xy, valid, scale_factor, method, tolerance, backend)",
+        "refine.grow_seeds": "(seeds, probabilities, *, foreground, background, ignore_index)",
+        "refine.instance_masks": "(bbams, boxes, image, *, rule, foreground, background, smoothing, crf, ignore_index)",
+        "refine.label_probabilities": "(labels, tags, *, confidence, ignore_index)",
+        "refine.merge_proposals": "(mask, proposals)",
+        "refine.pseudo_labels": "(maps, tags, *, foreground, background, size, ignore_index)",
+        "refine.random_walk": "(maps, affinity, *, beta, steps, boundary)",
+        "refine.semantic_labels": "(masks, labels, *, ignore_index)",
     }
-    for name, expected in (signatures | lrp).items():
-        parameters = list(inspect.signature(getattr(segattr.lrp if name in lrp else segloss, name)).parameters.values())
+    published = [(segloss, *item) for item in signatures.items()] + [(segattr, *item) for item in attribution.items()]
+    for package, name, expected in published:
+        parameters = list(inspect.signature(operator.attrgetter(name)(package)).parameters.values())
         words, starred = [], False
         for parameter in parameters:
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY and not starred:

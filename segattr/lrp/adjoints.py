@@ -46,6 +46,16 @@ def adjoint(*operations: Any) -> Callable[[Rule], Rule]:
     operation, not in place, and returns a :class:`Linearised`. What it saves for the adjoint, such as masks and the
     indices of a maximum, is constant: the operation must be linear around its input, up to a constant shift.
 
+    Args:
+        operations: types of modules, functions such as ``torch.relu``, or names of methods such as ``"relu"``; a later
+            rule of the same operation takes the place of the earlier one.
+
+    Returns:
+        The decorator, which gives back the rule.
+
+    Raises:
+        TypeError: no operation, or one that is neither callable nor a name.
+
     Example:
         >>> class Scale(nn.Module):
         ...     def forward(self, x):
@@ -54,6 +64,8 @@ def adjoint(*operations: Any) -> Callable[[Rule], Rule]:
         ... def scale(module, x):
         ...     return Linearised(module(x), lambda gradient: 3 * gradient)
     """
+    if not operations or not all(callable(operation) or isinstance(operation, str) for operation in operations):
+        raise TypeError(f"operations: expected types of modules, functions or names of methods, got {operations}")
 
     def register(rule: Rule) -> Rule:
         RULES.update(dict.fromkeys(operations, rule))

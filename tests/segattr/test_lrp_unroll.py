@@ -419,6 +419,12 @@ def test_an_operation_of_the_user(x: Tensor) -> None:
     assert error(heat, input_times_gradient(model, x)[1]) < 1e-12
 
 
+@pytest.mark.parametrize("operations", [(), (3,)])
+def test_what_is_no_operation_cannot_be_registered(operations: tuple[Any, ...]) -> None:
+    with pytest.raises(TypeError, match="operations: expected types of modules"):
+        adjoint(*operations)
+
+
 def test_an_operation_that_nobody_registered_is_refused() -> None:
     with pytest.raises(TypeError, match=r"truediv \(node truediv\)"):
         unroll(Small(Half()))
