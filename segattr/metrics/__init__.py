@@ -1,4 +1,4 @@
-"""Measures of masks (region J, contour F), instances (AP, ABO), maps (pointing game, best threshold), gradients (HGR)."""
+"""Measures of masks (J, contour F), instances (AP, ABO), maps (pointing game, best threshold) and gradients (HGR)."""
 
 from segattr.metrics.gradients import high_gradient_ratio
 from segattr.metrics.instances import PerClass, average_best_overlap, average_precision

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from segattr.metrics.instances import intersections
-from segattr.refine import merge_proposals as module
-from segattr.refine.merge_proposals import merge_proposals
+from segattr.refine.merge_proposals import _CHUNK, merge_proposals
 
 
 def pixels(mask: Tensor) -> set[tuple[int, ...]]:
@@ -92,7 +91,7 @@ def test_empty_mask_stays_empty() -> None:
 
 
 def test_more_proposals_than_are_held_at_a_time() -> None:
-    proposals = torch.rand(2 * module._CHUNK + 7, 5, 5) < 0.1
+    proposals = torch.rand(2 * _CHUNK + 7, 5, 5) < 0.1
     mask = torch.rand(5, 5) < 0.7
     assert pixels(merge_proposals(mask, proposals)) == by_sets(mask, proposals)
 
