@@ -2,6 +2,7 @@
 
 from segattr import lrp, metrics, plot, refine
 from segattr.advcam import advcam
+from segattr.bbam import Detector, adaptive_stride, bbam, detector_from_torchvision, positive_proposals
 from segattr.bottleneck import gndrp, rib
 from segattr.cam import cam, grad_cam, multiscale, normalize
 from segattr.classifier import Classifier, split
@@ -9,9 +10,13 @@ from segattr.ficklenet import StochasticConv2d, ficklenet
 
 __all__ = [
     "Classifier",
+    "Detector",
     "StochasticConv2d",
+    "adaptive_stride",
     "advcam",
+    "bbam",
     "cam",
+    "detector_from_torchvision",
     "ficklenet",
     "gndrp",
     "grad_cam",
@@ -20,6 +25,7 @@ __all__ = [
     "multiscale",
     "normalize",
     "plot",
+    "positive_proposals",
     "refine",
     "rib",
     "split",

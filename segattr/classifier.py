@@ -126,15 +126,15 @@ def as_classifier(clf: nn.Module, layer: str | nn.Module | None = None) -> Class
     return split(clf, layer)
 
 
-def undisturbed(clf: Classifier, function: Callable[[], Any], *, constant: bool = False) -> Any:
-    """The result of a function that calls a classifier, which leaves no trace in it and runs as without autocast.
+def undisturbed(network: Callable[..., Any], function: Callable[[], Any], *, constant: bool = False) -> Any:
+    """The result of a function that calls a network, which leaves no trace in it and runs as without autocast.
 
     Args:
-        clf: what it calls.
+        network: what it calls, a module or a function.
         function: takes no arguments.
         constant: whether parameters are constants, so that autograd does not keep what their gradients would need.
     """
-    caller = _Caller(clf)
+    caller = _Caller(network)
     state = {name: buffer.clone() for name, buffer in caller.named_buffers()}  # batch statistics go to the copies
     if constant:
         state |= {name: parameter.detach() for name, parameter in caller.named_parameters()}
@@ -145,11 +145,11 @@ def undisturbed(clf: Classifier, function: Callable[[], Any], *, constant: bool 
 
 
 class _Caller(nn.Module):
-    """Calls a function while the parameters and buffers of a classifier are replaced."""
+    """Calls a function while the parameters and buffers of a network are replaced."""
 
-    def __init__(self, clf: Classifier) -> None:
+    def __init__(self, network: Callable[..., Any]) -> None:
         super().__init__()
-        self.clf = clf
+        self.network = network
 
     def forward(self, function: Callable[[], Any]) -> Any:
         return function()

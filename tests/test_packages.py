@@ -105,6 +105,11 @@ def test_names_are_the_published_ones() -> None:
     assert set(segloss.__all__) == set(signatures) | set(modules)
     assert all(issubclass(getattr(segloss, name), nn.Module) for name in modules if name != "ToleranceError")
     attribution = {
+        "adaptive_stride": "(area)",
+        "bbam": "(detector, image, boxes, labels, *, steps, lr, sparsity, heads, proposals, stride, mean, decode, "
+        "reference, chunk, progress, generator)",
+        "detector_from_torchvision": "(model)",
+        "positive_proposals": "(detector, image, boxes, labels, *, count, jitter, min_iou, keep, decode, generator)",
         "advcam": "(clf, images, classes, *, steps, step_size, threshold, penalty, suppress, literal, reference, "
         "chunk)",
         "cam": "(clf, images, classes, *, norm)",
