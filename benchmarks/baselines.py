@@ -1,9 +1,16 @@
 """What the library is measured against: the same formulas as one would write them in plain torch."""
 
 import math
+from collections.abc import Sequence
+from copy import deepcopy
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from segloss.bilateral import guide_features
+
+Batch = tuple[Tensor, Tensor]  # images and tags
 
 
 def naive_size_kl(logits: Tensor, sizes: Tensor) -> Tensor:
@@ -104,3 +111,217 @@ def batched_heatmaps(model: nn.Module, images: Tensor, create_graph: bool) -> tu
     units = torch.eye(scores.shape[1], dtype=scores.dtype).unsqueeze(1).expand(-1, len(scores), -1)
     (gradients,) = torch.autograd.grad(scores, pixels, units, create_graph=create_graph, is_grads_batched=True)
     return scores, (images * gradients).sum(2).transpose(0, 1)
+
+
+def released_advcam(
+    features: nn.Module,
+    linear: nn.Linear,
+    image: Tensor,
+    classes: Sequence[int],
+    steps: int = 27,
+    step_size: float = 0.08,
+    threshold: float = 0.5,
+    penalty: float = 7.0,
+) -> Tensor:
+    """AdvCAM with the costs of the authors' procedure: maps ``[K, h, w]`` of ``image [1, C, H, W]``.
+
+    One class at a time, the image together with its mirror image. Each step is a forward pass and two backward ones
+    through the network, of the map for Grad-CAM and of the objective; both make gradients of the parameters, too, and
+    the last step is taken like the others, though its image is not used.
+    """
+    maps = []
+    for c in classes:
+        x, total = torch.cat([image, image.flip(-1)]), image.new_zeros(())
+        first: Tensor | None = None
+        for _ in range(steps):
+            x = x.detach().requires_grad_()
+            maps_of_features = features(x)
+            maps_of_features.retain_grad()
+            cams = F.conv2d(maps_of_features, linear.weight[:, :, None, None])
+            cams[:, c].relu().sum().backward(retain_graph=True)
+            gradient = maps_of_features.grad
+            assert gradient is not None
+            weight = gradient.sum((2, 3), keepdim=True) / (gradient > 0).sum().clamp(min=1)
+            scaled = (weight * maps_of_features).sum(1).relu()
+            r = scaled[0] + scaled[1].flip(-1)
+            first = r.detach() if first is None else first
+            total = total + r.detach()
+            logits = cams.relu().mean((2, 3)).sum(0)
+            deviation = ((r > threshold * r.max()) * (r - first).abs()).sum()
+            features.zero_grad()
+            linear.zero_grad()
+            x.grad = None
+            (2 * logits[c] - logits.sum() - penalty * deviation).backward()
+            x = _climbed(x, step_size, x)
+        maps.append(total)
+    features.zero_grad()
+    linear.zero_grad()
+    return torch.stack(maps)
+
+
+def plain_advcam(
+    features: nn.Module,
+    linear: nn.Linear,
+    image: Tensor,
+    classes: Sequence[int],
+    steps: int = 27,
+    step_size: float = 0.08,
+    threshold: float = 0.5,
+    penalty: float = 3.0,
+) -> Tensor:
+    """AdvCAM as the library defines it, one class at a time with ``backward()``, which reaches the parameters, too."""
+    maps = []
+    for c in classes:
+        x, total = image, image.new_zeros(())
+        first: Tensor | None = None
+        for step in range(steps + 1):
+            x = x.detach().requires_grad_()
+            maps_of_features = features(x)
+            r = (linear.weight[c, :, None, None] * maps_of_features).sum(1).relu()
+            first = r.detach() if first is None else first
+            total = total + r.detach()
+            if step < steps:
+                logits = linear(maps_of_features.mean((2, 3)))[0]
+                deviation = ((r > threshold * r.max()) * (r - first).abs()).mean()
+                (2 * logits[c] - logits.sum() - penalty * deviation).backward()
+                x = _climbed(x, step_size, image)
+        maps.append(total)
+    features.zero_grad()
+    linear.zero_grad()
+    return torch.cat(maps)
+
+
+def _climbed(x: Tensor, step_size: float, limits: Tensor) -> Tensor:
+    assert x.grad is not None
+    return (x + step_size * x.grad / x.grad.abs().max()).detach().clamp(limits.min(), limits.max())
+
+
+def sequential_grad_cam(
+    features: nn.Module, head: nn.Module, images: Tensor, classes: Sequence[int], whole: bool
+) -> Tensor:
+    """Signed Grad-CAM ``[B, K, h, w]``, a backward pass for each class.
+
+    ``whole``: for each class also a forward pass, and the backward pass goes through the whole network to the
+    parameters; otherwise only through the head.
+    """
+    f = features(images)
+    scores = head(f).sum(0)
+    maps = []
+    for c in classes:
+        if whole:
+            f = features(images)
+            f.retain_grad()
+            head(f)[:, c].sum().backward()
+            gradient = f.grad
+            features.zero_grad()
+            head.zero_grad()
+        else:
+            gradient = torch.autograd.grad(scores[c], f, retain_graph=True)[0]
+        assert gradient is not None
+        maps.append((gradient.mean((2, 3), keepdim=True) * f).sum(1).detach())
+    return torch.stack(maps, 1)
+
+
+def deepcopy_rib(
+    features: nn.Module,
+    linear: nn.Linear,
+    images: Tensor,
+    tags: Tensor,
+    companions: Sequence[Batch],
+    lr: float,
+    margin: float = 600.0,
+    threshold: float = 0.4,
+) -> Tensor:
+    """RIB on a copy of the network for each image, trained by an optimiser: maps ``[B, K, h, w]``."""
+    summed = []
+    for image, tag in zip(images, tags, strict=True):
+        body, last = deepcopy((features, linear))
+        trained = [p for p in (*body.parameters(), *last.parameters()) if p.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr)
+        total = image.new_zeros(())
+        for others, their_tags in companions:
+            maps = F.conv2d(body(torch.cat([image[None], others])), last.weight[:, :, None, None])
+            total = total + maps[0].detach().relu()
+            peak = maps.detach().amax((2, 3), keepdim=True)
+            region = (maps.detach() <= threshold * peak) | (peak <= 0)
+            logits = (maps * region).sum((2, 3)) / region.sum((2, 3)).clamp(min=1) + last.bias
+            optimizer.zero_grad()
+            (-torch.cat([tag[None], their_tags]) * logits.clamp(max=margin)).sum().backward()
+            optimizer.step()
+        with torch.no_grad():
+            total = total + F.conv2d(body(image[None]), last.weight[:, :, None, None])[0].relu()
+        summed.append(total)
+    return torch.stack(summed)
+
+
+def expanded_scores(features: Tensor, weight: Tensor, keep: Tensor, drop: float) -> Tensor:
+    """FickleNet's layer by map expansion: windows are laid side by side, so that dropout is another in each.
+
+    ``features [B, D, h, w]``, ``weight [C, D, s, s]``, ``keep [B, h, w, s, s]``; maps ``[B, C, h, w]``.
+    """
+    size = weight.shape[2]
+    windows = F.pad(features, (size // 2,) * 4).unfold(2, size, 1).unfold(3, size, 1)
+    expanded = windows.transpose(3, 4).flatten(4).flatten(2, 3)
+    kept = keep.transpose(2, 3).flatten(3).flatten(1, 2)[:, None]
+    return F.conv2d(expanded * (kept / (1 - drop)), weight, stride=size)
+
+
+def expanded_ficklenet(
+    features: Tensor, weight: Tensor, keeps: Sequence[Tensor], drop: float, classes: Sequence[int], threshold: float
+) -> Tensor:
+    """FickleNet's labels ``[B, h, w]`` of some classes: each pass expands the map, Grad-CAM is autograd's."""
+    passes = []
+    for keep in keeps:
+        f = features.detach().requires_grad_()
+        logits = expanded_scores(f, weight, keep, drop).mean((2, 3)).sum(0)
+        gradients = [torch.autograd.grad(logits[c], f, retain_graph=True)[0] for c in classes]
+        maps = torch.stack([(f.detach() * gradient).sum(1).relu() for gradient in gradients], 1)
+        passes.append(maps / maps.amax((2, 3), keepdim=True).clamp(min=1e-30))
+    every = torch.stack(passes)
+    found = every.amax(0) > threshold
+    best = torch.where(found, every.mean(0), -1).argmax(1)
+    return torch.where(found.any(1), best.new_tensor(classes)[best], -1)
+
+
+def squared_walk(maps: Tensor, affinity: Tensor, beta: float, doublings: int) -> Tensor:
+    """Random walk of ``2^doublings`` steps by squaring a dense transition matrix, as the authors' codes do."""
+    power = affinity.to_dense()[0] ** beta
+    matrix = power / power.sum(1, keepdim=True)
+    torch.set_flush_denormal(True)  # products of small weights: four times slower with denormal numbers
+    for _ in range(doublings):
+        matrix = matrix @ matrix
+    torch.set_flush_denormal(False)
+    return (matrix @ maps[0].flatten(1).t()).t().view(maps.shape)
+
+
+def dense_mean_field(
+    probabilities: Tensor,
+    image: Tensor,
+    *,
+    iterations: int,
+    weight: float,
+    sigma_rgb: float,
+    sigma_xy: float,
+    smooth_weight: float,
+    smooth_sigma_xy: float,
+) -> Tensor:
+    """Mean-field inference in which every pair of pixels is visited, ``[1, K, H, W]``."""
+    classes, height, width = probabilities.shape[1:]
+    colours = guide_features(image, sigma_rgb, sigma_xy)[0].t().contiguous()
+    lines = [torch.arange(n).to(image) / smooth_sigma_xy for n in (height, width)]
+    rows, columns = (((line[:, None] - line).square() / -2).exp() for line in lines)
+
+    def smooth(values: Tensor) -> Tensor:
+        return (rows @ values.t().view(-1, height, width) @ columns).flatten(1).t()
+
+    kernels = [
+        (weight, lambda values: dense_filter(values, colours)),
+        (smooth_weight, smooth),
+    ]
+    scaled = [(w, kernel, kernel(image.new_ones(height * width, 1)).rsqrt()) for w, kernel in kernels]
+    unary = probabilities[0].flatten(1).t().clamp(min=1e-5).log()
+    q = unary.softmax(1)
+    for _ in range(iterations):
+        messages = [w * (d * kernel((d * q).contiguous()) - d * d * q) for w, kernel, d in scaled]
+        q = (unary + sum(messages)).softmax(1)
+    return q.t().reshape(1, classes, height, width)

@@ -1,9 +1,11 @@
-"""The CUDA half, checked against float64 and timed: under eight minutes on an H200.
+"""The CUDA half, checked against float64 and timed: under ten minutes on an H200.
 
 Times are medians of ``triton.testing.do_bench``. ``bilateral_filter`` and ``potts_crf`` run on bundled photographs with
 sigma 15/255 and 50 pixels at 256 pixels a side, in proportion at other sizes. Limits come from the device: exponentials
 at 16 a clock and multiprocessor, half-precision products at 1,024 (from compute capability 9 on 2,048) multiplications,
-memory from a measured copy. A case that fails or misses its bound is marked as such and not timed, the others go on,
+memory from a measured copy. Attribution and refinement are timed beside the procedures that they replace, on a network
+of ten convolutions, on FickleNet's features of 321 pixels, on a walk over maps of images of 512 pixels, and on a
+photograph of VOC's size. A case that fails or misses its bound is marked as such and not timed, the others go on,
 and the exit status is 1. What is measured is written after every case.
 """
 
@@ -16,12 +18,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import segloss
 from benchmarks.__main__ import environment
-from benchmarks.baselines import log_space_size_kl, naive_size_kl
+from benchmarks.baselines import (
+    dense_mean_field,
+    expanded_ficklenet,
+    log_space_size_kl,
+    naive_size_kl,
+    plain_advcam,
+    released_advcam,
+    sequential_grad_cam,
+    squared_walk,
+)
 from benchmarks.photos import SIGMA_RGB, TUNED, photo, probabilities, sigma_xy, truth
+from benchmarks.test_refine import PRESETS, problem, settings
+from segattr.advcam import advcam
+from segattr.cam import cam, grad_cam
+from segattr.classifier import Classifier
+from segattr.ficklenet import StochasticConv2d, ficklenet
+from segattr.refine import dense_crf, random_walk
 from segloss.bilateral import guide_features
 
 HERE = Path(__file__).parent
@@ -36,6 +53,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "lowrank 1e-2 float32": {"method": "lowrank", "tolerance": 1e-2, "precision": "float32"},
 }
 SHAPES = ((2, 21, 64, 64), (4, 21, 256, 256), (16, 21, 512, 512))
+WIDTHS = (64, 128, 256, 512, 512)  # of pairs of convolutions, each before a halving of the resolution
+CAM_SIDE, ADVCAM_SIDE, ADVCAM_STEPS, FICKLENET_SIDE, WALK_SIDE = 224, 112, 27, 41, 128
+CRF_SIZES = ((94, 125), (375, 500))  # to check, and to time
+CLASSES = 20
 _EXPONENTIALS = 16  # a clock and multiprocessor
 _WORDS = ("group", "method", "failed", "refused")  # of a row; all else are numbers
 
@@ -232,6 +253,144 @@ def size_kl_case(
     row["of copy bandwidth"] = 1e3 * 3 * logits.nbytes / most["copy"] / row["milliseconds"]
 
 
+def classifier(dtype: torch.dtype = torch.float32) -> tuple[nn.Sequential, nn.Sequential]:
+    """Ten convolutions with random weights, and the head."""
+    torch.manual_seed(0)
+    layers, channels = list[nn.Module](), 3
+    for width in WIDTHS:
+        for _ in range(2):
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+            channels = width
+        layers.append(nn.MaxPool2d(2))
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, CLASSES))
+    return nn.Sequential(*layers).eval().to(DEVICE, dtype), head.eval().to(DEVICE, dtype)
+
+
+def compare(
+    report: Report,
+    group: str,
+    methods: dict[str, Callable[[], Tensor]],
+    exact: Tensor,
+    bound: float,
+    checks: dict[str, Callable[[], Tensor]] | None = None,
+) -> None:
+    """A row for each method, of whose result, or that of its check, the error is below the bound."""
+
+    def measure(row: Row, method: str) -> None:
+        result = (checks or methods)[method]()
+        if result.is_floating_point():
+            row["error"] = relative(result, exact)
+        else:
+            row["error"] = (result != exact).double().mean().item()  # of labels
+        require(row["error"], bound)
+        row["megabytes"] = extra_megabytes(methods[method])
+        row["milliseconds"] = milliseconds(methods[method])
+
+    for method in methods:
+        report.add(group, method, partial(measure, method=method))
+
+
+def cams(report: Report) -> None:
+    """Convolutions in the precision that torch is set to, TensorFloat-32 by default."""
+    features, head = classifier()
+    images = torch.randn(8, 3, CAM_SIDE, CAM_SIDE, device=DEVICE)
+    clf, pixels = Classifier(features, head), (CAM_SIDE // 32) ** 2
+    methods: dict[str, Callable[[], Any]] = {
+        "K forward and backward passes": lambda: sequential_grad_cam(features, head, images, range(CLASSES), True),
+        "grad_cam": torch.no_grad()(lambda: grad_cam(clf, images, norm="raw")),
+        "cam": torch.no_grad()(lambda: torch.as_tensor(cam(clf, images)) / pixels),
+    }
+    exact = sequential_grad_cam(*classifier(torch.float64), images.double(), range(CLASSES), False)
+    compare(report, f"cam 8x3x{CAM_SIDE}x{CAM_SIDE}, {CLASSES} classes", methods, exact, 1e-2)
+
+
+def advcams(report: Report) -> None:
+    """Checked after 3 steps: images climb apart by rounding."""
+    features, head = classifier()
+    linear, classes = head[2], range(8)
+    assert isinstance(linear, nn.Linear)
+    image = torch.randn(1, 3, ADVCAM_SIDE, ADVCAM_SIDE, device=DEVICE)
+    clf = Classifier(features, head)
+    wide, wide_head = classifier(torch.float64)
+    assert isinstance(wide_head[2], nn.Linear)
+    group = f"advcam {ADVCAM_SIDE}x{ADVCAM_SIDE}, 8 classes, {ADVCAM_STEPS} steps"
+
+    def ours(steps: int, reference: bool) -> Callable[[], Tensor]:
+        penalty = 7.0 if reference else 3.0
+        return lambda: advcam(clf, image, classes, steps=steps, penalty=penalty, reference=reference)[0]
+
+    def theirs(baseline: Callable[..., Tensor], steps: int) -> Callable[[], Tensor]:
+        return lambda: baseline(features, linear, image, classes, steps)
+
+    for baseline, names in (
+        (released_advcam, ("released procedure", "advcam reference=True")),
+        (plain_advcam, ("one class at a time", "advcam")),
+    ):
+        reference = baseline is released_advcam
+        methods, checks = (
+            dict(zip(names, (theirs(baseline, steps), ours(steps, reference)), strict=True))
+            for steps in (ADVCAM_STEPS, 3)
+        )
+        exact = baseline(wide, wide_head[2], image.double(), classes, 3)
+        compare(report, group, methods, exact, 5e-2, checks)
+
+
+def ficklenets(report: Report) -> None:
+    torch.manual_seed(0)
+    layer = StochasticConv2d(512, CLASSES, kernel=9, drop=0.9).to(DEVICE)
+    features = torch.rand(1, 512, FICKLENET_SIDE, FICKLENET_SIDE, device=DEVICE)
+    tags = (torch.arange(CLASSES, device=DEVICE) < 2).long()[None]
+
+    def generator() -> torch.Generator:
+        return torch.Generator(DEVICE).manual_seed(0)
+
+    def expansion(dtype: torch.dtype) -> Tensor:
+        random = generator()
+        keeps = [layer.draw(features, random) for _ in range(10)]
+        return expanded_ficklenet(features.to(dtype), layer.weight.to(dtype), keeps, 0.9, [0, 1], 0.35)
+
+    methods: dict[str, Callable[[], Tensor]] = {
+        "map expansion": lambda: expansion(torch.float32),
+        "ficklenet": lambda: ficklenet(features, layer, passes=10, tags=tags, generator=generator()),
+    }
+    group = f"ficklenet 512x{FICKLENET_SIDE}x{FICKLENET_SIDE}, window 9, 2 of {CLASSES} classes, 10 passes"
+    compare(report, group, methods, expansion(torch.float64), 1e-2)
+
+
+def walks(report: Report) -> None:
+    torch.manual_seed(0)
+    boundary = torch.rand(1, 1, WALK_SIDE, WALK_SIDE, device=DEVICE)
+    affinity, maps = segloss.path_affinity(boundary, radius=5), torch.rand(1, 4, WALK_SIDE, WALK_SIDE, device=DEVICE)
+    methods = {
+        "dense squaring": lambda: squared_walk(maps, affinity, 10.0, 8),
+        "random_walk": lambda: random_walk(maps, affinity),
+    }
+    exact = squared_walk(maps.double(), affinity.double(), 10.0, 8)
+    compare(report, f"random_walk {WALK_SIDE}x{WALK_SIDE}, 4 classes, 256 steps", methods, exact, 1e-3)
+
+
+def inferences(report: Report, preset: str) -> None:
+    """Checked at a quarter of the size, sigmas in proportion."""
+
+    def prepared(size: tuple[int, int]) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        values, image = problem(*size)
+        return values.to(DEVICE), image.to(DEVICE), settings(preset, size[0])
+
+    def methods(size: tuple[int, int]) -> dict[str, Callable[[], Tensor]]:
+        values, image, options = prepared(size)
+        refine = partial(dense_crf, values, image, **options)
+        return {
+            "exact": partial(refine, method="exact"),
+            "blocksparse": partial(refine, method="blocksparse"),
+        }
+
+    small, large = CRF_SIZES
+    values, image, options = prepared(small)
+    exact = dense_mean_field(values.double(), image.double(), **options)
+    group = f"dense_crf {preset} {large[0]}x{large[1]}, 4 classes, 10 iterations"
+    compare(report, group, methods(large), exact, 1e-2, methods(small))
+
+
 def line(row: Row) -> str:
     """A row for the terminal."""
     numbers = [f"{key} {value:.2g}" for key, value in row.items() if key not in (*_WORDS, "milliseconds")]
@@ -275,6 +434,13 @@ def measure_all(report: Report, names: list[str], most: dict[str, float]) -> Non
             report.attempt(f"size_kl {shape} {dtype}", partial(size_kl, report, shape, dtype, most))
 
 
+def measure_attribution(report: Report) -> None:
+    for name, measure in (("cam", cams), ("advcam", advcams), ("ficklenet", ficklenets), ("random_walk", walks)):
+        report.attempt(name, partial(measure, report))
+    for preset in PRESETS:
+        report.attempt(f"dense_crf {preset}", partial(inferences, report, preset))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one photograph in place of four")
@@ -292,6 +458,7 @@ def main() -> int:
     where = environment() | {"gpu": torch.cuda.get_device_name(), "triton": triton.__version__, "limits": most}
     report = Report(chosen.out, where)
     measure_all(report, TUNED[:1] if chosen.quick else TUNED, most)
+    measure_attribution(report)
     print((chosen.out / "gpu.md").read_text())
     if report.failed():
         print(f"benchmarks.gpu: {report.failed()} of {len(report.rows)} cases failed", file=sys.stderr)
