@@ -307,6 +307,9 @@ def detector_from_torchvision(model: nn.Module) -> Detector:
         model: ``torchvision.models.detection.FasterRCNN``, or another with the same parts. Images are
             ``[n, 3, H, W]`` with values in [0, 1]; class 0 is the background.
 
+    Returns:
+        The detector, a module around the model itself.
+
     Raises:
         TypeError: a ``model`` without these parts.
 
