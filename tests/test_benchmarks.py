@@ -3,22 +3,32 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import segattr
 from benchmarks.__main__ import collect, markdown
 from benchmarks.baselines import (
     batched_heatmaps,
+    deepcopy_rib,
     dense_filter,
+    dense_mean_field,
+    expanded_scores,
     log_space_size_kl,
     naive_feature_similarity,
     naive_path_affinity_loss,
     naive_size_kl,
+    plain_advcam,
+    released_advcam,
+    sequential_grad_cam,
     sequential_heatmaps,
+    squared_walk,
 )
+from segattr.ficklenet import stochastic_conv2d
 from segattr.lrp import unroll
 from segloss import feature_similarity, path_affinity_loss, size_kl
 from segloss.bilateral.reference import gaussian_filter_reference
@@ -67,6 +77,42 @@ def test_baselines_compute_what_they_are_compared_with() -> None:
     images = torch.randn(2, 3, 8, 8)
     for heatmaps in (sequential_heatmaps, batched_heatmaps):
         torch.testing.assert_close(heatmaps(model, images, False), unroll(model)(images))
+
+
+def test_attribution_baselines_compute_what_they_are_compared_with() -> None:
+    torch.manual_seed(0)
+    features = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU()).double()
+    linear = nn.Linear(6, 4).double()
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear)
+    clf, images = segattr.Classifier(features, head), torch.rand(2, 3, 8, 9, dtype=torch.float64)
+    close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-9)
+
+    for baseline, options in ((released_advcam, {"penalty": 7.0, "reference": True}), (plain_advcam, {})):
+        close(
+            baseline(features, linear, images[:1], [2, 0], 3),
+            segattr.advcam(clf, images[:1], [2, 0], steps=3, **options)[0],
+        )
+    for whole in (True, False):
+        close(
+            sequential_grad_cam(features, head, images, [0, 3], whole),
+            segattr.grad_cam(clf, images, [0, 3], norm="raw"),
+        )
+    tags = torch.tensor([[1, 0, 1, 0], [0, 1, 0, 0]], dtype=torch.float64)
+    companions = [(torch.rand(2, 3, 8, 9, dtype=torch.float64), tags.flip(0)) for _ in range(2)]
+    tuned = segattr.rib(clf, images, tags, companions=companions, steps=2, lr=0.01)
+    close(deepcopy_rib(features, linear, images, tags, companions, 0.01), tuned)
+
+    layer = segattr.StochasticConv2d(6, 4, kernel=3, drop=0.5).double()
+    f = features(images).detach()
+    keep = torch.rand(2, 8, 9, 3, 3) < 0.5
+    close(expanded_scores(f, layer.weight, keep, 0.5), stochastic_conv2d(f, layer.weight, keep, drop=0.5))
+    maps, affinity = torch.rand(1, 2, 5, 6, dtype=torch.float64), torch.rand(1, 30, 30, dtype=torch.float64)
+    affinity = affinity + affinity.mT
+    close(squared_walk(maps, affinity, 2.0, 3), segattr.refine.random_walk(maps, affinity, beta=2.0, steps=8))
+    probabilities = torch.rand(1, 3, 9, 7, dtype=torch.float64)
+    image = torch.rand(1, 3, 9, 7, dtype=torch.float64)
+    found = segattr.refine.dense_crf(probabilities, image, **segattr.refine.IRN_CRF)
+    close(dense_mean_field(probabilities, image, **segattr.refine.IRN_CRF), found)
 
 
 @pytest.mark.slow

@@ -91,6 +91,20 @@ def test_every_case_runs_and_is_right(tmp_path: Path, monkeypatch: pytest.Monkey
     assert max(row["error"] for row in exact) < 1e-5
 
 
+@pytest.mark.slow
+def test_every_case_of_attribution_runs_and_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"WIDTHS": (8,) * 5, "CAM_SIDE": 64, "ADVCAM_SIDE": 64, "ADVCAM_STEPS": 2, "FICKLENET_SIDE": 6}
+    small |= {"WALK_SIDE": 16, "CRF_SIZES": ((24, 32), (30, 40)), "DEVICE": "cpu"}
+    for name, value in small.items():
+        monkeypatch.setattr(gpu, name, value)
+    for name in ("milliseconds", "extra_megabytes"):
+        monkeypatch.setattr(gpu, name, lambda *_: 1.0)
+    report = Report(tmp_path, WHERE)
+    gpu.measure_attribution(report)
+    assert report.failed() == 0, [row for row in report.rows if "failed" in row]
+    assert len(report.rows) >= 13
+
+
 def test_help_says_what_is_measured() -> None:
     done = run("--help")
     assert done.returncode == 0

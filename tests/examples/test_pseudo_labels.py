@@ -1,0 +1,153 @@
+"""The pipeline from tags to a segmentation network as a user runs it, on a tiny budget."""
+
+import math
+import re
+from itertools import islice
+from pathlib import Path
+
+import localise
+import pseudo_labels
+import pytest
+import tag_classifier
+import torch
+from data.augment import Fit
+from data.sample import VOID, Stacked
+from data.scenes import CLASSES, Scenes, stack
+from data.stream import Prepared
+from data.write_voc import write_voc
+from localise import Whole
+from matplotlib.image import imread
+from tag_classifier import TagClassifier, WithOOD
+from torch import Tensor
+
+from segattr import cam
+from tests.run_example import run_example
+
+TINY = (
+    *("--pretrain-steps", "2", "--classifier-steps", "2", "--steps", "2", "--maps", "3"),
+    *("--scenes", "24", "--ood", "44", "--size", "32", "--device", "cpu"),
+)
+
+
+@pytest.fixture(scope="module")
+def images() -> Stacked:
+    scenes = stack(Scenes("train", 12, size=32))
+    return Stacked(CLASSES, scenes.image, scenes.labels)
+
+
+def rows(printed: str, stage: str) -> list[str]:
+    """Names of the rows of a stage's table."""
+    block = printed.split(f"\n{stage} ", 1)[1].splitlines()[1:] if stage != "maps" else printed.splitlines()[1:]
+    names = []
+    for line in block:
+        found = re.fullmatch(r"(.+?)((?: +\d+\.\d){6})( +\d\.\d\d)?", line)
+        if not found:
+            break
+        names.append(found[1].strip())
+    return names
+
+
+def test_it_prints_a_table_of_each_stage_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    done = run_example("pseudo_labels", *TINY, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert rows(done.stdout, "maps") == list(localise.METHODS)
+    starts = [f"{name}{walk}" for name in ("CAM", "W-OoD + AdvCAM + RIB") for walk in ("", " + random walk")]
+    assert rows(done.stdout, "refinement") == [*starts, *(f"{name} + CRF" for name in starts)]
+    assert rows(done.stdout, "pseudo-labels") == starts
+    assert rows(done.stdout, "networks") == [*starts, "true masks"]
+    assert imread(tmp_path / "pseudo_labels.png").shape[2] == 4
+
+    (lost,) = (tmp_path / "maps" / "seed 0" / "GAP").glob("000001.npz")
+    lost.unlink()
+    again = run_example("pseudo_labels", *TINY, "--out", tmp_path, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert lost.exists()
+    assert again.stdout == done.stdout
+
+
+@pytest.mark.slow
+def test_it_leaves_out_wood_on_a_folder_in_the_layout_of_voc(tmp_path: Path) -> None:
+    write_voc(tmp_path / "voc", {"train": Scenes("train", 24, size=40), "val": Scenes("val", 8, size=40, void_width=2)})
+    options = ("--data", "voc", "--root", tmp_path / "voc", "--repeats", "2", "--out", tmp_path / "out")
+    done = run_example("pseudo_labels", *TINY, *options)
+    assert done.returncode == 0, done.stderr
+    assert "without W-OoD: only scenes have out-of-distribution images" in done.stdout
+    assert "W-OoD +" not in done.stdout
+    assert len(re.findall(r"^AdvCAM \+ RIB( \+ random walk)?( \+ CRF)? .*±", done.stdout, re.M)) == 1 + 4 + 2 + 2
+
+
+def test_wrong_shares_are_one_line() -> None:
+    done = run_example("pseudo_labels", "--plain", "1.5")
+    assert done.returncode != 0
+    assert "--plain: expected a number from 0 to 1, got 1.5" in done.stderr
+
+
+def test_out_of_distribution_images_count_as_images_without_tags(images: Stacked) -> None:
+    joint = WithOOD(images, images)
+    batch = {"tags": torch.tensor([[1, 1, 0], [1, 0, 1]]), "ood": torch.tensor([False, True])}
+    assert [bool(joint[i]["ood"]) for i in (0, 11, 12, 23)] == [False, False, True, True]
+    assert len(set(joint.names)) == 24
+    scores = torch.tensor([[2.0, -1.0], [0.5, 1.5]]).view(2, 2, 1, 1)
+    loss = tag_classifier.tags_alone((torch.zeros(2, 3, 1, 1), scores), batch)
+    # -ln sigma(2), -ln sigma(1), and for the other image -ln sigma(-0.5), -ln sigma(-1.5), each halved
+    expected = sum(math.log1p(math.exp(-margin)) for margin in (2.0, 1.0, -0.5, -1.5)) / 2
+    assert float(loss) == pytest.approx(expected)
+
+
+def test_the_classifier_for_maps_is_the_one_that_trains() -> None:
+    model = TagClassifier(4).eval()
+    image = torch.rand(2, 3, 32, 32)
+    _, scores = model(image)
+    clf = model.split()
+    x = tag_classifier.normalized(image)
+    torch.testing.assert_close(clf(x), scores.mean((2, 3)))
+    assert model.head.bias is not None
+    torch.testing.assert_close(cam(clf, x), scores - model.head.bias.view(-1, 1, 1), atol=1e-5, rtol=1e-5)
+
+
+def test_companions_share_no_class_and_are_the_same_for_each_call() -> None:
+    tags = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 1, 1], [1, 1, 1]])
+    images = torch.arange(4.0).view(4, 1, 1, 1)
+    others = localise.companions(images, tags, seed=3)
+    drawn = [list(islice(others(torch.tensor([1, 0, 0])), 4)) for _ in range(2)]
+    chosen = torch.cat([batch.flatten() for batch, _ in drawn[0]])
+    assert set(chosen.tolist()) == {1.0, 2.0}
+    assert all(torch.equal(a, b) for one, two in zip(*drawn, strict=True) for a, b in zip(one, two, strict=True))
+    everything = next(others(torch.tensor([1, 1, 1])))[0]
+    assert set(everything.flatten().tolist()) <= {0.0, 1.0, 2.0, 3.0}
+
+
+def test_images_without_classes_have_no_maps(images: Stacked) -> None:
+    model = TagClassifier(4).eval()
+    work = localise.attribute(model, ["CAM", "AdvCAM", "RIB"], Whole(images, Fit(32, mirror=False)), seed=0)
+    found = work({"image": torch.rand(3, 32, 32), "tags": torch.tensor([1, 0, 0, 0, 0])})
+    assert {maps.shape for maps in found.values()} == {(0, 16, 16)}
+
+
+def test_quality_of_known_masks(images: Stacked) -> None:
+    config = pseudo_labels.Config(size=32)
+
+    def perfect(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        half = batch["labels"].clone()
+        half[:, :16] = VOID
+        return {"all": batch["labels"], "half": half, "none": torch.zeros_like(half)}
+
+    found = pseudo_labels.assess(images, dict.fromkeys(("all", "half", "none"), 0.5), perfect, config)
+    assert found["all"] == (100, 100, 100, 100, 100, 100, 0.5)
+    assert found["half"] == (100, 100, 100, 100, 100, 50, 0.5)
+    truth = torch.stack([images[i]["labels"].as_subclass(Tensor) for i in range(12)])
+    assert found["none"].miou == pytest.approx(100 * float((truth == 0).double().mean()) / 5)
+    assert (found["none"].recall, found["none"].region) == (0, 0)
+
+
+def test_refinement_gives_masks_of_the_classes_present_and_leaves_out_padding(images: Stacked) -> None:
+    sample = dict(Prepared(images)[0, 0])
+    tags = sample["tags"]
+    sample["valid"] = sample["valid"].clone()
+    sample["valid"][:, 30:] = False
+    sample["CAM"] = torch.rand(4, 32, 32) * tags[1:, None, None]
+    found = pseudo_labels.refine(sample, {"CAM": 0.4}, torch.device("cpu"))
+    assert set(found["CAM + CRF"].unique().tolist()) <= set(tags.nonzero().flatten().tolist())
+    labels = found["CAM, pseudo-labels"]
+    assert labels.shape == (32, 32)
+    assert (labels[:, 30:] == VOID).all()
