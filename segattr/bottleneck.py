@@ -293,15 +293,24 @@ def _process(
 
     With a limit of the logits it may end early.
     """
-    for step in range(steps + 1):
-        with torch.set_grad_enabled(step < steps):
-            maps, logits = copy(image)
-        yield maps.detach()
-        if step == steps or (limit is not None and _is_finished(maps, logits, tags, step, limit)):
-            break
+    for step in range(steps):
         others, their_tags = next(batches)
-        logits, wanted = torch.cat([logits, copy(others.clone())[1]]), torch.cat([tags, their_tags])
-        copy.descend(loss(logits, wanted), 1 - step / steps)
+        maps, logits = _of_all(copy, image, others.clone())
+        yield maps.detach()
+        if limit is not None and _is_finished(maps, logits[:1], tags, step, limit):
+            return
+        copy.descend(loss(logits, torch.cat([tags, their_tags])), 1 - step / steps)
+    with torch.no_grad():
+        yield copy(image)[0]
+
+
+def _of_all(copy: _Copy, image: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """The maps of an image, and the logits of all images: in one pass, where they are of one size."""
+    if image.shape[1:] == others.shape[1:]:
+        maps, logits = copy(torch.cat([image, others]))
+        return maps[:1], logits
+    maps, logits = copy(image)
+    return maps, torch.cat([logits, copy(others)[1]])
 
 
 def _is_finished(maps: Tensor, logits: Tensor, tags: Tensor, step: int, limit: float) -> bool:
