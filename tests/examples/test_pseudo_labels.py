@@ -151,3 +151,9 @@ def test_refinement_gives_masks_of_the_classes_present_and_leaves_out_padding(im
     labels = found["CAM, pseudo-labels"]
     assert labels.shape == (32, 32)
     assert (labels[:, 30:] == VOID).all()
+
+
+def test_cells_have_mean_and_spread_and_are_empty_without_a_value() -> None:
+    assert pseudo_labels.cell([1.0, 3.0], digits=1) == "2.0 ±1.4"
+    assert pseudo_labels.cell([0.25], digits=2) == "0.25"
+    assert pseudo_labels.cell([math.nan, math.nan], digits=2) == ""
