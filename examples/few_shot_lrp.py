@@ -267,7 +267,8 @@ def picture(shown: Batch, outcomes: dict[str, Outcome], path: Path) -> None:
         )
         rows[f"heat {i}"] = torch.from_numpy(colormaps["RdBu_r"](0.5 + own.numpy() / 2)[..., :3])
         rows[f"LRP {i}"] = labels
-    rows |= {name.replace(" ", "\n"): outcome.shown[-1][0] for name, outcome in outcomes.items()}
+    others = {name: outcome for name, outcome in outcomes.items() if name != "unrolled LRP"}
+    rows |= {name.replace(" ", "\n"): outcome.shown[-1][0] for name, outcome in others.items()}
     figure = Figure(figsize=(7, 1.3 * len(rows)), layout="constrained")
     draw_rows(figure, rows)
     figure.savefig(path, dpi=100)

@@ -37,7 +37,7 @@ class Config(Options):
     """Trains classifiers on tags, makes maps and pseudo-labels of training images, and networks that train on these.
 
     Prints the quality of each stage, in percent. As the field does it, the background score of a method's maps is that
-    of the best mIoU on the training images: one number for which their masks are looked at.
+    of the best mIoU on the training images: the one number that is chosen by their true masks.
     """
 
     pretrain_steps: int = 600
