@@ -70,8 +70,8 @@ def average_precision(
         *The PASCAL Visual Object Classes Challenge: A Retrospective* for the area at all points (VOC since 2010);
         *Microsoft COCO: Common Objects in Context*, its evaluation code, for the choice among instances not yet taken
         (VOC lets a prediction look at its best instance only, taken or not). COCO's code samples the curve at 101
-        recalls, and both let the order of input decide between equal scores. There are no crowds and no difficult
-        instances here: leave them out of both sides.
+        recalls and looks at the 100 surest predictions of an image, and both let the order of input decide between
+        equal scores. There are no crowds and no difficult instances here: leave them out of both sides.
 
     Example:
         >>> truth = {"masks": torch.eye(3, dtype=torch.bool)[:2, None], "labels": torch.tensor([1, 1])}
@@ -86,8 +86,8 @@ def average_precision(
         of_image = prediction["scores"].detach().double().cpu().numpy()
         scores.append(of_image)
         found.append(_takes(_overlaps(prediction, truth), of_image, threshold))
-        predicted.append(prediction["labels"].cpu().numpy())
-        true.append(truth["labels"].cpu().numpy())
+        predicted.append(prediction["labels"].long().cpu().numpy())
+        true.append(truth["labels"].long().cpu().numpy())
     classes, counts = np.unique(_joined(true, np.int64), return_counts=True)
     all_scores, all_found, of_class = (
         _joined(scores, np.float64),
@@ -135,7 +135,7 @@ def average_best_overlap(predictions: Iterable[Instances], truths: Iterable[Inst
     best, true = [], []
     for prediction, truth in _images(predictions, truths, scored=False):
         best.append(_overlaps(prediction, truth).max(0, initial=0))
-        true.append(truth["labels"].cpu().numpy())
+        true.append(truth["labels"].long().cpu().numpy())
     labels, values = _joined(true, np.int64), _joined(best, np.float64)
     classes = np.unique(labels)
     return _per_class(classes, [values[labels == c].mean() for c in classes])
@@ -156,7 +156,7 @@ def _overlaps(prediction: Instances, truth: Instances) -> NDArray[np.float64]:
     shared = intersections(prediction["masks"], truth["masks"])
     predicted, true = (instances["masks"].sum((1, 2)) for instances in (prediction, truth))
     either = predicted[:, None] + true - shared
-    same = prediction["labels"][:, None] == truth["labels"]
+    same = prediction["labels"].long()[:, None] == truth["labels"].long()
     return (shared / either.clamp(min=1)).where(same, 0).cpu().numpy()
 
 

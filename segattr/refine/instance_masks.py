@@ -177,9 +177,8 @@ def semantic_labels(masks: Tensor, labels: Tensor, *, ignore_index: int = 255) -
         tensor([[  3, 255,   3, 255,   0]])
     """
     _check_ignored(ignore_index)
-    _check_masks(masks, ignore_index)
+    masks = _checked_masks(masks, ignore_index)
     _check_labels(labels, masks, ignore_index)
-    masks = masks.long()
     nothing = masks.new_zeros(1, *masks.shape[1:])
     claims = torch.cat([nothing, (masks == 1) * labels.long()[:, None, None]])
     largest = claims.amax(0)
@@ -209,7 +208,7 @@ def _smooth(maps: Tensor, inside: Tensor, sigma: float | None) -> Tensor:
         share = inside.to(maps.dtype).mean((1, 2))
         sigmas = 2 * (16 + 48 * share.sqrt()) * math.sqrt(height * width / _PIXELS)
     else:
-        sigmas = maps.new_full((len(maps),), sigma)
+        sigmas = maps.new_full((len(maps),), sigma, dtype=torch.float64).to(maps.dtype)  # infinite is fine
 
     def gaussian(length: int) -> Tensor:
         place = torch.arange(length, dtype=maps.dtype, device=maps.device)
@@ -287,25 +286,28 @@ def _check_image(image: object, bbams: Tensor) -> None:
     check_finite("image", image)
 
 
-def _check_masks(masks: object, ignore_index: int) -> None:
+def _checked_masks(masks: object, ignore_index: int) -> Tensor:
     check_tensor("masks", masks)
     assert isinstance(masks, Tensor)
     if masks.dtype != torch.bool:
         check_integer("masks", masks)
     if masks.dim() != 3:
         raise ValueError(f"masks: expected [n, H, W], got {shape_text(masks.shape)}")
+    masks = masks.long()  # first: of narrower integers, 255 equals -1
     require(
         "masks",
         masks,
         lambda: ((masks == 0) | (masks == 1) | (masks == ignore_index)).all(),
         lambda: f"expected 0, 1 or {ignore_index} to ignore, got other values",
     )
+    return masks
 
 
 def _check_labels(labels: object, masks: Tensor, ignore_index: int) -> None:
     check_integer("labels", labels)
     assert isinstance(labels, Tensor)
     check_like("labels", labels, masks.shape[:1], "masks", masks)
+    labels = labels.long()
     require("labels", labels, lambda: (labels >= 1).all(), lambda: f"expected at least 1, got {labels.min().item()}")
     require(
         "labels",

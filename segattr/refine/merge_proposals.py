@@ -63,7 +63,7 @@ def _unions(chosen: Tensor, proposals: Tensor) -> Tensor:
     with torch.autocast(proposals.device.type, enabled=False):
         for of_chunk, chunk in zip(chosen.split(_CHUNK, 1), proposals.split(_CHUNK), strict=True):
             union |= of_chunk.float() @ chunk.flatten(1).float() > 0
-    return union.view(-1, *proposals.shape[1:])
+    return union.view(len(chosen), *proposals.shape[1:])
 
 
 def _check_masks(name: str, value: object, dims: tuple[int, ...], form: str) -> None:

@@ -5,6 +5,7 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,9 +19,9 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.rpn import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign, box_iou
 
+from segattr._proposals import _decode
 from segattr.bbam import (
     _cells,
-    _decode,
     _interpolation,
     adaptive_stride,
     bbam,
@@ -227,6 +228,48 @@ def test_masks_keep_what_a_head_looks_at() -> None:
     assert shares["box", "cls"] == pytest.approx([1, 1], abs=0.1)
 
 
+def test_a_head_that_is_not_used_is_not_followed() -> None:
+    """Not even where its gradient would not be finite."""
+
+    def steep(images: Tensor, boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        probabilities, offsets = halves(images, boxes)
+        return probabilities, (offsets - offsets.detach()).sqrt()
+
+    image, box, label = picture(8, 32), torch.tensor([[4.0, 0, 28, 8]]), torch.tensor([1])
+    options: dict[str, Any] = {"proposals": [box], "stride": 4, "steps": 20, "heads": ["cls"]}
+    assert torch.equal(bbam(steep, image, box, label, **options), bbam(halves, image, box, label, **options))
+    with pytest.raises(ValueError, match="detector: expected finite outputs and gradients, got NaN or infinity"):
+        bbam(steep, image, box, label, **{**options, "heads": ["box"]})
+
+
+@pytest.mark.parametrize("proposals", [9, [torch.tensor([[0.0, 0, 32, 8]])]])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("head", [0, 1])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_outputs_that_are_not_finite_are_refused(proposals: Any, value: float, head: int, steps: int) -> None:
+    def broken(images: Tensor, boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        probabilities, offsets = halves(images, boxes)
+        return (probabilities * value, offsets) if head == 0 else (probabilities, offsets + value)
+
+    box = torch.tensor([[0.0, 0, 32, 8]])
+    with pytest.raises(ValueError, match="detector: expected finite values, got NaN or infinity"):
+        bbam(broken, torch.ones(3, 8, 32), box, torch.tensor([1]), proposals=proposals, steps=steps)
+
+
+def test_a_head_without_gradient_is_refused_where_it_is_the_only_one() -> None:
+    def detached(images: Tensor, boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        probabilities, offsets = halves(images, boxes)
+        return probabilities, offsets.detach()
+
+    image, box, label = picture(8, 32), torch.tensor([[4.0, 0, 28, 8]]), torch.tensor([1])
+    options: dict[str, Any] = {"proposals": [box], "stride": 4, "steps": 2}
+    assert torch.equal(
+        bbam(detached, image, box, label, **options), bbam(halves, image, box, label, heads=["cls"], **options)
+    )
+    with pytest.raises(ValueError, match="detector: expected outputs that autograd can follow"):
+        bbam(detached, image, box, label, heads=["box"], **options)
+
+
 def test_offsets_that_are_the_same_for_all_classes() -> None:
     def per_class(images: Tensor, boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         probabilities, offsets = halves(images, boxes)
@@ -413,6 +456,8 @@ def test_bbam_draws_positive_proposals() -> None:
     proposals = positive_proposals(detector, image, BOXES, labels, count=300, generator=source())
     assert all(0 < len(own) <= 100 for own in proposals)
     torch.testing.assert_close(found, bbam(detector, image, BOXES, labels, proposals=proposals, **options))
+    drawn = bbam(detector, image, BOXES, labels, proposals=np.int64(300), generator=source(), **options)  # type: ignore[arg-type]
+    assert torch.equal(drawn, found)
     assert torch.equal(torch.get_rng_state(), state)
     one = source()
     alone = [positive_proposals(detector, image, b[None], labels[:1], count=300, generator=one)[0] for b in BOXES]
@@ -600,6 +645,7 @@ def test_memory_does_not_grow() -> None:
         ({"chunk": 0}, ValueError, "chunk: expected a finite number of at least 1, got 0"),
         ({"progress": True}, TypeError, "progress: expected a function, got bool"),
         ({"generator": 3}, TypeError, "generator: expected a torch.Generator, got int"),
+        ({"mean": "grey"}, TypeError, "mean: expected a number for each channel, got str"),
         ({"mean": [0.5]}, ValueError, r"mean: expected \[3\], a value for each channel, got \[1\]"),
         ({"proposals": 0}, ValueError, "proposals: expected a finite number of at least 1, got 0"),
         ({"proposals": True}, TypeError, "proposals: expected an int, got bool"),
@@ -635,6 +681,8 @@ def test_errors(settings: dict[str, Any], error: type[Exception], message: str) 
         ({"count": 0}, ValueError, "count: expected a finite number of at least 1, got 0"),
         ({"count": 2.0}, TypeError, "count: expected an int, got float"),
         ({"jitter": 0.5}, ValueError, "jitter: expected a finite number of at least 0 and below 0.5, got 0.5"),
+        ({"decode": "boxes"}, TypeError, "decode: expected a function of offsets and boxes, got str"),
+        ({"decode": lambda o, b: b[:, :2]}, ValueError, r"decode: expected boxes \[1000, 4\], got \[1000, 2\]"),
         ({"keep": 0}, ValueError, "keep: expected a finite number of at least 1, got 0"),
         ({"min_iou": 0.8}, TypeError, "min_iou: expected a sequence of numbers, got float"),
         ({"min_iou": ()}, ValueError, "min_iou: expected at least one threshold, got none"),

@@ -172,7 +172,7 @@ def test_object_that_the_crf_loses_is_not_called_background() -> None:
     assert (masks[0] == 0).sum() == 24 * 24 - 100
 
 
-@pytest.mark.parametrize("smoothing", [0, 1e-12, 1e12])
+@pytest.mark.parametrize("smoothing", [0, 1e-12, 1e12, 1e300])
 def test_extreme_smoothing_stays_defined(smoothing: float) -> None:
     bbams, boxes, image, _ = two_squares()
     masks = instance_masks(bbams, boxes, image, smoothing=smoothing)
@@ -275,6 +275,15 @@ def test_pixels_of_two_objects_of_one_class_are_of_that_class() -> None:
     masks = torch.ones(3, 1, 2, dtype=torch.bool)
     masks[2, 0, 0] = False
     assert semantic_labels(masks, torch.tensor([5, 5, 6])).tolist() == [[5, 255]]
+
+
+@pytest.mark.parametrize(("dtype", "value", "ignore"), [(torch.uint8, 255, -1), (torch.int8, -1, 255)])
+def test_ignored_label_that_narrow_integers_do_not_hold(dtype: torch.dtype, value: int, ignore: int) -> None:
+    """Of 8 bits, -1 and 255 would be equal."""
+    masks = torch.tensor([[[0, 1, value]]]).to(dtype)
+    with pytest.raises(ValueError, match=f"masks: expected 0, 1 or {ignore} to ignore, got other values"):
+        semantic_labels(masks, torch.tensor([3]), ignore_index=ignore)
+    assert semantic_labels(masks, torch.tensor([3]), ignore_index=value).tolist() == [[0, 3, value]]
 
 
 def test_order_of_objects_does_not_count() -> None:

@@ -86,6 +86,11 @@ def test_mask_that_no_proposal_touches_stays(proposals: Tensor) -> None:
     assert merged.data_ptr() != mask.data_ptr()
 
 
+def test_images_without_pixels() -> None:
+    nothing = torch.zeros(2, 0, 3, dtype=torch.bool)
+    assert merge_proposals(nothing, nothing).shape == (2, 0, 3)
+
+
 def test_empty_mask_stays_empty() -> None:
     assert not merge_proposals(torch.zeros(2, 3, 3, dtype=torch.bool), torch.ones(4, 3, 3, dtype=torch.bool)).any()
 

@@ -65,7 +65,7 @@ def ap_by_sets(predictions: list[Image], truths: list[Image], label: int, thresh
         for score, pixels in sorted(mine, key=lambda pair: -pair[0]):
             best = max(free, key=lambda other: iou(pixels, other), default=None)
             right = best is not None and iou(pixels, best) >= threshold
-            if right:
+            if best is not None and right:
                 free.remove(best)
             ranked.append((score, right))
     curve = []  # of recall and precision
@@ -168,6 +168,16 @@ def test_other_classes_neither_match_nor_count() -> None:
         assert result.values.tolist() == [0, 0]
         assert result.values.dtype == torch.float32
         assert result.mean == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32, torch.uint64])
+def test_labels_of_any_integers(dtype: torch.dtype) -> None:
+    predictions, truths = images(3, 1, distinct=True)
+    other = [{**image, "labels": image["labels"].to(dtype)} for image in predictions]
+    for measure in (average_precision, average_best_overlap):
+        result = measure(other, truths)
+        assert result.classes.dtype == torch.int64
+        assert torch.equal(result.values, measure(predictions, truths).values)
 
 
 def test_one_prediction_may_be_the_best_of_several_instances() -> None:
