@@ -153,8 +153,8 @@ def fine_tune(config: Config, clf: Classifier, data: Toys, companions: Toys) -> 
     own, weights = copy.deepcopy(clf), list[dict[str, Tensor]]()
 
     def remember(features: nn.Module, inputs: tuple[Tensor]) -> None:
-        if len(inputs[0]) == 1:  # RIB runs the classifier, with weights of its own, on the image, not on companions
-            weights.append({name: value.detach().clone() for name, value in clf.named_parameters()})
+        # RIB runs the classifier, with weights of its own, once a step: companions of its size are in the image's batch.
+        weights.append({name: value.detach().clone() for name, value in clf.named_parameters()})
 
     handle = clf.get_submodule("features").register_forward_pre_hook(remember)
     maps, found = [], []
