@@ -153,7 +153,7 @@ def fine_tune(config: Config, clf: Classifier, data: Toys, companions: Toys) -> 
     own, weights = copy.deepcopy(clf), list[dict[str, Tensor]]()
 
     def remember(features: nn.Module, inputs: tuple[Tensor]) -> None:
-        # RIB runs the classifier, with weights of its own, once a step: companions of its size are in the image's batch.
+        # RIB runs the classifier, with weights of its own, once a step: companions of its size are in the same batch.
         weights.append({name: value.detach().clone() for name, value in clf.named_parameters()})
 
     handle = clf.get_submodule("features").register_forward_pre_hook(remember)
