@@ -154,7 +154,7 @@ def test_lrp(benchmark, case: Case, method: str) -> None:  # type: ignore[no-unt
     run = step(method, case)
     results = run()
     error = 0.0 if method == FORWARD else relative_error(results, expected(case))
-    assert error < (1e-2 if method == "zennit" else 1e-4)  # it divides by activations, some of which are next to 0
+    assert error < (5e-2 if method == "zennit" else 1e-4)  # it divides by activations, some of which are next to 0
     output = sum(4 * result.numel() for result in results)
     del results
     benchmark.group = f"lrp {case}, {CLASSES} classes, 1 thread"
