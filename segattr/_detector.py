@@ -6,8 +6,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from segattr._modes import evaluating
 from segattr.classifier import undisturbed
-from segattr.lrp.trace import evaluating
 from segloss._checks import check_finite, check_floating, check_integer, check_like, check_real, require, shape_text
 
 

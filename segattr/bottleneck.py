@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from segattr._modes import evaluating
 from segattr.cam import normalize_each
 from segattr.classifier import Classifier, as_classifier, check_images
 from segattr.lrp.classes import Classes, check_classes
-from segattr.lrp.trace import evaluating
 from segloss._checks import (
     check_bool,
     check_choice,

@@ -1,6 +1,5 @@
 """The operations of a classifier, in order, as data: traced by torch.fx, with in-place operations made explicit."""
 
-import contextlib
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping
@@ -9,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from segattr._modes import evaluating
 from segattr.lrp.adjoints import VIEWS, Rule, batch_norm, batch_statistics, conv2d, conv2d_module
 
 
@@ -177,18 +177,6 @@ def _graph(model: nn.Module, rules: Mapping[Any, Rule]) -> fx.Graph:
             return Tracer().trace(model, concrete_args=defaults or None)
         except Exception as error:  # whatever the code of the model does with a stand-in for an image
             raise TypeError(f"model: torch.fx cannot trace it: {error}") from error
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within it all modules are in evaluation mode; afterwards each is in the mode that it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _results(arguments: Any) -> Iterator[str]:
