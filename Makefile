@@ -2,11 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test fast lint bench frontier kills clean
+.PHONY: demo test fast lint docs bench frontier kills clean
 demo: .venv/ready
 	$(BIN)/python examples/quickstart.py
 
-test: lint
+test: lint docs
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
@@ -17,6 +17,9 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: .venv/ready
+	$(BIN)/python -m sphinx -W --keep-going -q -j 2 docs docs/_build/html
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks
@@ -39,4 +42,4 @@ kills: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv runs docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
