@@ -102,7 +102,8 @@ def dense_crf(
         probabilities: P, ``[B, K, H, W]``, in [0, 1], K >= 2. Only their ratios count: they need not sum to 1. In
             :math:`\ln P` the share of a class is at least 1e-5. A pixel where all are 0 does not know its class.
         image: guide, ``[B, C, H, W]``: RGB in [0, 1] (see :func:`~segloss.images.denormalize`), or any C >= 1 channels
-            in the unit of ``sigma_rgb``.
+            in the unit of ``sigma_rgb``. One that is expanded along B, as by ``image.expand(B, -1, -1, -1)``, is looked
+            at once for all.
         iterations: number of updates, at least 0.
         weight: of the bilateral kernel, at least 0; 0 leaves it out. What pydensecrf calls ``compat``.
         sigma_rgb: width of the bilateral kernel in colour, above 0, in the unit of ``image``; infinite: colour does not
@@ -168,6 +169,8 @@ def dense_crf(
             f"scale_factor: expected to leave at least 1 pixel of {shape_text(image.shape)}, got {scale_factor}"
         )
     with torch.no_grad(), torch.autocast(image.device.type, enabled=False), full_precision():
+        if valid is None and image.stride(0) == 0:
+            image = image[:1]  # expanded: one kernel for all
         image = image.to(dtype)
         mask = torch.ones_like(image[:, :1]) if valid is None else valid[:, None].to(dtype)
         slots, present = _present_classes(probabilities, mask)
@@ -298,7 +301,7 @@ def _bilateral(
         return F.interpolate(values, size, mode="bilinear", align_corners=False)
 
     def kernel(values: Tensor) -> Tensor:
-        return run(values.flatten(2)).view_as(values)
+        return run(values.reshape(len(image), -1, values.shape[2:].numel())).view_as(values)
 
     if small == list(size):
         run = prepare(guide_features(image, sigma_rgb, sigma_xy), plan)

@@ -1,6 +1,5 @@
 """The example of boxes as a user runs it, on a tiny budget, and its parts: RoI pooling, measures, positions."""
 
-import math
 import re
 from pathlib import Path
 
@@ -8,7 +7,8 @@ import engine
 import pytest
 import torch
 from box_pictures import contour, relative_positions
-from boxes import CLASSES, Config, Quality, make_masks, miou, table
+from boxes import CLASSES, Config, Quality, make_masks, miou, table, train_network
+from data.sample import Stacked
 from data.scenes import Scenes
 from detector import RoIAlign, faster_rcnn
 from matplotlib.image import imread
@@ -91,6 +91,17 @@ def test_masks_are_made_of_each_kind_of_map_and_filled_boxes_are_filled() -> Non
         assert filled.sum((1, 2)).tolist() == ((x2 - x1) * (y2 - y1)).tolist()
 
 
+def test_growing_uses_pixels_that_have_no_label(tmp_path: Path) -> None:
+    labels = (torch.arange(48) >= 24).long().expand(4, 48, 48)  # left and right half
+    image = labels[:, None].expand(-1, 3, -1, -1).float()  # black and white: soon a network is sure
+    seeds = torch.where(torch.arange(48) % 24 == 12, labels, 255)
+    images, test = (Stacked(CLASSES, image, values) for values in (seeds, labels))
+    config = Config(size=48, steps=120, batch_size=4, device="cpu", out=tmp_path)
+    plain, grown = (train_network(images, test, "halves", config, grow=grow) for grow in (False, True))
+    assert 50 < plain <= 100
+    assert plain != grown
+
+
 def test_miou_is_that_of_the_pixels_that_have_labels() -> None:
     truth = torch.tensor([[[0, 0, 1, 1, 2]]])
     assert miou(truth, truth) == 1
@@ -116,9 +127,10 @@ def test_relative_positions_of_an_object_of_one_pixel_and_of_no_pixels() -> None
 
 
 def test_the_table_has_means_and_spreads() -> None:
-    runs = [{"a": Quality(1.0, 2, 3, 4, math.nan)}, {"a": Quality(3.0, 2, 3, 4, math.nan)}]
-    assert table(runs).splitlines()[1].split() == ["a", "2.0", "±1.4", "2.0", "±0.0", "3.0", "±0.0", "4.0", "±0.0", "-"]
-    assert table(runs[:1]).splitlines()[1].split() == ["a", "1.0", "2.0", "3.0", "4.0", "-"]
+    runs = [{"a": Quality(1.0, 2, 3, 4, 5)}, {"a": Quality(3.0, 2, 3, 4, 5)}]
+    cells = ["a", "2.0", "±1.4", "2.0", "±0.0", "3.0", "±0.0", "4.0", "±0.0", "5.0", "±0.0", "-"]
+    assert table(runs).splitlines()[1].split() == cells
+    assert table(runs[:1]).splitlines()[1].split() == ["a", "1.0", "2.0", "3.0", "4.0", "5.0", "-"]
 
 
 def test_more_labelled_scenes_than_scenes_are_refused() -> None:
@@ -130,11 +142,13 @@ def test_more_labelled_scenes_than_scenes_are_refused() -> None:
 def test_it_prints_a_table_and_draws_pictures(tmp_path: Path) -> None:
     done = run_example("boxes", *OPTIONS, "--repeats", 2, "--split", "final", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
-    rows = re.findall(r"^(\S.*?)  +(?:\d+\.\d ±\d+\.\d +){4}(\S.*)$", done.stdout, re.M)
+    cell = r"\d+\.\d ±\d+\.\d|-"
+    rows = re.findall(rf"^(\S.*?)  +(?:(?:{cell}) +){{4}}({cell}) +({cell})$", done.stdout, re.M)
     kinds = ("boxes filled", "box head", "class head", "both heads")
-    assert [name for name, _ in rows] == [*kinds, *(f"{kind} + CRF" for kind in kinds), "true masks"]
-    trained = {name for name, network in rows if network != "-"}
+    assert [name for name, *_ in rows] == [*kinds, *(f"{kind} + CRF" for kind in kinds), "true masks"]
+    trained = {name for name, network, _ in rows if network != "-"}
     assert trained == {"boxes filled", "boxes filled + CRF", "both heads + CRF", "true masks"}
+    assert [name for name, _, grown in rows if grown != "-"] == ["both heads + CRF"]
     for name in ("boxes", "positions"):
         assert imread(tmp_path / f"{name}.png").std() > 0
 

@@ -176,6 +176,18 @@ def test_a_batch_gives_what_its_images_give_alone(method: str) -> None:
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("scale_factor", [1.0, 0.5])
+@pytest.mark.parametrize("method", ["exact", "blocksparse"])
+def test_an_expanded_image_gives_what_its_copies_give(method: str, scale_factor: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    probabilities = torch.rand(5, 3, 12, 10, generator=generator, dtype=torch.float64)
+    probabilities[2, 1] = 0
+    image = torch.rand(1, 3, 12, 10, generator=generator, dtype=torch.float64).expand(5, -1, -1, -1)
+    settings = {"sigma_rgb": 0.2, "sigma_xy": 6.0, "method": method, "scale_factor": scale_factor}
+    found, expected = (dense_crf(probabilities, guide, **settings) for guide in (image, image.clone()))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
 def test_absent_classes_stay_zero_and_do_not_count() -> None:
     probabilities, image = scene(1, 5, 9, 8)
     probabilities[:, [1, 3]] = 0
