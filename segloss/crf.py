@@ -8,6 +8,7 @@ from segloss._checks import (
     check_bool,
     check_choice,
     check_floating,
+    check_ignore_index,
     check_int,
     check_integer,
     check_labels,
@@ -61,7 +62,7 @@ def potts_crf(
     .. math:: L = \sum_k (m \circ (1 - S^k))^\top W (m \circ S^k)
 
     with the softmax S of the logits, the mask m of the valid pixels and the affinities W of
-    :func:`~segloss.bilateral.bilateral_filter`, which are not normalised: the value grows with the number of pairs that
+    :func:`~segloss.bilateral_filter`, which are not normalised: the value grows with the number of pairs that
     W joins, and weights of the order of 1e-9 are usual. The gradient comes from the saved output of the filter, so that
     the backward pass costs next to nothing; the loss is differentiable with respect to image and sigmas as well.
 
@@ -77,7 +78,7 @@ def potts_crf(
 
     Args:
         logits: class logits, ``[B, K, H, W]``, K >= 2; probabilities in [0, 1], K >= 1, if ``from_logits`` is False.
-        image: guide, ``[B, C, H, W]``: RGB in [0, 1] (see :func:`~segloss.images.denormalize`), or any C >= 1 channels
+        image: guide, ``[B, C, H, W]``: RGB in [0, 1] (see :func:`~segloss.denormalize`), or any C >= 1 channels
             in the unit of ``sigma_rgb``.
         sigma_rgb: width of the kernel in colour, above 0, in the unit of ``image``; a number or a scalar tensor.
         sigma_xy: width of the kernel in space, above 0, in pixels of ``image``, likewise.
@@ -91,7 +92,7 @@ def potts_crf(
             power. Ignored pixels next to a border of the mask then have a share in the S of their valid neighbours.
         normalize: divide each image's loss by its number of valid ``"pixels"`` or ``"pairs"`` (their square), at the
             scale of the computation; None for the formula.
-        method, tolerance, backend, precision: as in :func:`~segloss.bilateral.bilateral_filter`.
+        method, tolerance, backend, precision: as in :func:`~segloss.bilateral_filter`.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` over the images.
 
     Returns:
@@ -251,11 +252,11 @@ def confidence_gate(
         tensor([[[0.2500, 1.0000]]])
     """
     _check_probability(logits, from_logits)
-    check_int("ignore_index", ignore_index)
+    check_ignore_index(ignore_index)
     if labels is not None:
         check_integer("labels", labels)
         check_like("labels", labels, (logits.shape[0], *logits.shape[2:]), "logits", logits)
-        check_labels(labels.long(), logits.shape[1], ignore_index)
+        check_labels(labels.long(), logits.shape[1], ignore_index, "logits")
     with torch.no_grad():
         gate = 1 - _probability(logits.to(wide_dtype(logits)), from_logits).amax(1).clamp(0, 1)
         return gate if labels is None else gate.masked_fill(labels.long() == ignore_index, 1)
@@ -481,7 +482,7 @@ def window_mass(
     .. math:: \frac{\sum_{p, q \text{ within the window}} W_{pq}}{\sum_{p, q} W_{pq}}
 
     over ordered pairs of pixels, p = q included as in both losses. The denominator takes a run of
-    :func:`~segloss.bilateral.bilateral_filter`, far more than the windowed loss itself: for choosing a radius, not for
+    :func:`~segloss.bilateral_filter`, far more than the windowed loss itself: for choosing a radius, not for
     every step.
 
     Args:

@@ -104,7 +104,7 @@ def feature_similarity(
 
     Args:
         scores: class score maps, ``[B, C, H, W]``, any finite values.
-        image: RGB in [0, 1] at any resolution, ``[B, 3, h, w]`` (see :func:`~segloss.images.denormalize`); resized
+        image: RGB in [0, 1] at any resolution, ``[B, 3, h, w]`` (see :func:`~segloss.denormalize`); resized
             bilinearly to the maps where its size differs. A constant: no gradient flows into it.
         tags: 1 for the classes that count, those present in the image, ``[B, C]``; all of them if None.
         gate: ``"max"``, ``"sigmoid"``, ``"raw"`` or ``"softmax"``.
@@ -158,7 +158,7 @@ def feature_similarity(
     if guide.shape[2:] != scores.shape[2:]:
         guide = F.interpolate(guide, size=scores.shape[2:], mode="bilinear")
     reach = _reach(sigma, window, max(scores.shape[2:]), dtype)
-    width, level = (torch.as_tensor(value, dtype=dtype, device=scores.device) for value in (sigma, mu))
+    width, level = _scalar_like("sigma", sigma, guide), _scalar_like("mu", mu, guide)
     energy, _ = PairwiseEnergy.apply(values, guide, width, level, reach, window is not None and window_shape == "disc")
     return reduce(-energy / scores[0, 0].numel() if len(scores) else -energy, reduction)
 
@@ -221,6 +221,12 @@ def _gate(scores: Tensor, tags: Tensor | None, gate: str, background: bool) -> T
     if tags is not None:
         values = torch.where((tags != 0)[:, :, None, None], values, 0)
     return torch.cat([values, 1 - values.amax(1, keepdim=True)], 1) if background else values
+
+
+def _scalar_like(name: str, value: float | Tensor, like: Tensor) -> Tensor:
+    if isinstance(value, Tensor) and value.is_meta and not like.is_meta:
+        raise ValueError(f"{name}: expected device {like.device}, that of scores, got {value.device}")
+    return torch.as_tensor(value, dtype=like.dtype, device=like.device)
 
 
 def _reach(sigma: float | Tensor, window: int | None, side: int, dtype: torch.dtype) -> int:

@@ -2,27 +2,20 @@
 
 import re
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor, nn
 
 import segattr
 import segloss
+from tests.code_blocks import assert_trains, python_blocks, run
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
 def test_code_runs_as_it_stands() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    blocks = python_blocks(README)
     assert blocks
     for block in blocks:
-        names: dict[str, Any] = {}
-        exec(block, names)
-        assert names["loss"].isfinite()
-        leaves = [value for value in names.values() if isinstance(value, Tensor) and value.is_leaf]
-        leaves += [p for value in names.values() if isinstance(value, nn.Module) for p in value.parameters()]
-        assert any(leaf.grad is not None and leaf.grad.isfinite().all() for leaf in leaves)
+        assert_trains(run(block))
 
 
 def test_every_public_name_is_in_the_table() -> None:
