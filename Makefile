@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test fast lint docs bench frontier kills clean
+.PHONY: demo test fast lint docs bench frontier kills soak clean
 demo: .venv/ready
 	$(BIN)/python examples/quickstart.py
 
@@ -33,6 +33,10 @@ frontier: .venv/ready
 kills: .venv/ready
 	PYTHONPATH=examples $(BIN)/python -m tests.kills 20
 
+# 2,000 training steps of all losses together; fails if memory grows.
+soak: .venv/ready
+	$(BIN)/python -m tests.soak --steps 2000
+
 # torch first, on its own: anything that depends on torch could otherwise pull another build of it.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed: make PYTHON=python3.11 ...')"
@@ -42,4 +46,4 @@ kills: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv runs docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv dist runs docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

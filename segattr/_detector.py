@@ -7,8 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from segattr._modes import evaluating
-from segattr.classifier import undisturbed
-from segloss._checks import check_finite, check_floating, check_integer, check_like, check_real, require, shape_text
+from segattr.classifier import taking, undisturbed
+from segloss._checks import (
+    check_finite,
+    check_floating,
+    check_has_values,
+    check_integer,
+    check_like,
+    check_real,
+    require,
+    shape_text,
+)
 
 
 class Detector(Protocol):
@@ -107,7 +116,7 @@ class _RegionCNN(nn.Module):
 
 def without_trace(detector: Detector, image: Tensor, function: Callable[[], Any]) -> Any:
     """The result of a function that calls a detector, whose parameters are constants in it, without autocast."""
-    with torch.autocast(image.device.type, enabled=False):
+    with taking("image", image), torch.autocast(image.device.type, enabled=False):
         return undisturbed(detector, function, constant=True)
 
 
@@ -143,6 +152,7 @@ def check_objects(detector: object, image: object, boxes: object, labels: object
     assert isinstance(image, Tensor)
     if image.dim() != 3 or image.numel() == 0:
         raise ValueError(f"image: expected [C, H, W] with at least one pixel, got {shape_text(image.shape)}")
+    check_has_values("image", image)
     check_finite("image", image)
     check_boxes("boxes", boxes, image)
     assert isinstance(boxes, Tensor)
@@ -185,5 +195,10 @@ def check_outputs(labels: Tensor, probabilities: Tensor, offsets: Tensor) -> Non
         lambda: ((labels >= 0) & (labels < count)).all(),
         lambda: f"expected classes 0 to {count - 1} of the detector, got {labels.unique().tolist()}",
     )
-    check_finite("detector", probabilities.cpu())
-    check_finite("detector", offsets.cpu())
+    for values in (probabilities.cpu(), offsets.cpu()):
+        require(
+            "detector",
+            values,
+            lambda values=values: values.isfinite().all(),  # type: ignore[misc]
+            lambda: "expected finite values, got NaN or infinity (see image)",
+        )

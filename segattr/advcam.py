@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from segattr.cam import Maps, Pairs, feature_maps, head_logits, normalize_each
-from segattr.classifier import Classifier, as_classifier, check_images, undisturbed
+from segattr.cam import Maps, Pairs, check_maps, feature_maps, head_logits, normalize_each
+from segattr.classifier import Classifier, as_classifier, check_images, taking, undisturbed
 from segattr.lrp.classes import Classes
 from segloss._checks import check_bool, check_int, check_number
-from segloss._reduce import wide_dtype
+from segloss._reduce import LARGEST, wide_dtype
 
 
 def advcam(
@@ -44,7 +44,7 @@ def advcam(
     statistics; for speed at some loss use a network and images in half precision.
 
     Args:
-        clf: a :class:`~segattr.classifier.Classifier`, or a network that :func:`~segattr.classifier.split` understands.
+        clf: a :class:`~segattr.Classifier`, or a network that :func:`~segattr.split` understands.
         images: ``[B, C, H, W]``, normalised as the network expects it.
         classes: numbers of classes, for all images or one sequence for each image; all classes if None. Those of the
             image's tags, normally.
@@ -59,14 +59,14 @@ def advcam(
         reference: the released code, whose settings are the defaults but for ``penalty=7``: an image and its mirror
             image climb together, r is the sum of both, each weighted with its share of positive locations, y the mean
             of the ReLU of the maps, without a bias; the penalty is a sum over locations; the range to clamp to is that
-            of :math:`x_{t-1}`; :math:`r_T` is left out. For its scales use :func:`~segattr.cam.multiscale` without
+            of :math:`x_{t-1}`; :math:`r_T` is left out. For its scales use :func:`~segattr.multiscale` without
             flip; it makes half the steps at scale 0.5, and counts the maps of that scale and all later ones twice.
         chunk: rows in the network at once, to save memory; all if None.
 
     Returns:
         Sums of maps ``[B, K, h, w]``, K the number of requested classes, at the resolution of the features, or a list
         of ``[K_i, h, w]`` if ``classes`` is a sequence for each image; without gradient. Eq. (3.3) divides them by
-        their maximum: :func:`~segattr.cam.normalize`.
+        their maximum: :func:`~segattr.normalize`.
 
     Raises:
         TypeError: ``images`` that are not floating point, ``classes`` that are not sequences of integers, settings of
@@ -88,9 +88,9 @@ def advcam(
         check_bool(name, flag)
     check_int("steps", steps)
     check_number("steps", steps, least=int(reference))
-    check_number("step_size", step_size, least=0)
+    check_number("step_size", step_size, least=0, most=LARGEST)
     check_number("threshold", threshold, least=0, most=1)
-    check_number("penalty", penalty, least=0)
+    check_number("penalty", penalty, least=0, most=LARGEST)
     if chunk is not None:
         check_int("chunk", chunk)
         check_number("chunk", chunk, least=1)
@@ -106,11 +106,11 @@ def advcam(
         if not len(pairs.classes):
             features = feature_maps(classifier, images.detach())
             return pairs.arrange(_wide(features).new_zeros(0, *features.shape[2:]))
-        size = chunk or len(pairs.classes)
+        size = int(chunk or len(pairs.classes))  # also of NumPy
         parts = zip(pairs.images.split(size), pairs.classes.split(size), strict=True)
         return pairs.arrange(torch.cat([climb(images.detach()[own], c) for own, c in parts]))
 
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), taking("images", images):
         return undisturbed(classifier, maps, constant=True)
 
 
@@ -156,6 +156,7 @@ class _Climb:
         else:
             weight = torch.autograd.grad(own.sum(), features, retain_graph=True)[0].sum((2, 3))
         maps = torch.einsum("nd,ndhw->nhw", _wide(weight), _wide(features))
+        check_maps(maps)
         r = normalize_each(maps, "max" if self.literal else "relu")
         return r, _wide(2 * own - logits.sum(1) if self.suppress else own)
 

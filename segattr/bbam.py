@@ -267,10 +267,12 @@ def _fill(detector: Detector, image: Tensor, mean: Sequence[float] | Tensor | No
         mean = [0.0] * len(image)
     try:
         fill = torch.as_tensor(mean, dtype=wide_dtype(image), device=image.device).detach()
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise TypeError(f"mean: expected a number for each channel, got {type(mean).__name__}") from None
     if fill.shape != image.shape[:1]:
-        raise ValueError(f"mean: expected [{len(image)}], a value for each channel, got {shape_text(fill.shape)}")
+        raise ValueError(
+            f"mean: expected [{len(image)}], a value for each channel, got {shape_text(fill.shape)} (see image)"
+        )
     check_finite("mean", fill)
     return fill
 
@@ -320,12 +322,16 @@ def _interpolation(number: Tensor, side: int, align_corners: bool, dtype: torch.
 
 
 def _check_proposals(proposals: object, boxes: Tensor, image: Tensor) -> None:
-    if not isinstance(proposals, (Sequence, Tensor)) or isinstance(proposals, str):
+    if not isinstance(proposals, (Sequence, Tensor)) or isinstance(proposals, str) or _is_scalar(proposals):
         raise TypeError(f"proposals: expected an int, or boxes for each object, got {type(proposals).__name__}")
     if len(proposals) != len(boxes):
         raise ValueError(f"proposals: expected boxes for each of {len(boxes)} objects, got {len(proposals)}")
     for i, own in enumerate(proposals):
         check_boxes(f"proposals[{i}]", own, image)
+
+
+def _is_scalar(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 0
 
 
 def _check_heads(heads: object) -> None:

@@ -12,13 +12,14 @@ from torch.func import functional_call
 
 from segattr._modes import evaluating
 from segattr.cam import normalize_each
-from segattr.classifier import Classifier, as_classifier, check_images
+from segattr.classifier import Classifier, as_classifier, check_images, taking
 from segattr.lrp.classes import Classes, check_classes
 from segloss._checks import (
     check_bool,
     check_choice,
     check_finite,
     check_floating,
+    check_has_values,
     check_int,
     check_like,
     check_number,
@@ -192,11 +193,10 @@ def rib(
     if clf.linear is None:
         raise ValueError("clf: expected a head of global average pooling and one linear layer, got another one")
     check_images(images)
-    check_finite("images", images)
     check_tags(tags, images, "images", classes=clf.num_classes)
     check_int("steps", steps)
     check_number("steps", steps, least=0)
-    check_number("lr", lr, above=0)
+    check_number("lr", lr, above=0, most=torch.finfo(images.dtype).max / 10)  # also for the last layer
     check_number("margin", margin, least=-LARGEST, most=LARGEST)
     check_choice("pool", pool, ("gndrp", "gap"))
     check_number("threshold", threshold)
@@ -213,7 +213,8 @@ def rib(
     limit = margin if stop else None
     autocast = torch.autocast(images.device.type, enabled=False)
     with evaluating(clf), autocast, torch.inference_mode(False), torch.enable_grad():
-        maps = [] if len(images) else [model(images)[0].detach()]
+        with taking("images", images):
+            maps = [] if len(images) else [model(images)[0].detach()]
         for image, tag in zip(images.detach(), tags, strict=True):
             copy = _Copy(model, fixed, lr, reference)
             # Copies of images, here and below: autograd cannot use tensors that were made in inference mode.
@@ -242,7 +243,10 @@ class _ClassMaps(nn.Module):
             "clf",
             maps,
             lambda: maps.isfinite().all(),
-            lambda: "expected finite maps, got NaN or infinity: from its weights, or an lr at which they diverge",
+            lambda: (
+                "expected finite maps, got NaN or infinity: from its weights, or an lr at which they diverge "
+                "(see images and companions)"
+            ),
         )
         logits = self.pool(maps)
         return maps, logits if linear.bias is None else logits + linear.bias
@@ -266,8 +270,9 @@ class _Copy:
         decay = 1e-4 if reference else 0.0
         self.optimizer = torch.optim.SGD(groups, lr, momentum=decay, weight_decay=decay)
 
-    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return functional_call(self.model, self.state, (images,))
+    def __call__(self, images: Tensor, name: str = "images") -> tuple[Tensor, Tensor]:
+        with taking(name, images):
+            return functional_call(self.model, self.state, (images,))
 
     def descend(self, loss: Tensor, left: float) -> None:
         """A step of the optimiser, with this share of the steps left."""
@@ -310,7 +315,7 @@ def _of_all(copy: _Copy, image: Tensor, others: Tensor) -> tuple[Tensor, Tensor]
         maps, logits = copy(torch.cat([image, others]))
         return maps[:1], logits
     maps, logits = copy(image)
-    return maps, torch.cat([logits, copy(others)[1]])
+    return maps, torch.cat([logits, copy(others, "companions")[1]])
 
 
 def _is_finished(maps: Tensor, logits: Tensor, tags: Tensor, step: int, limit: float) -> bool:
@@ -331,7 +336,7 @@ def _source(companions: object, steps: int, images: Tensor, classes: int) -> Cal
     """A function from the tags of an image to its checked batches."""
 
     def checked(batches: object) -> Iterator[Batch]:
-        if not isinstance(batches, Iterable):
+        if not isinstance(batches, Iterable) or isinstance(batches, Tensor):
             raise TypeError(f"companions: expected an iterable, or a function that gives one, got {_type(batches)}")
         count = 0
         for batch in islice(batches, steps):
@@ -358,7 +363,10 @@ def _check_batch(batch: object, images: Tensor, classes: int) -> None:
         raise ValueError(f"companions: expected images [N, C, H, W], got {shape_text(others.shape)}")
     check_like("companions", others, (len(others), images.shape[1], *others.shape[2:]), "images", images)
     check_finite("companions", others)
-    check_tags(tags, others, "companions", classes=classes)
+    try:
+        check_tags(tags, others, "companions", classes=classes)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"companions: {error}") from None
 
 
 def _parameters_of(frozen: object, clf: Classifier) -> set[int]:
@@ -378,6 +386,7 @@ def _check_maps(name: str, maps: object) -> None:
     assert isinstance(maps, Tensor)
     if maps.dim() != 4 or 0 in maps.shape[1:]:
         raise ValueError(f"{name}: expected [B, K, h, w] with at least one pixel, got {shape_text(maps.shape)}")
+    check_has_values(name, maps)
     check_finite(name, maps)
 
 

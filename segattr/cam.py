@@ -8,16 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segattr.classifier import Classifier, as_classifier, check_images, undisturbed
+from segattr.classifier import Classifier, as_classifier, check_images, taking, undisturbed
 from segattr.lrp.classes import Classes, check_classes
 from segloss import max_normalize
-from segloss._checks import check_bool, check_choice, check_finite, check_floating, check_number, shape_text
+from segloss._checks import check_bool, check_choice, check_finite, check_floating, check_number, require, shape_text
 from segloss._reduce import LARGEST, wide_dtype, widen
 
 Maps: TypeAlias = Tensor | list[Tensor]
 
 _NORMS = ("raw", "relu", "relu_max", "minmax", "max")
 _SMALLEST_MAXIMUM = 1e-30  # as in max_normalize
+_LARGEST_SCALE = 100.0  # more is a mistake, which would take all memory
 
 
 def cam(clf: nn.Module, images: Tensor, classes: Classes | None = None, *, norm: str = "raw") -> Maps:
@@ -32,7 +33,7 @@ def cam(clf: nn.Module, images: Tensor, classes: Classes | None = None, *, norm:
     in half precision use a network and images in half precision, whose maps are float32 again.
 
     Args:
-        clf: a :class:`~segattr.classifier.Classifier`, or a network that :func:`~segattr.classifier.split` understands
+        clf: a :class:`~segattr.Classifier`, or a network that :func:`~segattr.split` understands
             (in a loop, split it once).
         images: ``[B, C, H, W]``, normalised as the network expects it.
         classes: numbers of classes, for all images or one sequence for each image; all classes if None.
@@ -75,7 +76,10 @@ def cam(clf: nn.Module, images: Tensor, classes: Classes | None = None, *, norm:
         maps = torch.einsum("kd,bdhw->bkhw", weight, features.to(wide_dtype(features)))
         return maps[pairs.images, position]
 
-    return normalize(pairs.arrange(undisturbed(classifier, rows)), norm)
+    with taking("images", images):
+        maps = undisturbed(classifier, rows)
+    check_maps(maps)
+    return normalize(pairs.arrange(maps), norm)
 
 
 def grad_cam(
@@ -103,7 +107,7 @@ def grad_cam(
     :func:`cam`. In training mode, where batch normalisation mixes images, the gradient is that of all images' scores.
 
     Args:
-        clf: a :class:`~segattr.classifier.Classifier`, or a network that :func:`~segattr.classifier.split` understands
+        clf: a :class:`~segattr.Classifier`, or a network that :func:`~segattr.split` understands
             (in a loop, split it once, at the layer).
         images: ``[B, C, H, W]``, normalised as the network expects it.
         classes: numbers of classes, for all images or one sequence for each image; all classes if None.
@@ -151,9 +155,10 @@ def grad_cam(
                 rows = torch.einsum("sbd,bdhw->sbhw", gradients.mean((3, 4)), features)
             else:
                 rows = (gradients * features).sum(2)
+            check_maps(rows)
             return normalize(pairs.arrange(rows[pairs.slots, pairs.images]), norm)
 
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), taking("images", images):
         return undisturbed(classifier, maps, constant=not differentiable)
 
 
@@ -213,7 +218,7 @@ def multiscale(
         method: takes images, gives raw maps ``[B, K, h, w]``, or a list of ``[K_i, h, w]`` for each image: ``lambda x:
             cam(clf, x, classes)``, say.
         images: ``[B, C, H, W]``.
-        scales: factors above 0; a scaled image has at least one pixel.
+        scales: factors above 0 and up to 100; a scaled image has at least one pixel.
         flip: whether horizontally mirrored images count too.
 
     Returns:
@@ -235,17 +240,19 @@ def multiscale(
     """
     check_images(images)
     check_bool("flip", flip)
+    if not callable(method):
+        raise TypeError(f"method: expected a function of images, got {type(method).__name__}")
     if not isinstance(scales, Sequence) or not scales:
         raise ValueError(f"scales: expected a sequence of at least one number, got {scales!r}")
     for scale in scales:
-        check_number("scales", scale, above=0)
+        check_number("scales", scale, above=0, most=_LARGEST_SCALE)
     size = images.shape[2:]
     terms: list[Maps] = []
     for scale in scales:
         scaled = _resize(images, [max(1, round(n * scale)) for n in size])
-        terms.append(_each(method(scaled), lambda maps: _resize(maps, size)))
+        terms.append(_each(_of_method(method(scaled), images), lambda maps: _resize(maps, size)))
         if flip:
-            terms.append(_each(method(scaled.flip(-1)), lambda maps: _resize(maps.flip(-1), size)))
+            terms.append(_each(_of_method(method(scaled.flip(-1)), images), lambda maps: _resize(maps.flip(-1), size)))
     if isinstance(terms[0], list):
         return [torch.stack(own).mean(0) for own in zip(*terms, strict=True)]
     return torch.stack([term for term in terms if isinstance(term, Tensor)]).mean(0)
@@ -321,6 +328,16 @@ def _gradients(logits: Tensor, features: Tensor, pairs: Pairs, differentiable: b
     return gradients
 
 
+def check_maps(maps: Tensor) -> None:
+    """Not finite: as a network has diverged, or for images that are too large for its dtype."""
+    require(
+        "clf",
+        maps,
+        lambda: maps.isfinite().all(),
+        lambda: "expected finite maps, got NaN or infinity (see images)",
+    )
+
+
 def normalize_each(maps: Tensor, mode: str) -> Tensor:
     check_floating("maps", maps)
     if maps.dim() < 2:
@@ -339,6 +356,19 @@ def normalize_each(maps: Tensor, mode: str) -> Tensor:
     offset = maps.amin((-2, -1), keepdim=True) if mode == "minmax" else torch.zeros_like(maximum)
     quotient = (maps - offset) / (maximum - offset).clamp(min=_SMALLEST_MAXIMUM)
     return torch.where(maximum > 0, quotient.clamp(min=-LARGEST), 0)
+
+
+def _of_method(maps: Any, images: Tensor) -> Maps:
+    """What a method of the user gave, checked."""
+    each = maps if isinstance(maps, list) else [maps]
+    for own in each:
+        if not isinstance(own, Tensor):
+            raise TypeError(f"method: expected maps, a tensor or a list of tensors, got {type(own).__name__}")
+        if own.dim() != (3 if isinstance(maps, list) else 4):
+            raise ValueError(f"method: expected maps [B, K, h, w] or a list of [K, h, w], got {shape_text(own.shape)}")
+    if len(maps) != len(images):
+        raise ValueError(f"method: expected maps of {len(images)} images, got those of {len(maps)}")
+    return maps
 
 
 def _resize(maps: Tensor, size: Sequence[int]) -> Tensor:

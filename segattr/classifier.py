@@ -1,6 +1,8 @@
 """A classifier in two parts: the network up to its last feature map, and the head that makes logits of it."""
 
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from segattr._cut import Cut, weights_of
-from segloss._checks import check_floating, shape_text
+from segloss._checks import check_finite, check_floating, shape_text
 
 ClassWeights: TypeAlias = nn.Linear | nn.Conv2d
 Part: TypeAlias = Callable[[Tensor], Tensor]
@@ -120,6 +122,8 @@ def split(model: nn.Module, layer: str | nn.Module | None = None) -> Classifier:
 
 def as_classifier(clf: nn.Module, layer: str | nn.Module | None = None) -> Classifier:
     """A classifier as it is, any other network split at its last feature map; both split at a layer if there is one."""
+    if not isinstance(clf, nn.Module):
+        raise TypeError(f"clf: expected a Classifier, or a network that split understands, got {type(clf).__name__}")
     clf = _unwrapped(clf)
     if isinstance(clf, Classifier):
         return clf if layer is None else split(clf.model or clf, layer)
@@ -144,6 +148,24 @@ def undisturbed(network: Callable[..., Any], function: Callable[[], Any], *, con
         return functional_call(caller, state, (function,))
 
 
+@contextmanager
+def taking(name: str, value: Tensor) -> Iterator[None]:
+    """Within it, what layers cannot take is an error of the argument of this name: a size, a dtype, a device.
+
+    Errors that the code of a user raises itself stay what they are, and so does a lack of memory.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        source = str(frame.f_globals.get("__name__")).partition(".")[0]
+        if source not in ("torch", "torchvision", "segattr") or isinstance(error, torch.OutOfMemoryError):
+            raise
+        got = f"{shape_text(value.shape)}, {value.dtype} on {value.device}"
+        first = str(error).partition("\n")[0]
+        raise ValueError(f"{name}: expected what the network can take, got {got}: {first}") from error
+
+
 class _Caller(nn.Module):
     """Calls a function while the parameters and buffers of a network are replaced."""
 
@@ -160,6 +182,9 @@ def check_images(images: object) -> None:
     assert isinstance(images, Tensor)
     if images.dim() != 4:
         raise ValueError(f"images: expected [B, C, H, W], got {shape_text(images.shape)}")
+    if 0 in images.shape[1:]:
+        raise ValueError(f"images: expected at least one channel and one pixel, got {shape_text(images.shape)}")
+    check_finite("images", images)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from segloss._checks import check_floating, check_int, check_number, check_tensor, require, shape_text
+from segloss._checks import check_floating, check_int, check_number, check_real, require, shape_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["map_grid", "overlay", "size_grid"]
 
+_MOST_CELLS = 1000  # in a row or column of a grid: more lines cannot be told apart
 _SLACK = 1e-3  # beyond [0, 1]: what normalising, resizing and going back leave
 
 
@@ -49,8 +50,7 @@ def overlay(image: Tensor, values: Tensor, *, alpha: float = 0.5) -> Tensor:
     """
     _check_image("image", image)
     check_number("alpha", alpha, least=0, most=1)
-    colours = _heat(values, image) if _is_map(values, image) else _palette(image)[_labels(values, image)].movedim(-1, 0)
-    return torch.lerp(image.clamp(0, 1), colours, alpha)
+    return _coloured("values", values, image, alpha)
 
 
 def map_grid(
@@ -77,15 +77,23 @@ def map_grid(
         >>> [axes.get_title() for axes in figure.axes]
         ['image', 'CAM', 'truth', '', '', '']
     """
+    _check_several("images", images)
     if not len(images):
         raise ValueError("images: expected at least one, got none")
+    if not isinstance(maps, Mapping):
+        raise TypeError(f"maps: expected maps or labels by their titles, got {type(maps).__name__}")
     for title, found in maps.items():
+        _check_several("maps", found)
         if len(found) != len(images):
-            raise ValueError(f"maps: expected {len(images)} of {title!r}, one for each image, got {len(found)}")
+            raise ValueError(
+                f"maps: expected {len(images)} of {title!r}, one for each image, got {len(found)} (see images)"
+            )
     for image in images:
-        _check_image("images", image)
+        _check_drawn("images", image)
+    check_number("alpha", alpha, least=0, most=1)
     rows = [
-        [image, *(overlay(image, found[n], alpha=alpha) for found in maps.values())] for n, image in enumerate(images)
+        [image, *(_coloured("maps", found[n], image, alpha) for found in maps.values())]
+        for n, image in enumerate(images)
     ]
     figure = _figure(2.5 * (1 + len(maps)), 2.5 * len(rows))
     grid = figure.subplots(len(rows), 1 + len(maps), squeeze=False)
@@ -105,8 +113,8 @@ def size_grid(image: Tensor, *, columns: int = 5, rows: int = 4) -> Figure:
 
     Args:
         image: RGB in [0, 1], ``[3, H, W]``.
-        columns: number of cells from left to right, at least 1.
-        rows: number of cells from top to bottom, at least 1.
+        columns: number of cells from left to right, from 1 to 1000.
+        rows: number of cells from top to bottom, from 1 to 1000.
 
     Returns:
         A matplotlib figure that belongs to no window: ``figure.savefig(path)`` writes it.
@@ -114,7 +122,7 @@ def size_grid(image: Tensor, *, columns: int = 5, rows: int = 4) -> Figure:
     Raises:
         TypeError: ``image`` that is not floating point, ``columns`` or ``rows`` that are no int.
         ValueError: ``image`` that is not ``[3, H, W]``, is NaN or outside [0, 1] by more than 1e-3, ``columns`` or
-            ``rows`` below 1.
+            ``rows`` outside 1 to 1000.
         ImportError: matplotlib is not installed.
 
     Source:
@@ -125,11 +133,11 @@ def size_grid(image: Tensor, *, columns: int = 5, rows: int = 4) -> Figure:
         >>> figure.axes[0].get_xlabel()
         '9 cells of 11.1% each'
     """
-    _check_image("image", image)
+    _check_drawn("image", image)
+    height, width = image.shape[1:]
     for name, count in (("columns", columns), ("rows", rows)):
         check_int(name, count)
-        check_number(name, count, least=1)
-    height, width = image.shape[1:]
+        check_number(name, count, least=1, most=_MOST_CELLS)
     figure = _figure(8, 8 * height / width)
     axis = figure.subplots()
     _show(axis, image)
@@ -151,6 +159,20 @@ def _check_image(name: str, image: object) -> None:
     _check_unit(name, image)
 
 
+def _check_drawn(name: str, image: object) -> None:
+    _check_image(name, image)
+    assert isinstance(image, Tensor)
+    if image.is_meta:
+        raise ValueError(f"{name}: expected values that can be drawn, got a tensor on the meta device")
+
+
+def _check_several(name: str, several: object) -> None:
+    """A batch, or a sequence; what is in it is checked later."""
+    listed = several.dim() > 0 if isinstance(several, Tensor) else isinstance(several, Sequence)
+    if not listed or isinstance(several, str):
+        raise TypeError(f"{name}: expected a batch or a sequence of tensors, got {type(several).__name__}")
+
+
 def _check_unit(name: str, values: Tensor) -> None:
     require(
         name,
@@ -160,36 +182,41 @@ def _check_unit(name: str, values: Tensor) -> None:
     )
 
 
-def _is_map(values: object, image: Tensor) -> bool:
+def _coloured(name: str, values: Tensor, image: Tensor, alpha: float) -> Tensor:
+    """A map, or labels, the argument of this name, over an image."""
+    is_map = _is_map(name, values, image)
+    colours = _heat(name, values, image) if is_map else _palette(image)[_labels(name, values, image)].movedim(-1, 0)
+    return torch.lerp(image.clamp(0, 1), colours, float(alpha))
+
+
+def _is_map(name: str, values: object, image: Tensor) -> bool:
     """Whether these are the values of a map, and not labels."""
-    check_tensor("values", values)
+    check_real(name, values)
     assert isinstance(values, Tensor)
-    if values.is_complex():
-        raise TypeError(f"values: expected a map of real numbers or labels, got {values.dtype}")
     if values.dim() != 2 or not values.numel():
-        raise ValueError(f"values: expected [H, W], got {shape_text(values.shape)}")
+        raise ValueError(f"{name}: expected [H, W], got {shape_text(values.shape)}")
     if values.device != image.device:
-        raise ValueError(f"values: expected device {image.device}, that of image, got {values.device}")
+        raise ValueError(f"{name}: expected device {image.device}, that of image, got {values.device}")
     return values.is_floating_point()
 
 
-def _heat(values: Tensor, image: Tensor) -> Tensor:
+def _heat(name: str, values: Tensor, image: Tensor) -> Tensor:
     """Jet: ramps of the three colours, each a quarter of the range after the other."""
-    _check_unit("values", values)
+    _check_unit(name, values)
     resized = F.interpolate(values.to(image.dtype)[None, None], image.shape[1:], mode="bilinear", align_corners=False)
     centres = torch.tensor([3.0, 2.0, 1.0]).to(image).view(3, 1, 1)
     return (1.5 - (4 * resized[0] - centres).abs()).clamp(0, 1)
 
 
-def _labels(values: Tensor, image: Tensor) -> Tensor:
+def _labels(name: str, values: Tensor, image: Tensor) -> Tensor:
     if values.shape != image.shape[1:]:
         raise ValueError(
-            f"values: expected labels {shape_text(image.shape[1:])} to go with image {shape_text(image.shape)}, "
+            f"{name}: expected labels {shape_text(image.shape[1:])} to go with image {shape_text(image.shape)}, "
             f"got {shape_text(values.shape)}"
         )
     labels = values.long()
     require(
-        "values",
+        name,
         labels,
         lambda: ((labels >= 0) & (labels <= 255)).all(),
         lambda: f"expected labels from 0 to 255, got {labels.min().item()} to {labels.max().item()}",

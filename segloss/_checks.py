@@ -88,6 +88,12 @@ def _check_dense(name: str, value: Tensor) -> None:
         raise TypeError(f"{name}: expected a dense tensor, got {value.layout}")
 
 
+def check_has_values(name: str, value: Tensor) -> None:
+    """For results whose shape depends on values."""
+    if value.is_meta:
+        raise ValueError(f"{name}: expected a tensor with values, got one on the device meta")
+
+
 def check_like(name: str, value: Tensor, shape: Sequence[int], anchor: str, anchor_value: Tensor) -> None:
     """``value`` must have this shape and lie on the device of ``anchor_value``, the argument named ``anchor``."""
     if tuple(value.shape) != tuple(shape):
@@ -99,14 +105,17 @@ def check_like(name: str, value: Tensor, shape: Sequence[int], anchor: str, anch
         raise ValueError(f"{name}: expected device {anchor_value.device}, that of {anchor}, got {value.device}")
 
 
-def check_finite(name: str, value: Tensor) -> None:
+def check_finite(name: str, value: Tensor, most: float = math.inf) -> None:
+    """No NaN, no infinity, and nothing beyond ±``most``."""
+
     def finite() -> Tensor:
         # The two extremes carry every NaN and infinity and need one pass and no buffer.
         least, largest = torch.aminmax(value)
-        return least.isfinite() & largest.isfinite()
+        return least.isfinite() & largest.isfinite() & (least >= -most) & (largest <= most)
 
     if value.numel():
-        require(name, value, finite, lambda: "expected finite values, got NaN or infinity")
+        limits, beyond = (f" within ±{most:g}", ", or values beyond") if most < math.inf else ("", "")
+        require(name, value, finite, lambda: f"expected finite values{limits}, got NaN or infinity{beyond}")
 
 
 def check_logits(logits: object, *, flat: bool = False) -> None:
@@ -140,6 +149,7 @@ def check_valid(valid: object, logits: Tensor) -> None:
     assert isinstance(valid, Tensor)
     if valid.dtype != torch.bool:
         raise TypeError(f"valid: expected a bool tensor, got {valid.dtype}")
+    _check_dense("valid", valid)
     check_like("valid", valid, (logits.shape[0], *logits.shape[2:]), "logits", logits)
 
 
@@ -202,8 +212,16 @@ def check_tags(tags: object, like: Tensor, anchor: str = "logits", classes: int 
     )
 
 
-def check_labels(labels: Tensor, classes: int, ignore_index: int) -> None:
-    """``labels`` are int64: narrower integers could not hold, or would wrap, ``ignore_index``."""
+def check_ignore_index(value: object) -> None:
+    check_int("ignore_index", value)
+    check_number("ignore_index", value)  # within 64 bits
+
+
+def check_labels(labels: Tensor, classes: int, ignore_index: int, anchor: str) -> None:
+    """``labels`` are int64: narrower integers could not hold, or would wrap, ``ignore_index``.
+
+    ``anchor`` is the argument that tells the number of classes.
+    """
 
     def known() -> Tensor:
         return ((labels >= 0) & (labels < classes)) | (labels == ignore_index)
@@ -212,7 +230,10 @@ def check_labels(labels: Tensor, classes: int, ignore_index: int) -> None:
         "labels",
         labels,
         lambda: known().all(),
-        lambda: f"expected classes 0 to {classes - 1} or {ignore_index} to ignore, got {labels[~known()][0].item()}",
+        lambda: (
+            f"expected classes 0 to {classes - 1} or {ignore_index} to ignore, got {labels[~known()][0].item()} "
+            f"(see {anchor} and ignore_index)"
+        ),
     )
 
 
@@ -229,6 +250,8 @@ def check_number(
     """A real number in a range; ``above`` and ``below`` are excluded, ``least`` and ``most`` are included."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}: expected a number, or an int of 64 bits as torch has them, got {value}")
     # Comparisons only: under torch.compile the number may be symbolic. NaN fails all of them.
     fits = above < value <= most and least <= value and (value < below or not finite)
     if not fits:

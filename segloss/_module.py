@@ -7,19 +7,14 @@ from torch import Tensor, nn
 from segloss._reduce import Reduction, check_reduction
 
 
-class LossModule(nn.Module):
-    """A loss function with its settings remembered, in the order in which they are given.
+class Settings(nn.Module):
+    """A function with its settings remembered, in the order in which they are given.
 
     Settings that are tensors are buffers, and parameters stay parameters: they move and are saved with the module.
     """
 
-    reduction: Reduction
-
-    def __init__(self, reduction: Reduction | None = "mean", **settings: Any) -> None:
+    def __init__(self, **settings: Any) -> None:
         super().__init__()
-        if reduction is not None:
-            check_reduction(reduction)
-            settings["reduction"] = reduction
         for name, value in settings.items():
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                 self.register_buffer(name, value)
@@ -34,3 +29,13 @@ class LossModule(nn.Module):
             return f"tensor{tuple(value.shape)}" if value.dim() else repr(value.detach())
 
         return ", ".join(f"{name}={show(getattr(self, name))}" for name in self._names)
+
+
+class LossModule(Settings):
+    """A loss that is reduced over images."""
+
+    reduction: Reduction
+
+    def __init__(self, reduction: Reduction = "mean", **settings: Any) -> None:
+        check_reduction(reduction)
+        super().__init__(**settings, reduction=reduction)

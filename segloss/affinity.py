@@ -12,7 +12,8 @@ from segloss._checks import (
     check_choice,
     check_finite,
     check_floating,
-    check_int,
+    check_has_values,
+    check_ignore_index,
     check_integer,
     check_like,
     check_number,
@@ -21,7 +22,7 @@ from segloss._checks import (
 )
 from segloss._distances import PairDistances
 from segloss._lines import inner, line_maxima
-from segloss._module import LossModule
+from segloss._module import Settings
 from segloss._pairs import Offset, beside, disc
 from segloss._reduce import LARGEST, widen
 
@@ -98,7 +99,7 @@ def affinity_loss(
     return (background + foreground) / 4 + negative / 2
 
 
-class AffinityLoss(LossModule):
+class AffinityLoss(Settings):
     """:func:`affinity_loss` as a module."""
 
     radius: float
@@ -116,10 +117,10 @@ class AffinityLoss(LossModule):
         crop: bool = False,
         floor: float = 1e-6,
     ) -> None:
-        super().__init__(None, radius=radius, ignore_index=ignore_index, distance=distance, crop=crop, floor=floor)
+        super().__init__(radius=radius, ignore_index=ignore_index, distance=distance, crop=crop, floor=floor)
         _check_distance(radius, distance)
         _check_floor(floor)
-        check_int("ignore_index", ignore_index)
+        check_ignore_index(ignore_index)
         check_bool("crop", crop)
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
@@ -168,6 +169,7 @@ def feature_affinity(features: Tensor, *, radius: float = 5.0, distance: Distanc
                  [0.0000, 0.1353, 1.0000]]])
     """
     _check_map("features", features, "D")
+    check_has_values("features", features)
     _check_distance(radius, distance)
     return _sparse(torch.exp(-_distances(features, radius, distance)), radius)
 
@@ -238,7 +240,7 @@ def path_affinity_loss(
     return (shares * -logarithms).sum()
 
 
-class PathAffinityLoss(LossModule):
+class PathAffinityLoss(Settings):
     """:func:`path_affinity_loss` as a module."""
 
     radius: float
@@ -247,10 +249,10 @@ class PathAffinityLoss(LossModule):
     eps: float
 
     def __init__(self, *, radius: float = 10, ignore_index: int = 255, crop: bool = False, eps: float = 0.0) -> None:
-        super().__init__(None, radius=radius, ignore_index=ignore_index, crop=crop, eps=eps)
+        super().__init__(radius=radius, ignore_index=ignore_index, crop=crop, eps=eps)
         _check_radius(radius)
         _check_eps(eps)
-        check_int("ignore_index", ignore_index)
+        check_ignore_index(ignore_index)
         check_bool("crop", crop)
 
     def forward(self, boundary_logits: Tensor, labels: Tensor) -> Tensor:
@@ -299,6 +301,7 @@ def path_affinity(boundary: Tensor, *, radius: float = 10) -> Tensor:
                  [0.2500, 0.2500, 1.0000]]])
     """
     _check_boundary("boundary", boundary)
+    check_has_values("boundary", boundary)
     require(
         "boundary",
         boundary,
@@ -393,8 +396,7 @@ def _check_labels(labels: object, ignore_index: int, anchor: str, like: Tensor) 
     check_integer("labels", labels)
     assert isinstance(labels, Tensor)
     check_like("labels", labels, (len(like), *like.shape[2:]), anchor, like)
-    check_int("ignore_index", ignore_index)
-    check_number("ignore_index", ignore_index, least=-(2**63), most=2**63 - 1)
+    check_ignore_index(ignore_index)
     require(
         "labels",
         labels,

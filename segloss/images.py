@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from segloss._checks import check_floating, shape_text
+from segloss._checks import check_finite, check_floating, shape_text
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -28,7 +28,8 @@ def denormalize(
 
     Raises:
         TypeError: ``image`` that is not floating point, ``mean`` or ``std`` that are not numbers.
-        ValueError: ``image`` that is not ``[B, C, H, W]``, ``mean`` or ``std`` without one number for each channel.
+        ValueError: ``image`` that is not ``[B, C, H, W]``, ``mean`` or ``std`` without one finite number for each
+            channel.
 
     Example:
         >>> denormalize(torch.zeros(1, 3, 1, 1)).flatten()
@@ -41,13 +42,14 @@ def denormalize(
     def per_channel(name: str, values: Sequence[float] | Tensor) -> Tensor:
         try:
             tensor = torch.as_tensor(values, dtype=image.dtype, device=image.device)
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise TypeError(f"{name}: expected numbers, got {values!r}") from error
         if tensor.shape != image.shape[1:2]:
             raise ValueError(
                 f"{name}: expected [{image.shape[1]}] to go with image {shape_text(image.shape)}, "
                 f"got {shape_text(tensor.shape)}"
             )
+        check_finite(name, tensor)
         return tensor.view(-1, 1, 1)
 
     return image * per_channel("std", std) + per_channel("mean", mean)

@@ -379,7 +379,7 @@ def _check(
 
 def _check_settings(samples: int, posterior: Posterior, mode: Mode = "sample") -> None:
     check_int("samples", samples)
-    check_number("samples", samples, least=1)
+    check_number("samples", samples, least=1, most=2**31 - 1)
     check_choice("posterior", posterior, ("binomial", "multinomial"))
     check_choice("mode", mode, ("sample", "expected"))
 
@@ -406,5 +406,5 @@ def _check_indices(indices: Tensor, scores: Tensor) -> None:
         "indices",
         indices,
         lambda: inside().all(),
-        lambda: f"expected pixels 0 to {pixels - 1}, got {indices[~inside()][0].item()}",
+        lambda: f"expected pixels 0 to {pixels - 1} of the scores, got {indices[~inside()][0].item()}",
     )

@@ -14,6 +14,7 @@ from segloss._checks import (
     check_finite,
     check_floating,
     check_generator,
+    check_has_values,
     check_image_logits,
     check_int,
     check_like,
@@ -110,6 +111,7 @@ def ood_centres(features: Tensor, clusters: int, *, generator: torch.Generator |
 def _kmeans(name: str, features: Tensor, clusters: int, generator: torch.Generator | None) -> Tensor:
     """:func:`ood_centres` of the argument called ``name``."""
     _check_rows(name, features, "N")
+    check_has_values(name, features)
     check_int("clusters", clusters)
     check_number("clusters", clusters, least=1)
     check_generator(generator)
@@ -218,6 +220,12 @@ def ood_distance(
     _check_centres(centres, ood)
     _check_rows("features", features, "B")
     check_like("features", features, (len(features), centres.shape[1]), "centres", centres)
+    check_real("tags", tags)
+    if tags.shape[1:] != centres.shape[:1]:
+        raise ValueError(
+            f"tags: expected {shape_text((len(features), len(centres)))} to go with features "
+            f"{shape_text(features.shape)} and centres {shape_text(centres.shape)}, got {shape_text(tags.shape)}"
+        )
     check_tags(tags, features, "features", len(centres))
     _check_settings(top, scope, squared)
     check_reduction(reduction)
@@ -291,7 +299,10 @@ class OODClusters(LossModule):
         The other settings are those of the class; errors are those of the two functions.
         """
         centres = class_centres(features, tags)
-        _check_rows("ood_features", ood_features, "N", centres.shape[1])
+        if not len(centres):
+            raise ValueError(f"tags: expected [N, C] with at least one class, got {shape_text(tags.shape)}")
+        _check_rows("ood_features", ood_features, "N")
+        check_like("ood_features", ood_features, (len(ood_features), features.shape[1]), "features", features)
         return cls(centres, _kmeans("ood_features", ood_features, clusters, generator), **settings)
 
     def refit(
@@ -334,7 +345,7 @@ def ood_classification(logits: Tensor, tags: Tensor, ood_logits: Tensor, *, ood_
         logits: class logits of the images, ``[B, C]``, C >= 1, any finite values.
         tags: 1 where a class is present in the image, 0 elsewhere, ``[B, C]``, any dtype.
         ood_logits: class logits of OoD images, ``[M, C]``; M = 0 contributes 0.
-        ood_weight: :math:`w`, at least 0.
+        ood_weight: :math:`w`, at least 0 and below 1e6.
 
     Returns:
         A scalar; float32 (float64 if the logits of either are). Both means are over the images of each process, under
@@ -345,7 +356,7 @@ def ood_classification(logits: Tensor, tags: Tensor, ood_logits: Tensor, *, ood_
         TypeError: ``logits`` or ``ood_logits`` that are not floating point, ``tags`` that are no tensor of real
             numbers, ``ood_weight`` that is no number.
         ValueError: shapes or devices that do not fit each other, no class, NaN or infinite logits, tags other than 0
-            and 1, a negative ``ood_weight``.
+            and 1, ``ood_weight`` out of range.
 
     Source:
         W-OoD, the dissertation's eq. (4.3).
@@ -359,7 +370,7 @@ def ood_classification(logits: Tensor, tags: Tensor, ood_logits: Tensor, *, ood_
     check_floating("ood_logits", ood_logits)
     check_like("ood_logits", ood_logits, (*ood_logits.shape[:1], logits.shape[1]), "logits", logits)
     check_finite("ood_logits", ood_logits)
-    check_number("ood_weight", ood_weight, least=0)
+    check_number("ood_weight", ood_weight, least=0, below=1e6)
     return _cross_entropy(logits, tags != 0) + ood_weight * _cross_entropy(ood_logits, torch.zeros_like(ood_logits))
 
 
@@ -407,6 +418,7 @@ def rank_hard_ood(probabilities: Tensor, *, threshold: float = 0.5) -> list[Tens
         lambda: "expected values from 0 to 1, got values outside or NaN",
     )
     check_number("threshold", threshold, least=0, most=1)
+    check_has_values("probabilities", probabilities)
     ranked, order = probabilities.sort(dim=0, descending=True, stable=True)
     kept = ranked >= threshold
     if probabilities.dim() == 1:

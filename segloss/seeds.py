@@ -8,6 +8,7 @@ from torch import Tensor
 
 from segloss._checks import (
     check_floating,
+    check_ignore_index,
     check_int,
     check_integer,
     check_labels,
@@ -56,9 +57,9 @@ def partial_cross_entropy(
     check_integer("labels", labels)
     check_like("labels", labels, (logits.shape[0], *logits.shape[2:]), "logits", logits)
     check_reduction(reduction)
-    check_int("ignore_index", ignore_index)
+    check_ignore_index(ignore_index)
     target = labels.flatten(1).long()
-    check_labels(target, logits.shape[1], ignore_index)
+    check_labels(target, logits.shape[1], ignore_index, "logits")
     log_probability = torch.log_softmax(logits.to(wide_dtype(logits)).flatten(2), 1)
     per_pixel = F.nll_loss(log_probability, target, ignore_index=ignore_index, reduction="none")
     per_image = per_pixel.clamp(max=-LOG_FLOOR).sum(1)
@@ -75,7 +76,7 @@ class PartialCrossEntropy(LossModule):
 
     def __init__(self, *, ignore_index: int = 255, reduction: Reduction = "mean") -> None:
         super().__init__(reduction, ignore_index=ignore_index)
-        check_int("ignore_index", ignore_index)
+        check_ignore_index(ignore_index)
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         return partial_cross_entropy(logits, labels, ignore_index=self.ignore_index, reduction=self.reduction)

@@ -11,6 +11,8 @@ from segloss._checks import (
     check_choice,
     check_floating,
     check_generator,
+    check_has_values,
+    check_ignore_index,
     check_int,
     check_integer,
     check_labels,
@@ -496,8 +498,8 @@ def sizes_from_labels(labels: Tensor, num_classes: int, *, ignore_index: int = 2
 
     Raises:
         TypeError: ``labels`` that are not integers, ``num_classes`` that is not an int.
-        ValueError: ``labels`` without spatial dimensions, ``num_classes`` below 1, a label that is neither a class nor
-            ``ignore_index``.
+        ValueError: ``labels`` without spatial dimensions, ``num_classes`` below 1 or beyond int32, a label that
+            is neither a class nor ``ignore_index``.
 
     Source:
         *Approximate Size Targets Are Sufficient for Accurate Semantic Segmentation*, sec. 3.1.
@@ -510,10 +512,10 @@ def sizes_from_labels(labels: Tensor, num_classes: int, *, ignore_index: int = 2
     if labels.dim() < 2:
         raise ValueError(f"labels: expected [B, *spatial], got {shape_text(labels.shape)}")
     check_int("num_classes", num_classes)
-    check_number("num_classes", num_classes, least=1)
-    check_int("ignore_index", ignore_index)
+    check_number("num_classes", num_classes, least=1, most=2**31 - 1)
+    check_ignore_index(ignore_index)
     labels = labels.flatten(1).long()
-    check_labels(labels, num_classes, ignore_index)
+    check_labels(labels, num_classes, ignore_index, "num_classes")
     counted = (labels >= 0) & (labels < num_classes) & (labels != ignore_index)
     counts = torch.zeros(len(labels), num_classes + 1, dtype=torch.float64, device=labels.device)
     counts.scatter_add_(1, torch.where(counted, labels, num_classes), torch.ones_like(labels, dtype=torch.float64))
@@ -552,6 +554,7 @@ def corrupt_sizes(sizes: Tensor, sigma: float, *, generator: torch.Generator | N
         tensor([[0.7500, 0.2500]])
     """
     check_sizes("sizes", sizes)
+    check_has_values("sizes", sizes)
     check_number("sigma", sigma, least=0, below=1e6)
     check_generator(generator)
     exact = sizes.to(wide_dtype(sizes))

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segattr._modes import evaluating
+from segattr.classifier import taking
 from segattr.lrp.adjoints import Linearised
 from segattr.lrp.classes import Classes, check_classes
 from segattr.lrp.trace import Operation
-from segloss._checks import check_choice, check_floating, shape_text
+from segloss._checks import check_choice, check_finite, check_floating, shape_text
 
 WIDEST = 256  # channels of a level: makes the U-Net of ResNet-50 about as large as the one of the paper
 
@@ -103,7 +104,9 @@ class FreeDecoder(nn.Module):
         check_floating("x", x)
         if x.dim() != 4:
             raise ValueError(f"x: expected [B, C, H, W], got {shape_text(x.shape)}")
-        results = self._encode(x)
+        check_finite("x", x)
+        with taking("x", x):
+            results = self._encode(x)
         maps = results[self.bottleneck]
         for level in self.decoder:
             maps = level(maps, results)

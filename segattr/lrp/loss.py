@@ -8,14 +8,14 @@ from torch import Tensor
 from segloss._checks import (
     check_finite,
     check_floating,
-    check_int,
+    check_ignore_index,
     check_integer,
     check_like,
     check_number,
     check_tags,
     shape_text,
 )
-from segloss._module import LossModule
+from segloss._module import Settings
 from segloss._reduce import LARGEST, widen
 from segloss.seeds import partial_cross_entropy
 
@@ -99,7 +99,7 @@ def heatmap_loss(
     return segmentation + weight * classification
 
 
-class HeatmapLoss(LossModule):
+class HeatmapLoss(Settings):
     """:func:`heatmap_loss` as a module."""
 
     scale: Scale
@@ -116,9 +116,7 @@ class HeatmapLoss(LossModule):
         ignore_index: int = 255,
     ) -> None:
         _check_settings(scale, weight, background_weight, ignore_index)
-        super().__init__(
-            None, scale=scale, weight=weight, background_weight=background_weight, ignore_index=ignore_index
-        )
+        super().__init__(scale=scale, weight=weight, background_weight=background_weight, ignore_index=ignore_index)
 
     def forward(self, heatmaps: Tensor, scores: Tensor, labels: Tensor, tags: Tensor) -> Tensor:
         return heatmap_loss(
@@ -157,6 +155,6 @@ def _check_settings(scale: Scale, weight: float, background_weight: float, ignor
             raise ValueError(f"scale: expected a number or 'pixels', got {scale!r}")
     else:
         check_number("scale", scale, above=0, most=LARGEST)
-    check_number("weight", weight, least=0)
-    check_number("background_weight", background_weight, least=0)
-    check_int("ignore_index", ignore_index)
+    check_number("weight", weight, least=0, most=LARGEST)
+    check_number("background_weight", background_weight, least=0, most=LARGEST)
+    check_ignore_index(ignore_index)

@@ -5,7 +5,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from segloss._checks import check_generator, check_int, check_number, check_real, check_tags, shape_text
+from segloss._checks import (
+    check_generator,
+    check_has_values,
+    check_int,
+    check_number,
+    check_real,
+    check_tags,
+    shape_text,
+)
 
 
 def labelled_subset(
@@ -93,11 +101,12 @@ def _check(tags: Tensor, count: int, uniform_below: int, generator: torch.Genera
     check_real("tags", tags)
     if tags.dim() != 2 or tags.shape[1] == 0:
         raise ValueError(f"tags: expected [N, C] with at least one class, got {shape_text(tags.shape)}")
+    check_has_values("tags", tags)
     known = tags.detach().cpu()  # where values are always checked
     check_tags(known, known, "tags")
     check_int("count", count)
     if not 1 <= count <= len(tags):
-        raise ValueError(f"count: expected 1 to {len(tags)}, the number of images, got {count}")
+        raise ValueError(f"count: expected 1 to {len(tags)}, the number of images, got {count} (see tags)")
     check_int("uniform_below", uniform_below)
     check_number("uniform_below", uniform_below, least=0)
     check_generator(generator)

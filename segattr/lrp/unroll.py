@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from segattr.classifier import taking
 from segattr.lrp.adjoints import RULES, Adjoint, batch_statistics, relu, relu_module, untied_relu
 from segattr.lrp.classes import Classes, check_classes
 from segattr.lrp.free import FreeDecoder
 from segattr.lrp.trace import Operation, trace
-from segloss._checks import check_choice, check_floating, check_int, check_number, shape_text
+from segloss._checks import check_choice, check_finite, check_floating, check_int, check_number, shape_text
 
 
 class Saved(NamedTuple):
@@ -75,7 +76,7 @@ class UnrolledLRP(nn.Module):
         """
         scores, tape = self._encode(x)
         start, counts = _start(scores, classes)
-        parts = start.split(self.chunk or max(start.shape[1], 1), 1)
+        parts = start.split(int(self.chunk or max(start.shape[1], 1)), 1)  # also of NumPy
         if self.chunk and torch.is_grad_enabled():  # the decoder runs again in the backward pass, a chunk at a time
             heat = [checkpoint(self._heat, x, part, tape, use_reentrant=False) for part in parts]
         else:
@@ -113,10 +114,12 @@ class UnrolledLRP(nn.Module):
         check_floating("x", x)
         if x.dim() != 4:
             raise ValueError(f"x: expected [B, C, H, W], got {shape_text(x.shape)}")
+        check_finite("x", x)
         results: dict[str, Any] = {self.image: x}
         tape = {}
         for operation in self.operations:
-            step = operation.run(self.encoder, results)
+            with taking("x", x):
+                step = operation.run(self.encoder, results)
             if operation.inputs:
                 results[operation.name] = step.output
                 size = step.output.detach().abs().unsqueeze(1) if self.epsilon and step.weighted else None

@@ -15,7 +15,6 @@ from segloss._checks import (
     check_like,
     check_number,
     check_real,
-    check_tensor,
     require,
     shape_text,
 )
@@ -198,7 +197,7 @@ def _images(
 ) -> Iterator[tuple[Instances, Instances]]:
     """The checked instances of one image after the other."""
     for name, value in (("predictions", predictions), ("truths", truths)):
-        if isinstance(value, Mapping) or not isinstance(value, Iterable):
+        if isinstance(value, (Mapping, Tensor)) or not isinstance(value, Iterable):
             raise TypeError(f"{name}: expected the instances of each image, a list say, got {type(value).__name__}")
     end: Instances = {}  # by identity: no image of the caller's
     for index, (prediction, truth) in enumerate(zip_longest(predictions, truths, fillvalue=end)):
@@ -227,7 +226,7 @@ def _check_instances(name: str, instances: object) -> None:
     if not isinstance(instances, Mapping):
         raise TypeError(f'{name}: expected a mapping with "masks" and "labels", got {type(instances).__name__}')
     masks, labels = (_value(name, instances, key) for key in ("masks", "labels"))
-    check_tensor(f'{name}["masks"]', masks)
+    check_real(f'{name}["masks"]', masks)
     if masks.dtype != torch.bool:
         raise TypeError(f'{name}["masks"]: expected a bool tensor (masks > threshold), got {masks.dtype}')
     if masks.dim() != 3:

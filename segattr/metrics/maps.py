@@ -7,10 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from segattr.metrics.masks import check_mask
+from segattr.metrics.masks import check_device, check_mask
 from segloss._checks import (
     check_finite,
     check_floating,
+    check_has_values,
+    check_ignore_index,
     check_int,
     check_integer,
     check_labels,
@@ -179,7 +181,8 @@ class ThresholdSweep:
     ) -> None:
         check_int("classes", classes)
         check_number("classes", classes, least=1)
-        check_int("ignore_index", ignore_index)
+        check_ignore_index(ignore_index)
+        check_device(device)
         self.thresholds = _check_thresholds(thresholds)
         self.ignore_index = ignore_index
         self.counts = torch.zeros(classes + 1, classes, len(self.thresholds) + 1, dtype=torch.int64, device=device)
@@ -188,13 +191,14 @@ class ThresholdSweep:
     def update(self, maps: Tensor, labels: Tensor, *, tags: Tensor | None = None) -> None:
         """Count a batch of images of one size; arguments and errors as in :func:`best_threshold_miou`."""
         _check_maps(maps)
+        check_has_values("maps", maps)
         classes = self.counts.shape[1]
         if maps.shape[1] != classes:
-            raise ValueError(f"maps: expected [B, {classes}, H, W], got {shape_text(maps.shape)}")
+            raise ValueError(f"maps: expected [B, {classes}, H, W], got {shape_text(maps.shape)} (see classes)")
         check_integer("labels", labels)
         check_like("labels", labels, (len(maps), *maps.shape[2:]), "maps", maps)
         labels = labels.long()
-        check_labels(labels, classes + 1, self.ignore_index)
+        check_labels(labels, classes + 1, self.ignore_index, "maps")
         if tags is not None:
             check_tags(tags, maps, "maps")
             maps = maps.masked_fill((tags == 0)[..., None, None], -math.inf)
@@ -202,7 +206,8 @@ class ThresholdSweep:
         below = torch.bucketize(score, self.thresholds.to(score))
         cell = (labels * classes + best) * (len(self.thresholds) + 1) + below
         counts = torch.bincount(cell[labels != self.ignore_index], minlength=self.counts.numel())
-        self.counts += counts.view_as(self.counts).to(self.counts.device)
+        # Not in place: the counts may have been made in inference mode.
+        self.counts = self.counts + counts.view_as(self.counts).to(self.counts.device)
 
     def compute(self) -> BestThreshold:
         """The best threshold for all that was counted so far."""
@@ -239,7 +244,7 @@ def _check_maps(maps: object) -> None:
 def _check_thresholds(thresholds: Sequence[float] | Tensor) -> Tensor:
     try:
         values = torch.as_tensor(thresholds, dtype=torch.float64, device="cpu")
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise TypeError(f"thresholds: expected numbers, got {type(thresholds).__name__}: {error}") from error
     if values.dim() != 1 or not len(values) or not values.isfinite().all() or not (values.diff() > 0).all():
         raise ValueError(f"thresholds: expected one or more finite numbers that increase, got {values.tolist()}")

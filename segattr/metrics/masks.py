@@ -1,16 +1,18 @@
 """Quality of masks: region similarity J, contour quality F, and their mean J&F."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from segloss._checks import (
     check_bool,
+    check_has_values,
     check_int,
     check_like,
     check_number,
-    check_tensor,
+    check_real,
     shape_text,
 )
 
@@ -186,6 +188,7 @@ class JAndF:
         check_int("classes", classes)
         check_number("classes", classes, least=1)
         check_number("tolerance", tolerance, least=0)
+        check_device(device)
         self.tolerance = tolerance
         self.counts = torch.zeros(6, classes, dtype=torch.int64, device=device)
 
@@ -202,11 +205,14 @@ class JAndF:
             ValueError: shapes or devices that do not fit each other, another number of classes.
         """
         masks = _without_void(prediction, truth, valid, True)
+        check_has_values("prediction", prediction)
         classes = self.counts.shape[1]
         if prediction.dim() != 4 or prediction.shape[1] != classes:
-            raise ValueError(f"prediction: expected [N, {classes}, H, W], got {shape_text(prediction.shape)}")
+            got = shape_text(prediction.shape)
+            raise ValueError(f"prediction: expected [N, {classes}, H, W], got {got} (see classes)")
         counts = _region_counts(*masks, True) + _contour_counts(*masks, self.tolerance, True)
-        self.counts += torch.stack(counts).to(self.counts.device)
+        # Not in place: the counts may have been made in inference mode.
+        self.counts = self.counts + torch.stack(counts).to(self.counts.device)
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """J and F of each class, ``[C]`` both, float32; 1 for a class of which nothing was there and nothing found."""
@@ -232,13 +238,21 @@ def _without_void(prediction: object, truth: object, valid: object, pooled: bool
 
 
 def check_mask(name: str, value: object) -> Tensor:
-    check_tensor(name, value)
+    check_real(name, value)
     assert isinstance(value, Tensor)
     if value.dtype != torch.bool:
         raise TypeError(f"{name}: expected a bool tensor (labels == k or scores > threshold), got {value.dtype}")
     if value.dim() < 2:
         raise ValueError(f"{name}: expected [..., H, W], got {shape_text(value.shape)}")
     return value
+
+
+def check_device(device: Any) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        problem = str(error).partition("\n")[0]
+        raise ValueError(f"device: expected one that torch can use, got {device!r}: {problem}") from error
 
 
 def _region_counts(prediction: Tensor, truth: Tensor, pooled: bool) -> tuple[Tensor, ...]:

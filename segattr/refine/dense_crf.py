@@ -11,6 +11,8 @@ from torch import Tensor
 from segloss._checks import (
     check_choice,
     check_floating,
+    check_has_values,
+    check_ignore_index,
     check_int,
     check_integer,
     check_labels,
@@ -18,12 +20,11 @@ from segloss._checks import (
     check_number,
     check_real,
     check_tags,
-    check_tensor,
     require,
     shape_text,
 )
 from segloss._precision import full_precision
-from segloss._reduce import LARGEST, wide_dtype
+from segloss._reduce import LARGEST, wide_dtype, widen
 from segloss.bilateral import check_guide, guide_features, make_plan
 from segloss.bilateral.operator import Plan, prepare
 
@@ -87,7 +88,7 @@ def dense_crf(
         + \sum_m w_m \sum_{q \ne p} \frac{K^m_{pq}}{\sqrt{D^m_p D^m_q}} Q^k_q\Big), \qquad D^m_p = \sum_q K^m_{pq}
 
     at all pixels at once, starting from Q = P, with two kernels: the bilateral one of
-    :func:`~segloss.bilateral.bilateral_filter`, of ``weight``, ``sigma_rgb`` and ``sigma_xy``, and a Gaussian of
+    :func:`~segloss.bilateral_filter`, of ``weight``, ``sigma_rgb`` and ``sigma_xy``, and a Gaussian of
     position alone, of ``smooth_weight`` and ``smooth_sigma_xy``. The kernels are normalised symmetrically. A pixel
     counts in its own D, which is at least 1 therefore, but sends no message to itself.
 
@@ -101,7 +102,7 @@ def dense_crf(
     Args:
         probabilities: P, ``[B, K, H, W]``, in [0, 1], K >= 2. Only their ratios count: they need not sum to 1. In
             :math:`\ln P` the share of a class is at least 1e-5. A pixel where all are 0 does not know its class.
-        image: guide, ``[B, C, H, W]``: RGB in [0, 1] (see :func:`~segloss.images.denormalize`), or any C >= 1 channels
+        image: guide, ``[B, C, H, W]``: RGB in [0, 1] (see :func:`~segloss.denormalize`), or any C >= 1 channels
             in the unit of ``sigma_rgb``. One that is expanded along B, as by ``image.expand(B, -1, -1, -1)``, is looked
             at once for all.
         iterations: number of updates, at least 0.
@@ -118,8 +119,8 @@ def dense_crf(
         method: ``"exact"`` visits all pairs of pixels, ``"blocksparse"`` leaves out or approximates those that count
             little; ``"auto"`` is exact below 2,500 pixels. There is no low rank: its error is small in proportion to
             the whole image, not to the small D of rare colours, and narrow kernels need too many landmarks.
-        tolerance: of the block-sparse method, as in :func:`~segloss.bilateral.bilateral_filter`.
-        backend: as in :func:`~segloss.bilateral.bilateral_filter`.
+        tolerance: of the block-sparse method, as in :func:`~segloss.bilateral_filter`.
+        backend: as in :func:`~segloss.bilateral_filter`.
 
     Returns:
         Q, ``[B, K, H, W]``, a constant: no gradient flows. It sums to 1 over the classes, or is 0 for images in which
@@ -150,6 +151,7 @@ def dense_crf(
         tensor([[0.9311, 0.7031, 0.0426, 0.0426]])
     """
     _check_probabilities(probabilities)
+    check_has_values("probabilities", probabilities)
     check_guide(image, probabilities, "probabilities")
     _check_valid(valid, probabilities)
     check_int("iterations", iterations)
@@ -171,7 +173,7 @@ def dense_crf(
     with torch.no_grad(), torch.autocast(image.device.type, enabled=False), full_precision():
         if valid is None and image.stride(0) == 0:
             image = image[:1]  # expanded: one kernel for all
-        image = image.to(dtype)
+        image = widen(image).to(dtype)
         mask = torch.ones_like(image[:, :1]) if valid is None else valid[:, None].to(dtype)
         slots, present = _present_classes(probabilities, mask)
         kernels = []
@@ -226,9 +228,9 @@ def label_probabilities(labels: Tensor, tags: Tensor, *, confidence: float = 0.7
         raise ValueError(f"tags: expected [B, K], got {shape_text(tags.shape)}")
     check_tags(tags, labels, "labels", tags.shape[1])
     check_number("confidence", confidence, above=0, below=1)
-    check_int("ignore_index", ignore_index)
+    check_ignore_index(ignore_index)
     labels = labels.long()
-    check_labels(labels, tags.shape[1], ignore_index)
+    check_labels(labels, tags.shape[1], ignore_index, "tags")
     dtype = wide_dtype(tags)
     tagged = (tags != 0)[:, :, None, None]
     known = (labels != ignore_index)[:, None]
@@ -237,7 +239,7 @@ def label_probabilities(labels: Tensor, tags: Tensor, *, confidence: float = 0.7
         "labels",
         labels,
         lambda: (tagged | ~chosen).all(),
-        lambda: f"expected classes with a tag, got {labels[(chosen & ~tagged).any(1)][0].item()} without",
+        lambda: f"expected classes with a tag, got {labels[(chosen & ~tagged).any(1)][0].item()} without one in tags",
     )
     count = tagged.sum(1, keepdim=True).to(dtype)
     right = torch.where(count == 1, torch.ones_like(count), confidence)
@@ -332,7 +334,7 @@ def _check_probabilities(probabilities: Tensor) -> None:
 def _check_valid(valid: Tensor | None, probabilities: Tensor) -> None:
     if valid is None:
         return
-    check_tensor("valid", valid)
+    check_real("valid", valid)
     if valid.dtype != torch.bool:
         raise TypeError(f"valid: expected a bool tensor, got {valid.dtype}")
     expected = (probabilities.shape[0], *probabilities.shape[2:])

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from segloss._checks import (
     check_floating,
-    check_int,
+    check_has_values,
+    check_ignore_index,
     check_integer,
     check_like,
     check_number,
@@ -70,6 +71,7 @@ def grow_seeds(
         tensor([[[255,   1,   1, 255, 255]]])
     """
     _check_probabilities(probabilities)
+    check_has_values("probabilities", probabilities)
     check_number("foreground", foreground, least=0, most=1)
     check_number("background", background, least=0, most=1)
     sown = _planes(seeds, probabilities, ignore_index)
@@ -97,7 +99,7 @@ def _planes(seeds: object, probabilities: Tensor, ignore_index: int) -> Tensor:
     """Checked seeds as bool ``[B, K, H, W]``."""
     check_tensor("seeds", seeds)
     assert isinstance(seeds, Tensor)
-    check_int("ignore_index", ignore_index)
+    check_ignore_index(ignore_index)
     images, count, height, width = probabilities.shape
     if seeds.dim() == 3:
         check_integer("seeds", seeds)
@@ -108,7 +110,10 @@ def _planes(seeds: object, probabilities: Tensor, ignore_index: int) -> Tensor:
             "seeds",
             seeds,
             lambda: (~chosen | ((labels >= 0) & (labels < count))).all(),
-            lambda: f"expected classes 0 to {count - 1} or {ignore_index} where there is none, got others",
+            lambda: (
+                f"expected classes 0 to {count - 1} or {ignore_index} where there is none, got others "
+                "(see probabilities and ignore_index)"
+            ),
         )
         classes = torch.arange(count, device=labels.device).view(-1, 1, 1)
         return (labels.unsqueeze(1) == classes) & chosen.unsqueeze(1)

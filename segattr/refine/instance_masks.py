@@ -10,12 +10,12 @@ from segloss._checks import (
     check_choice,
     check_finite,
     check_floating,
-    check_int,
+    check_has_values,
+    check_ignore_index,
     check_integer,
     check_like,
     check_number,
     check_real,
-    check_tensor,
     require,
     shape_text,
 )
@@ -111,6 +111,7 @@ def instance_masks(
     """
     check_choice("rule", rule, tuple(_DEFAULTS))
     _check_maps(bbams)
+    check_has_values("bbams", bbams)
     inside = _inside(boxes, bbams)
     _check_image(image, bbams)
     foreground, background = _thresholds(rule, foreground, background)
@@ -223,7 +224,10 @@ def _smooth(maps: Tensor, inside: Tensor, sigma: float | None) -> Tensor:
 def _refine(maps: Tensor, image: Tensor, crf: CRFSettings) -> Tensor:
     """Probability of the foreground after the dense CRF of each object against its background."""
     maps = maps.clamp(max=1)
-    return dense_crf(torch.stack([1 - maps, maps], 1), image.expand(len(maps), *image.shape), **crf)[:, 1]
+    try:
+        return dense_crf(torch.stack([1 - maps, maps], 1), image.expand(len(maps), *image.shape), **crf)[:, 1]
+    except (TypeError, ValueError) as error:  # all else has been checked
+        raise type(error)(f"crf: {error}") from error
 
 
 def _inside(boxes: object, bbams: Tensor) -> Tensor:
@@ -242,7 +246,7 @@ def _inside(boxes: object, bbams: Tensor) -> Tensor:
             "boxes",
             boxes,
             lambda fits=fits: fits.all(),  # type: ignore[misc]
-            lambda fits=fits, problem=problem: f"{problem}, got {boxes[~fits][0].tolist()}",  # type: ignore[misc]
+            lambda fits=fits, problem=problem: f"{problem}, got {boxes[~fits][0].tolist()} (see bbams)",  # type: ignore[misc]
         )
     y, x = (torch.arange(length, device=boxes.device) + 0.5 for length in (height, width))
     rows = (y >= y1[:, None]) & (y < y2[:, None])
@@ -255,10 +259,10 @@ def _thresholds(rule: str, foreground: float | None, background: float | None) -
     foreground = usual[0] if foreground is None else foreground
     background = usual[1] if background is None else background
     check_number("foreground", foreground, least=0, most=1)
-    if rule == "area":
-        check_number("background", background, least=foreground, most=1)
-    else:
-        check_number("background", background, least=0, most=foreground)
+    check_number("background", background, least=0, most=1)
+    if background < foreground if rule == "area" else background > foreground:
+        order = "least" if rule == "area" else "most"
+        raise ValueError(f"background: expected at {order} foreground, {foreground:g}, got {background:g}")
     return foreground, background
 
 
@@ -287,7 +291,7 @@ def _check_image(image: object, bbams: Tensor) -> None:
 
 
 def _checked_masks(masks: object, ignore_index: int) -> Tensor:
-    check_tensor("masks", masks)
+    check_real("masks", masks)
     assert isinstance(masks, Tensor)
     if masks.dtype != torch.bool:
         check_integer("masks", masks)
@@ -298,7 +302,7 @@ def _checked_masks(masks: object, ignore_index: int) -> Tensor:
         "masks",
         masks,
         lambda: ((masks == 0) | (masks == 1) | (masks == ignore_index)).all(),
-        lambda: f"expected 0, 1 or {ignore_index} to ignore, got other values",
+        lambda: f"expected 0, 1 or {ignore_index} to ignore, got other values (see ignore_index)",
     )
     return masks
 
@@ -313,11 +317,11 @@ def _check_labels(labels: object, masks: Tensor, ignore_index: int) -> None:
         "labels",
         labels,
         lambda: (labels != ignore_index).all(),
-        lambda: f"expected classes, got {ignore_index}, which is ignored",
+        lambda: f"expected classes, got {ignore_index}, which is ignored (see ignore_index)",
     )
 
 
 def _check_ignored(ignore_index: object) -> None:
-    check_int("ignore_index", ignore_index)
+    check_ignore_index(ignore_index)
     if ignore_index in (0, 1):
         raise ValueError(f"ignore_index: expected neither 0 nor 1, got {ignore_index}")

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from segattr.metrics.instances import intersections
-from segloss._checks import check_like, check_tensor, shape_text
+from segloss._checks import check_has_values, check_like, check_real, shape_text
 
 _CHUNK = 64  # proposals that are held as floating point at a time
 
@@ -44,6 +44,7 @@ def merge_proposals(mask: Tensor, proposals: Tensor) -> Tensor:
     """
     _check_masks("mask", mask, (2, 3), "[H, W] or [n, H, W]")
     _check_masks("proposals", proposals, (3,), "[P, H, W]")
+    check_has_values("mask", mask)
     check_like("proposals", proposals, (len(proposals), *mask.shape[-2:]), "mask", mask)
     if not len(proposals):
         return mask.clone()
@@ -67,7 +68,7 @@ def _unions(chosen: Tensor, proposals: Tensor) -> Tensor:
 
 
 def _check_masks(name: str, value: object, dims: tuple[int, ...], form: str) -> None:
-    check_tensor(name, value)
+    check_real(name, value)
     assert isinstance(value, Tensor)
     if value.dtype != torch.bool:
         raise TypeError(f"{name}: expected a bool tensor (scores > threshold), got {value.dtype}")

@@ -7,7 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from segloss._checks import check_finite, check_floating, check_int, check_number, check_tags, shape_text
+from segloss._checks import (
+    check_finite,
+    check_floating,
+    check_ignore_index,
+    check_int,
+    check_number,
+    check_tags,
+    shape_text,
+)
 from segloss._reduce import wide_dtype
 
 
@@ -90,9 +98,11 @@ def pseudo_labels(
         [tensor([[5, 5, 8, 0]])]
     """
     check_number("background", background)
-    check_number("foreground", foreground, least=background)
+    check_number("foreground", foreground)
+    if foreground < background:
+        raise ValueError(f"foreground: expected at least background, {background:g}, got {foreground:g}")
     _check_size(size)
-    check_int("ignore_index", ignore_index)
+    check_ignore_index(ignore_index)
     if isinstance(maps, Tensor):
         _check_maps("maps", maps, "[B, C, h, w]")
         check_tags(tags, maps, "maps")
@@ -117,7 +127,7 @@ def _thresholds(
     planes = F.pad(maps.detach().to(wide_dtype(maps)), (0, 0, 0, 0, 1, 0))
     if size is not None:
         planes = F.interpolate(planes, size, mode="bilinear", align_corners=False)
-    planes[:, 0] = foreground
+    planes[:, 0] = planes.new_tensor(foreground)
     planes[:, 1:].masked_fill_(~present[:, :, None, None], -torch.inf)
     winners = planes.argmax(1)
     return winners, (winners == 0) & (planes[:, 1:] > planes.new_tensor(background)).any(1)
@@ -136,7 +146,7 @@ def _check_lists(maps: object, tags: object, ignore_index: int) -> None:
             f"tags: expected the classes of each image to go with a sequence of maps, got {type(tags).__name__}"
         )
     if len(tags) != len(maps):
-        raise ValueError(f"tags: expected the classes of {len(maps)} images, got {len(tags)}")
+        raise ValueError(f"tags: expected the classes of {len(maps)} images to go with maps, got {len(tags)}")
     for index, (of_image, classes) in enumerate(zip(maps, tags, strict=True)):
         _check_maps(f"maps[{index}]", of_image, "[C, h, w]")
         if not isinstance(classes, Sequence):

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from segloss._checks import (
     check_finite,
     check_floating,
+    check_has_values,
     check_int,
     check_like,
     check_number,
@@ -72,6 +73,7 @@ def random_walk(
         tensor([[[[0.5000, 0.5000, 0.0000, 0.0000]]]])
     """
     _check_maps(maps)
+    check_has_values("maps", maps)
     entries = _entries(affinity, maps)
     check_number("beta", beta, least=1)
     check_int("steps", steps)

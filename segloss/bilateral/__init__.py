@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from segloss._checks import check_choice, check_finite, check_floating, check_like, check_number, require, shape_text
-from segloss._reduce import wide_dtype
+from segloss._reduce import LARGEST, wide_dtype
 from segloss.bilateral.operator import Bilateral, Plan, ToleranceError
 
 __all__ = ["ToleranceError", "bilateral_error", "bilateral_filter"]
@@ -42,7 +42,7 @@ def bilateral_filter(
     Forward mode (``jvp``, ``torch.func.hessian``) is not supported.
 
     Args:
-        values: channels to filter, ``[B, K, H, W]``, any finite values.
+        values: channels to filter, ``[B, K, H, W]``, within ±1e30.
         image: guide, ``[B, C, H, W]``: RGB in [0, 1], or any C >= 1 channels in the unit of ``sigma_rgb``.
         sigma_rgb: width of the kernel in colour, above 0, in the unit of ``image``; a number or a scalar tensor.
             Infinite: colour does not count.
@@ -71,9 +71,9 @@ def bilateral_filter(
 
     Raises:
         TypeError: ``values`` or ``image`` that are not floating point, sigmas that are not numbers.
-        ValueError: shapes or devices that do not fit each other, NaN or infinity, sigmas that are not above 0,
-            ``tolerance`` outside (0, 1), an unknown ``method``, ``backend`` or ``precision``, a ``backend`` that cannot
-            run.
+        ValueError: shapes or devices that do not fit each other, NaN, infinity or values beyond ±1e30, sigmas that are
+            not above 0, ``tolerance`` outside (0, 1), an unknown ``method``, ``backend`` or ``precision``, a
+            ``backend`` that cannot run.
         ToleranceError: a ValueError; ``method="lowrank"`` and an image on which its error is above the tolerance, as
             on noise and strongly textured images.
 
@@ -118,7 +118,7 @@ def bilateral_error(
         filtered: what came out, ``[B, K, H, W]``, by whatever method.
 
     Returns:
-        ``[B]``, a constant; float32 (float64 where values or image are float64).
+        ``[B]``, a constant, at most 1e30; float32 (float64 where values or image are float64).
 
     Raises:
         TypeError, ValueError: as :func:`bilateral_filter`.
@@ -145,7 +145,7 @@ def _check_values(name: str, values: Tensor) -> None:
     check_floating(name, values)
     if values.dim() != 4:
         raise ValueError(f"{name}: expected [B, K, H, W], got {shape_text(values.shape)}")
-    check_finite(name, values)
+    check_finite(name, values, LARGEST)
 
 
 def guide_features(image: Tensor, sigma_rgb: float | Tensor, sigma_xy: float | Tensor) -> Tensor:

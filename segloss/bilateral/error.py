@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from segloss._reduce import LARGEST
 from segloss.bilateral.gaussian import gaussian, is_compact
 
 _FEWEST, _MOST, _PAIRS = 64, 256, 1 << 22  # pixels to look at, and how many pairs with all others they may make
@@ -33,4 +34,4 @@ def sampled_error(values: Tensor, features: Tensor, filtered: Tensor, pixels: Te
         columns = slice(first, first + _COLUMNS)
         exact += values[:, columns] @ gaussian(points[pixels], points[columns], compact=compact).t()
     error, size = (filtered.double() - exact).norm(), exact.double().norm()
-    return (error / size.clamp(min=torch.finfo(exact.dtype).tiny)).item()
+    return min((error / size.clamp(min=torch.finfo(exact.dtype).tiny)).item(), LARGEST)

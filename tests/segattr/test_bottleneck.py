@@ -585,7 +585,7 @@ ONE = DATA["companions"][0]
         ({"tags": None}, TypeError, "tags: expected a tensor"),
         ({"steps": -1}, ValueError, "steps: expected a finite number of at least 0, got -1"),
         ({"steps": 2.0}, TypeError, "steps: expected an int"),
-        ({"lr": 0}, ValueError, "lr: expected a finite number above 0, got 0"),
+        ({"lr": 0}, ValueError, "lr: expected a finite number above 0 and of at most"),
         ({"lr": 1e200}, ValueError, "clf: expected finite maps, got NaN or infinity"),
         ({"lr": 1e200, "pool": "gap", "reference": True}, ValueError, "clf: expected finite maps, got NaN or infinity"),
         ({"margin": torch.inf}, ValueError, "margin: expected"),
@@ -644,3 +644,15 @@ def test_errors_of_pooling(change: dict[str, Any], error: type[Exception], messa
     arguments: dict[str, Any] = {"features_or_maps": MAPS, "maps": MAPS}
     with pytest.raises(error, match=message):
         gndrp(**arguments | change)
+
+
+def test_sizes_that_the_classifier_does_not_take() -> None:
+    """Of images and of companions, each by its name."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 5), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    large, small, tags = torch.rand(1, 3, 9, 9), torch.rand(1, 3, 3, 3), torch.ones(1, 2)
+    with pytest.raises(ValueError, match=r"companions: expected what the network can take, got \[1, 3, 3, 3\]"):
+        rib(model, large, tags, companions=[(small, tags)], steps=1)
+    with pytest.raises(ValueError, match=r"images: expected what the network can take, got \[1, 3, 3, 3\]"):
+        rib(model, small, tags, companions=[(large, tags)], steps=1)
+    with pytest.raises(ValueError, match=r"^companions: tags: expected 0 or 1, got 2"):
+        rib(model, large, tags, companions=[(large, 2 * tags)], steps=1)

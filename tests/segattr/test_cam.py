@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor, nn
 
+from segattr.advcam import advcam
 from segattr.cam import cam, grad_cam, multiscale, normalize
 from segattr.classifier import Classifier, split
 from segloss import max_normalize
@@ -272,8 +273,32 @@ def test_maps_of_a_frozen_network_have_no_graph() -> None:
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("method", [cam, grad_cam])
 def test_broken_images_are_refused(method: Callable[..., Any], value: float) -> None:
-    with pytest.raises(ValueError, match="maps: expected finite values, got NaN or infinity"):
+    with pytest.raises(ValueError, match="images: expected finite values, got NaN or infinity"):
         method(resnet(), torch.full((1, 3, 33, 33), value, dtype=torch.float64))
+    diverged = resnet()
+    nn.init.constant_(diverged.get_submodule("fc").weight, torch.nan)
+    with pytest.raises(ValueError, match=r"clf: expected finite maps, got NaN or infinity \(see images\)"):
+        method(diverged, torch.ones(1, 3, 33, 33, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("method", [cam, grad_cam, advcam])
+def test_images_that_the_network_does_not_take(method: Callable[..., Any]) -> None:
+    """They are named; what the code of a network raises itself stays as it is."""
+    model = resnet()
+    for images, problem in (
+        (torch.ones(1, 4, 33, 33, dtype=torch.float64), r"\[1, 4, 33, 33\], torch.float64 on cpu: .* channels"),
+        (torch.ones(1, 3, 33, 33), "torch.float32 on cpu: .* should be the same"),
+        (torch.ones(1, 3, 33, 33, dtype=torch.float64, device="meta"), "torch.float64 on meta: "),
+    ):
+        with pytest.raises(ValueError, match=f"images: expected what the network can take, got .*{problem}"):
+            method(model, images, [0])
+
+    def full(*args: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    model.get_submodule("layer3").register_forward_hook(full)
+    with pytest.raises(torch.OutOfMemoryError):
+        method(model, torch.ones(1, 3, 33, 33, dtype=torch.float64), [0])
 
 
 @pytest.mark.parametrize(
@@ -290,7 +315,11 @@ def test_broken_images_are_refused(method: Callable[..., Any], value: float) -> 
         (lambda x: cam(resnet(), x, [[1]]), ValueError, "classes: expected a sequence for each of 2 images, got 1"),
         (lambda x: cam(resnet(), x, 1), TypeError, "classes: expected integers"),
         (lambda x: cam(resnet(), x, norm="softmax"), ValueError, "norm: expected one of 'raw', .* got 'softmax'"),
-        (lambda x: cam("resnet", x), TypeError, "model: expected a torch.nn.Module, got str"),
+        (
+            lambda x: cam("resnet", x),
+            TypeError,
+            "clf: expected a Classifier, .* got str",
+        ),
         (lambda x: grad_cam(resnet(), x, [-1]), ValueError, "classes: expected integers from 0 to 3, got -1"),
         (lambda x: grad_cam(resnet(), x, pool="mean"), TypeError, "pool: expected a bool, got str"),
         (lambda x: grad_cam(resnet(), x, norm=None), ValueError, "norm: expected one of"),
@@ -443,7 +472,7 @@ def test_scales_of_a_network_and_ragged_classes() -> None:
     [
         ({"scales": ()}, ValueError, r"scales: expected a sequence of at least one number, got \(\)"),
         ({"scales": 1.0}, ValueError, "scales: expected a sequence of at least one number, got 1.0"),
-        ({"scales": [0.5, 0]}, ValueError, "scales: expected a finite number above 0, got 0"),
+        ({"scales": [0.5, 0]}, ValueError, "scales: expected a finite number above 0 and of at most 100, got 0"),
         ({"scales": ["1"]}, TypeError, "scales: expected a number, got str"),
         ({"flip": 1}, TypeError, "flip: expected a bool, got int"),
         ({"images": torch.zeros(3, 4, 4)}, ValueError, r"images: expected \[B, C, H, W\]"),
@@ -452,3 +481,17 @@ def test_scales_of_a_network_and_ragged_classes() -> None:
 def test_errors_of_scales(settings: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         multiscale(brightness, **{"images": torch.zeros(1, 3, 4, 4), **settings})
+
+
+@pytest.mark.parametrize(
+    ("method", "error", "message"),
+    [
+        ("cam", TypeError, "method: expected a function of images, got str"),
+        (lambda x: None, TypeError, "method: expected maps, a tensor or a list of tensors, got NoneType"),
+        (lambda x: x[0], ValueError, r"method: expected maps \[B, K, h, w\] or a list of \[K, h, w\], got \[3, 5, 4\]"),
+        (lambda x: x[:1], ValueError, "method: expected maps of 2 images, got those of 1"),
+    ],
+)
+def test_errors_of_a_method_at_scales(method: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        multiscale(method, torch.rand(2, 3, 5, 4), (1.0,))

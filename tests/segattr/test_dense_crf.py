@@ -462,3 +462,15 @@ def test_devices_agree() -> None:
     for backend in ("torch", "triton"):
         on_gpu = dense_crf(probabilities.cuda(), image.cuda(), tolerance=1e-4, backend=backend)
         torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize("scale_factor", [1.0, 0.5])
+def test_the_largest_images_give_finite_probabilities(scale_factor: float) -> None:
+    probabilities = torch.rand(1, 2, 6, 4)
+    refined = dense_crf(probabilities, torch.full((1, 3, 6, 4), 3e38), scale_factor=scale_factor)
+    torch.testing.assert_close(refined.sum(1), torch.ones(1, 6, 4))
+
+
+def test_tensors_without_values() -> None:
+    with pytest.raises(ValueError, match="probabilities: expected a tensor with values"):
+        dense_crf(torch.rand(1, 2, 6, 4, device="meta"), torch.rand(1, 3, 6, 4, device="meta"))

@@ -335,10 +335,10 @@ def test_errors_of_tensors(arguments: Any, error: type[Exception], message: str)
         ({"rule": "top"}, ValueError, "rule: expected one of 'area', 'value', got 'top'"),
         ({"foreground": 1.1}, ValueError, "foreground: expected a finite number of at least 0 and of at most 1"),
         ({"foreground": "0.5"}, TypeError, "foreground: expected a number"),
-        ({"foreground": 0.9}, ValueError, "background: expected a finite number of at least 0.9 and .*, got 0.8"),
-        ({"background": 0.1}, ValueError, "background: expected a finite number of at least 0.15"),
-        ({"rule": "value", "background": 0.9}, ValueError, "background: .* of at most 0.8, got 0.9"),
-        ({"rule": "value", "foreground": 0.1}, ValueError, "background: .* of at most 0.1, got 0.2"),
+        ({"foreground": 0.9}, ValueError, "background: expected at least foreground, 0.9, got 0.8"),
+        ({"background": 0.1}, ValueError, "background: expected at least foreground, 0.15, got 0.1"),
+        ({"rule": "value", "background": 0.9}, ValueError, "background: expected at most foreground, 0.8, got 0.9"),
+        ({"rule": "value", "foreground": 0.1}, ValueError, "background: expected at most foreground, 0.1, got 0.2"),
         ({"smoothing": -1}, ValueError, "smoothing: expected a finite number of at least 0"),
         ({"smoothing": torch.ones(2)}, TypeError, "smoothing: expected a number"),
         ({"crf": {**BBAM_CRF, "iterations": -1}}, ValueError, "iterations: expected"),
@@ -386,3 +386,9 @@ def test_cuda_equals_cpu_and_stays_there() -> None:
         assert (there.cpu() == here).float().mean() > 0.99  # of the CRF, probabilities close to a threshold may differ
         labels = torch.tensor([3, 4])
         assert torch.equal(semantic_labels(there, labels.cuda()).cpu(), semantic_labels(there.cpu(), labels))
+
+
+@pytest.mark.parametrize("crf", [{"weight": -1.0}, {"unknown": 1}])
+def test_errors_of_the_crf_name_its_settings(crf: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"^crf: "):
+        instance_masks(MAPS, BOXES, IMAGE, crf=crf)

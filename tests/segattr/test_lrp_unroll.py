@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -548,3 +549,25 @@ def test_relu_of_its_own_signal_is_not_the_tied_mask_and_can_be_trained(model: n
     signal = two_layers[3].weight.view(2, 4).clamp(min=0)
     expected = (x.flatten() * (two_layers[0].weight.flatten() @ signal)).view(1, 1, 2, 2)
     torch.testing.assert_close(unroll(two_layers, activations="relu")(x)[1], expected)
+
+
+@pytest.mark.parametrize("settings", [{}, {"weights": "free", "upsampling": "nearest"}])
+def test_images_that_the_classifier_does_not_take(settings: dict[str, Any]) -> None:
+    layers = [nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)]
+    unrolled = unroll(nn.Sequential(*layers), **settings)
+    for x, message in (
+        (torch.ones(1, 4, 9, 9), r"x: expected what the network can take, got \[1, 4, 9, 9\], .* channels"),
+        (torch.ones(1, 3, 9, 9).double(), "x: expected what the network can take, got .*torch.float64 on cpu"),
+        (torch.full((1, 3, 9, 9), torch.nan), "x: expected finite values, got NaN or infinity"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            unrolled(x)
+
+
+def test_a_chunk_of_numpy() -> None:
+    layers = [nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)]
+    x = torch.rand(2, 3, 9, 9)
+    expected = unroll(nn.Sequential(*layers))(x)[1]
+    model = nn.Sequential(*layers)
+    found = unroll(model, chunk=np.int64(2))(x)[1]  # type: ignore[arg-type]
+    torch.testing.assert_close(found, expected)

@@ -334,3 +334,17 @@ def test_a_sweep_refuses_another_number_of_classes_and_stays_as_it_is() -> None:
     with pytest.raises(ValueError, match=r"maps: expected \[B, 2, H, W\], got \[2, 3, 4, 5\]"):
         sweep.update(MAPS, LABELS)
     assert not sweep.counts.any()
+
+
+def test_counts_that_were_begun_in_inference_mode() -> None:
+    maps, labels = torch.tensor([[[[0.9, 0.1]]]]), torch.tensor([[[1, 0]]])
+    with torch.inference_mode():
+        sweep = metrics.ThresholdSweep(1)
+        sweep.update(maps, labels)
+    sweep.update(maps, labels)
+    assert sweep.compute().miou == 1
+
+
+def test_a_device_that_there_is_not() -> None:
+    with pytest.raises(ValueError, match="device: expected one that torch can use, got -1"):
+        metrics.ThresholdSweep(1, device=-1)  # type: ignore[arg-type]

@@ -434,3 +434,24 @@ def test_j_and_f_refuses_what_makes_no_sense() -> None:
         with pytest.raises(ValueError, match=rf"prediction: expected \[N, 3, H, W\], got {shape}"):
             quality.update(masks, masks)
         assert not quality.counts.any()
+
+
+def test_counts_that_were_begun_in_inference_mode() -> None:
+    mask = torch.eye(4, dtype=torch.bool)[None, None]
+    with torch.inference_mode():
+        quality = metrics.JAndF(1)
+        quality.update(mask, mask)
+    quality.update(mask, ~mask)
+    assert quality.compute()[0] == torch.tensor([4 / 20])
+
+
+def test_a_device_that_there_is_not() -> None:
+    with pytest.raises(ValueError, match="device: expected one that torch can use, got 'unknown'"):
+        metrics.JAndF(1, device="unknown")
+
+
+@pytest.mark.parametrize("name", ["prediction", "truth", "valid"])
+def test_sparse_masks(name: str) -> None:
+    masks = {key: torch.eye(4, dtype=torch.bool) for key in ("prediction", "truth", "valid")}
+    with pytest.raises(TypeError, match=f"{name}: expected a dense tensor, got torch.sparse_coo"):
+        metrics.j_and_f(**masks | {name: masks[name].to_sparse()})

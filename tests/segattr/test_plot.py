@@ -196,7 +196,7 @@ print("matplotlib" in sys.modules, "matplotlib.pyplot" in sys.modules)
         (IMAGE - 0.5, MAP, {}, ValueError, r"image: expected values in \[0, 1\], got -0\.4\d* to"),
         (IMAGE * float("nan"), MAP, {}, ValueError, r"image: expected values in \[0, 1\], got nan to nan"),
         (IMAGE, None, {}, TypeError, "values: expected a tensor, got NoneType"),
-        (IMAGE, MAP + 0j, {}, TypeError, "values: expected a map of real numbers or labels, got torch.complex64"),
+        (IMAGE, MAP + 0j, {}, TypeError, "values: expected a tensor of real numbers, got torch.complex64"),
         (IMAGE, MAP[None], {}, ValueError, r"values: expected \[H, W\], got \[1, 3, 4\]"),
         (IMAGE, MAP[:0], {}, ValueError, r"values: expected \[H, W\], got \[0, 4\]"),
         (IMAGE, MAP.to("meta"), {}, ValueError, "values: expected device cpu, that of image, got meta"),
@@ -228,13 +228,13 @@ def test_an_overlay_refuses_what_makes_no_sense(
         (
             lambda: plot.map_grid(IMAGE[None], {"CAM": 2 + MAP[None]}),
             ValueError,
-            r"values: expected values in \[0, 1\]",
+            r"maps: expected values in \[0, 1\]",
         ),
         (lambda: plot.size_grid(IMAGE[None]), ValueError, r"image: expected \[3, H, W\]"),
         (
             lambda: plot.size_grid(IMAGE, columns=0),
             ValueError,
-            "columns: expected a finite number of at least 1, got 0",
+            "columns: expected a finite number of at least 1 and of at most 1000, got 0",
         ),
         (lambda: plot.size_grid(IMAGE, rows=2.0), TypeError, "rows: expected an int, got float"),  # type: ignore[arg-type]
     ],
@@ -242,3 +242,23 @@ def test_an_overlay_refuses_what_makes_no_sense(
 def test_figures_refuse_what_makes_no_sense(draw: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         draw()
+
+
+@pytest.mark.parametrize(
+    ("images", "maps", "error", "message"),
+    [
+        (None, {}, TypeError, "images: expected a batch or a sequence of tensors, got NoneType"),
+        (IMAGE[None], [MAP], TypeError, "maps: expected maps or labels by their titles, got list"),
+        (IMAGE[None], {"CAM": 3}, TypeError, "maps: expected a batch or a sequence of tensors, got int"),
+        (IMAGE[None], {"CAM": MAP[None] + 2}, ValueError, r"maps: expected values in \[0, 1\]"),
+        (IMAGE[None].to("meta"), {}, ValueError, "images: expected values that can be drawn"),
+    ],
+)
+def test_errors_of_a_grid_name_its_arguments(images: Any, maps: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        plot.map_grid(images, maps)
+
+
+def test_more_cells_than_can_be_told_apart() -> None:
+    with pytest.raises(ValueError, match=r"rows: expected a finite number of at least 1 and of at most 1000, got 1001"):
+        plot.size_grid(IMAGE, rows=1001)

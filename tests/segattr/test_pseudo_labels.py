@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -126,7 +127,7 @@ LIST = [torch.rand(2, 4, 5), torch.rand(1, 4, 5)]
         ((MAPS, TAGS.to("meta")), ValueError, "tags: expected device cpu"),
         ((None, TAGS), TypeError, "maps: expected a tensor, or a sequence of them, got NoneType"),
         ((LIST, TAGS), TypeError, "tags: expected the classes of each image"),
-        ((LIST, [[0, 1]]), ValueError, "tags: expected the classes of 2 images, got 1"),
+        ((LIST, [[0, 1]]), ValueError, "tags: expected the classes of 2 images to go with maps, got 1"),
         ((LIST, [[0, 1], [0, 1]]), ValueError, r"tags\[1\]: expected the classes of 1 maps, got 2"),
         ((LIST, [[0, 1], 0]), TypeError, r"tags\[1\]: expected a sequence of classes, got int"),
         ((LIST, [[0, 1.0], [0]]), TypeError, r"tags\[0\]: expected an int, got float"),
@@ -145,7 +146,7 @@ def test_errors_of_maps_and_tags(arguments: Any, error: type[Exception], message
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"foreground": 0.01}, ValueError, "foreground: expected a finite number of at least 0.05, got 0.01"),
+        ({"foreground": 0.01}, ValueError, "foreground: expected at least background, 0.05, got 0.01"),
         ({"foreground": torch.tensor(0.3)}, TypeError, "foreground: expected a number"),
         ({"background": float("nan")}, ValueError, "background: expected a finite number"),
         ({"size": 7}, TypeError, "size: expected a height and a width"),
@@ -169,3 +170,12 @@ def test_cuda_equals_cpu_and_stays_there() -> None:
     assert there.is_cuda
     assert torch.equal(there.cpu(), pseudo_labels(MAPS, TAGS, size=(9, 9)))
     assert pseudo_labels([m.cuda() for m in LIST], [[0, 1], [2]])[0].is_cuda
+
+
+def test_thresholds_of_numpy_and_beyond_single_precision() -> None:
+    maps, tags = torch.tensor([[[[0.9, 0.3, 0.0]]]]), torch.ones(1, 1)
+    expected = torch.tensor([[[1, 255, 0]]])
+    assert torch.equal(pseudo_labels(maps, tags, foreground=np.float32(0.5), background=np.float32(0.1)), expected)
+    assert torch.equal(pseudo_labels(maps, tags, foreground=1e308, background=0.5), torch.tensor([[[255, 0, 0]]]))
+    with pytest.raises(ValueError, match=r"foreground: expected at least background, 0\.6, got 0.3"):
+        pseudo_labels(maps, tags, background=0.6)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from skimage import data
 from torch import Tensor
 
-from segloss import bilateral_filter
+from segloss import bilateral_error, bilateral_filter
 from segloss.bilateral import blocksparse, guide_features
 from segloss.bilateral.operator import Bilateral, Plan
 from segloss.bilateral.reference import gaussian_filter_reference, guide_gradient_reference
@@ -436,3 +436,15 @@ def test_arguments_that_make_no_sense_are_refused(changes, error, message) -> No
     arguments = {"values": torch.zeros(1, 2, 4, 4), "image": torch.zeros(1, 3, 4, 4), **changes}
     with pytest.raises(error, match=message):
         bilateral_filter(**arguments)
+
+
+def test_values_whose_sums_would_overflow_are_refused() -> None:
+    values, image = torch.full((1, 1, 30, 30), 1e38), torch.zeros(1, 3, 30, 30)
+    with pytest.raises(ValueError, match=r"values: expected finite values within ±1e\+30, got"):
+        bilateral_filter(values, image)
+    assert bilateral_filter(values.clamp(max=1e30), image).isfinite().all()
+
+
+def test_the_error_of_what_should_be_next_to_nothing_is_finite() -> None:
+    values, image = torch.full((1, 1, 4, 4), 1e-40), torch.zeros(1, 3, 4, 4)
+    assert bilateral_error(values, image, torch.ones_like(values)).item() == pytest.approx(1e30)

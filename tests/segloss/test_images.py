@@ -21,6 +21,8 @@ def test_denormalize_undoes_a_normalisation() -> None:
         ((torch.zeros(3, 4, 4),), ValueError, r"image: expected \[B, C, H, W\], got \[3, 4, 4\]"),
         ((torch.zeros(1, 3, 4, 4, dtype=torch.uint8),), TypeError, "image: expected a floating-point tensor"),
         ((torch.zeros(1, 3, 4, 4), "abc"), TypeError, "mean: expected numbers, got 'abc'"),
+        ((torch.zeros(1, 3, 4, 4), (0.5, float("nan"), 0.5)), ValueError, "mean: expected finite values"),
+        ((torch.zeros(1, 3, 4, 4), (0.5, 0.5, 0.5), (0.2, 0.2, 1e300)), ValueError, "std: expected finite values"),
         ((torch.zeros(1, 4, 4, 4),), ValueError, r"std: expected \[4\] to go with image \[1, 4, 4, 4\], got \[3\]"),
     ],
 )

@@ -329,7 +329,7 @@ def test_errors_of_the_features_name_the_argument() -> None:
     features, tags, ood_features = data_for_clusters()
     for broken, message in (
         (ood_features * torch.nan, "ood_features: expected finite values"),
-        (ood_features[:, :1], r"ood_features: expected \[N, 6\], got"),
+        (ood_features[:, :1], r"ood_features: expected \[.*, 6\] to go with features .*, got"),
         (ood_features[:3], "ood_features: expected at least 4 distinct rows for 4 clusters, got 3"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -473,6 +473,24 @@ TAGS = torch.eye(2, 3)
     [
         (lambda: class_centres(X.long(), TAGS), TypeError, "features: expected a floating-point tensor"),
         (lambda: class_centres(X[:, :0], TAGS), ValueError, r"features: expected \[N, D\] with D of at least 1, got"),
+        (lambda: ood_centres(X.to("meta"), 1), ValueError, "features: expected a tensor with values, got one on the"),
+        (lambda: rank_hard_ood(X.to("meta")), ValueError, "probabilities: expected a tensor with values"),
+        (lambda: ood_classification(X, X > 0, X, ood_weight=1e300), ValueError, "ood_weight: expected .* below 1e"),
+        (
+            lambda: ood_distance(X, TAGS, torch.zeros(5, 4), X),
+            ValueError,
+            r"tags: expected \[2, 5\] to go with features \[2, 4\] and centres \[5, 4\], got \[2, 3\]",
+        ),
+        (
+            lambda: OODClusters.from_features(X, TAGS, torch.zeros(9, 3), 1),
+            ValueError,
+            r"ood_features: expected \[9, 4\] to go with features \[2, 4\], got \[9, 3\]",
+        ),
+        (
+            lambda: OODClusters.from_features(X, TAGS[:, :0], torch.zeros(9, 4), 1),
+            ValueError,
+            "tags: expected .* at least one class",
+        ),
         (lambda: class_centres(X / 0, TAGS), ValueError, "features: expected finite values"),
         (lambda: class_centres(X, [1]), TypeError, "tags: expected a tensor, got list"),
         (lambda: class_centres(X, TAGS * 1j), TypeError, "tags: expected a tensor of real numbers"),
@@ -486,7 +504,7 @@ TAGS = torch.eye(2, 3)
         (lambda: ood_centres(X, 2.0), TypeError, "clusters: expected an int, got float"),
         (lambda: ood_centres(X, 0), ValueError, "clusters: expected a finite number of at least 1, got 0"),
         (lambda: ood_centres(X, 1, generator=3), TypeError, "generator: expected a torch.Generator, got int"),
-        (lambda: ood_distance(X, TAGS, X, X), ValueError, r"tags: expected \[2, 2\] to go with features \[2, 4\], got"),
+        (lambda: ood_distance(X, TAGS, X, X), ValueError, r"tags: expected \[2, 2\] to go with features \[2, 4\]"),
         (lambda: ood_distance(X, X, X, X), ValueError, r"tags: expected \[2, 2\]"),
         (lambda: ood_distance(X, X[:, :2], X, X), ValueError, "tags: expected 0 or 1, got 0.5"),
         (lambda: ood_distance(X, TAGS, X.long(), X), TypeError, "centres: expected a floating-point tensor"),
@@ -537,7 +555,7 @@ TAGS = torch.eye(2, 3)
         (
             lambda: ood_classification(X, X > 0, X, ood_weight=-1),
             ValueError,
-            "ood_weight: expected .* at least 0, got -1",
+            "ood_weight: expected .* at least 0 and below 1e.*, got -1",
         ),
         (lambda: ood_classification(X, X > 0, X, ood_weight="1"), TypeError, "ood_weight: expected a number, got str"),
         (lambda: rank_hard_ood(X.long()), TypeError, "probabilities: expected a floating-point tensor"),

@@ -121,3 +121,16 @@ def test_a_tiny_floor_keeps_the_gradient_finite() -> None:
     loss.backward()
     assert logits.grad is not None
     assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("ignore_index", [2**63, -(2**70)])
+def test_an_ignore_index_that_no_label_can_hold_is_refused(ignore_index: int) -> None:
+    logits, labels = torch.zeros(1, 3, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64)
+    for call in (
+        lambda: segloss.partial_cross_entropy(logits, labels, ignore_index=ignore_index),
+        lambda: segloss.PartialCrossEntropy(ignore_index=ignore_index),
+        lambda: segloss.confidence_gate(logits, labels, ignore_index=ignore_index),
+        lambda: segloss.sizes_from_labels(labels, 3, ignore_index=ignore_index),
+    ):
+        with pytest.raises(ValueError, match="ignore_index: expected a number, or an int of 64 bits"):
+            call()

@@ -392,3 +392,23 @@ def test_size_kl_and_potts_compile_with_inductor() -> None:
     torch.testing.assert_close(value, expected)
     grads = [torch.autograd.grad(v, arguments[0])[0] for v in (value, expected)]
     torch.testing.assert_close(*grads)
+
+
+def test_a_sparse_mask_is_refused() -> None:
+    with pytest.raises(TypeError, match="valid: expected a dense tensor, got"):
+        segloss.average_prediction(torch.zeros(1, 2, 3, 3), valid=torch.ones(1, 3, 3, dtype=torch.bool).to_sparse())
+
+
+def test_more_classes_than_memory_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"num_classes: expected .* of at most 2\.1"):
+        segloss.sizes_from_labels(torch.zeros(1, 2, dtype=torch.int64), 2**62)
+
+
+def test_sizes_without_values_cannot_be_corrupted() -> None:
+    with pytest.raises(ValueError, match="sizes: expected a tensor with values, got one on the device meta"):
+        segloss.corrupt_sizes(torch.full((1, 2), 0.5, device="meta"), 0.1)
+
+
+def test_modules_refuse_no_reduction() -> None:
+    with pytest.raises(ValueError, match="reduction: expected one of 'mean', 'sum', 'none', got None"):
+        segloss.SizeKL(reduction=None)  # type: ignore[arg-type]
