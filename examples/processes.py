@@ -39,10 +39,10 @@ def pick_device(name: Device) -> torch.device:
 @contextlib.contextmanager
 def joined(device: Device) -> Iterator[None]:
     """Within it the processes can talk to each other: by NCCL on GPUs, by Gloo on CPUs."""
+    place = pick_device(device)  # a GPU that is not there stops the program before it has done anything
     if count() == 1:
         yield
         return
-    place = pick_device(device)
     if place.type == "cuda":
         torch.cuda.set_device(place)
     # Who is done first may wait for long: for the last image of a data set, say.

@@ -4,7 +4,7 @@ import csv
 import io
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +173,30 @@ def read_sizes(path: Path, names: Sequence[str], classes: Sequence[str]) -> Tens
             twice; an image without a row or with two; a row with too few or too many fields, with something other
             than numbers of at least 0, or whose sum is not 1 within 1e-3.
     """
+    sizes, problems = check_sizes(path, names, classes)
+    if problems:
+        raise DataError(problems[0])
+    check_complete(path, names, sizes)
+    return torch.tensor([sizes[name] for name in names], dtype=torch.float32)
+
+
+def check_sizes(
+    path: Path, names: Sequence[str], classes: Sequence[str], *, others: bool = True
+) -> tuple[dict[str, list[float]], list[str]]:
+    """The right rows of a file for :func:`read_sizes`, which may lack images, and what is wrong with each other row.
+
+    Args:
+        path: of the CSV file.
+        names: of the images.
+        classes: names of the classes.
+        others: whether the file may have rows of other images, which are not looked at then.
+
+    Returns:
+        Sizes by image, in the order of the file, and messages of one line, each with the line of the file.
+
+    Raises:
+        DataError: no file, not UTF-8, no CSV, a wrong header.
+    """
     rows = csv.reader(io.StringIO(_read_text(path)), skipinitialspace=True, strict=True)
     try:
         lines = [(rows.line_num, row) for row in rows if row]
@@ -182,20 +206,31 @@ def read_sizes(path: Path, names: Sequence[str], classes: Sequence[str]) -> Tens
     _check_header(path, header, classes)
     wanted = set(names)
     sizes: dict[str, list[float]] = {}
+    problems = []
     for line, row in lines[1:]:
+        where = f"{path}:{line}"
         if len(row) != len(header):
-            raise DataError(f"{path}:{line}: expected {len(header)} fields as in the header, got {len(row)}")
+            problems.append(f"{where}: expected {len(header)} fields as in the header, got {len(row)}")
+            continue
         fields = dict(zip(header, row, strict=True))
         name = fields["name"]
-        if name not in wanted:
-            continue
         if name in sizes:
-            raise DataError(f"{path}:{line}: expected one row for each image, got another for {name}")
-        sizes[name] = _shares(f"{path}:{line}: {name}", [fields.get(label, "0") for label in classes])
+            problems.append(f"{where}: expected one row for each image, got another for {name}")
+        elif name in wanted:
+            try:
+                sizes[name] = _shares(f"{where}: {name}", [fields.get(label, "0") for label in classes])
+            except DataError as error:
+                problems.append(str(error))
+        elif not others:
+            problems.append(f"{where}: expected the name of an image, got {name!r}")
+    return sizes, problems
+
+
+def check_complete(path: Path, names: Sequence[str], sizes: Mapping[str, object]) -> None:
+    """Raises :class:`DataError` if an image has no sizes."""
     missing = [name for name in names if name not in sizes]
     if missing:
         raise DataError(f"{path}: expected a row for each image, got none for {missing[0]} ({len(missing)} missing)")
-    return torch.tensor([sizes[name] for name in names], dtype=torch.float32)
 
 
 def _check_header(path: Path, header: Sequence[str], classes: Sequence[str]) -> None:
