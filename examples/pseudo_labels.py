@@ -17,14 +17,14 @@ from command import check_least, run
 from data.sample import VOID, Batch, Images, Sample, Stacked, collate
 from data.scenes import CLASSES, Scenes, stack
 from data.source import EVALUATED, Options
-from localise import METHODS, WALKED, Located, Whole, attribute, digest
+from localise import METHODS, WALKED, Located, Method, Whole, attribute, digest
 from matplotlib.figure import Figure
 from network import EncoderDecoder
 from per_image import each_image, read
 from processes import gather, pick_device, rank, say, total
 from report import draw_rows
-from tag_classifier import Part, present, train_classifiers
-from torch import Tensor
+from tag_classifier import Part, TagClassifier, present, train_classifiers
+from torch import Tensor, nn
 from torchvision import tv_tensors
 
 from segattr.metrics import JAndF, ThresholdSweep
@@ -129,14 +129,16 @@ class Stored(Images):
 
 
 class Relabelled(Images):
-    """Images with other labels, bytes that lie in memory, and nothing else."""
+    """Images with other labels, bytes that lie in memory; padding has none, and tags and sizes are the new ones."""
 
     def __init__(self, images: Images, labels: Sequence[Tensor]) -> None:
         self.names, self.classes = images.names, images.classes
         self._images, self._labels = images, labels
 
     def __getitem__(self, index: int) -> Sample:
-        return {"image": self._images[index]["image"], "labels": tv_tensors.Mask(self._labels[index].long())}
+        sample = self._images[index]
+        labels = self._labels[index].long().masked_fill(~sample["valid"].as_subclass(Tensor), VOID)
+        return {"image": sample["image"], "valid": sample["valid"], "labels": tv_tensors.Mask(labels)}
 
 
 class Quality(NamedTuple):
@@ -207,25 +209,68 @@ def best_thresholds(data: Images, names: Iterable[str], config: Config) -> dict[
     return {name: sweep.compute().threshold for name, sweep in sweeps.items()}
 
 
+def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
+    """Mean over the pixels that have a label, ``batch["labelled"]`` of them."""
+    return F.cross_entropy(logits, batch["labels"], ignore_index=VOID, reduction="sum") / batch["labelled"]
+
+
+def labelled(batch: Batch) -> Tensor:
+    """How many pixels have a label."""
+    return (batch["labels"] != VOID).sum()
+
+
 def train_network(images: Images, name: str, config: Config) -> EncoderDecoder:
     """A segmentation network trained on the labels of images; what has none is left out."""
     engine.seed_everything(config.seed)  # the same start for all
     model = EncoderDecoder(len(images.classes)).to(pick_device(config.device))
-
-    def loss(logits: Tensor, batch: Batch) -> Tensor:
-        return F.cross_entropy(logits, batch["labels"], ignore_index=VOID, reduction="sum") / batch["labelled"]
-
     engine.train(
         model,
-        loss,
+        cross_entropy,
         config.stream(images, config.fit(mirror=True)),
         torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=1e-2),
         steps=config.steps,
         name=f"network on {name}, seed {config.seed}",
         options=config,
-        counts={"labelled": lambda batch: (batch["labels"] != VOID).sum()},
+        counts={"labelled": labelled},
     )
     return model
+
+
+def settings_of(config: Config, classifiers: Mapping[str, TagClassifier]) -> dict[str, Any]:
+    """What maps and masks depend on, for :func:`each_image`."""
+    options = {key: str(value) for key, value in vars(config).items() if key not in engine.FREE}
+    return options | {name: digest(model) for name, model in classifiers.items()}
+
+
+def make_maps(
+    classifiers: Mapping[str, TagClassifier],
+    methods: Mapping[str, Method],
+    images: Images,
+    folder: Path,
+    config: Config,
+) -> None:
+    """Writes the maps that methods need, with and without a random walk, to a folder for each classifier."""
+    settings = settings_of(config, classifiers)
+    for name, model in classifiers.items():
+        needed = [kind for method in methods.values() if method.classifier == name for kind in method.maps]
+        if kinds := list(dict.fromkeys(kind.removesuffix(WALKED) for kind in needed)):
+            with engine.inference(model):
+                work = attribute(model, kinds, images, config.seed)
+                each_image(work, images, folder / name, settings=settings, name=f"maps of {name}")
+
+
+def make_masks(
+    classifiers: Mapping[str, TagClassifier],
+    located: Images,
+    thresholds: Mapping[str, float],
+    folder: Path,
+    config: Config,
+) -> Stored:
+    """Images with the masks and pseudo-labels that :func:`refine` makes of their maps."""
+    work = partial(refine, thresholds=thresholds, device=pick_device(config.device))
+    settings = settings_of(config, classifiers) | {"from": thresholds}
+    each_image(work, located, folder / "refined", settings=settings, name="refinement")
+    return Stored(located, folder / "refined", [name + end for name in thresholds for end in (CRF_MASKS, LABELS)])
 
 
 Stages = dict[str, dict[str, Quality]]
@@ -234,19 +279,12 @@ Stages = dict[str, dict[str, Quality]]
 def experiment(config: Config, folder: Path) -> tuple[Stages, dict[str, Tensor]]:
     """Qualities by stage and method, and the rows of the picture."""
     engine.seed_everything(config.seed)
-    device = pick_device(config.device)
     images, test, candidates = config.images("train"), config.images("evaluate"), config.out_of_distribution()
     classifiers = train_classifiers(images, candidates, config.pretrain_steps, config.classifier_steps, config)
     whole = Part(Whole(images, config.fit()), range(min(config.maps or len(images), len(images))))
 
     methods = {name: method for name, method in METHODS.items() if method.classifier in classifiers}
-    settings: dict[str, Any] = {key: str(value) for key, value in vars(config).items() if key not in engine.FREE}
-    for name, model in classifiers.items():
-        kinds = dict.fromkeys(kind for method in methods.values() if method.classifier == name for kind in method.maps)
-        settings[name] = digest(model)
-        with engine.inference(model):
-            work = attribute(model, list(kinds), whole, config.seed)
-            each_image(work, whole, folder / name, settings=settings, name=f"maps of {name}")
+    make_maps(classifiers, methods, whole, folder, config)
     compared = list(methods)
     ends = ("CAM", next(name for name in reversed(compared) if name.endswith("AdvCAM + RIB")))
     methods |= {name + WALKED: methods[name].walked() for name in ends}
@@ -255,10 +293,8 @@ def experiment(config: Config, folder: Path) -> tuple[Stages, dict[str, Tensor]]
     stages = {"maps": assess(located, thresholds, partial(threshold_maps, thresholds=thresholds), config)}
 
     starts = {name + walked: thresholds[name + walked] for name in ends for walked in ("", WALKED)}
-    work = partial(refine, thresholds=starts, device=device)
-    each_image(work, located, folder / "refined", settings=settings | {"from": starts}, name="refinement")
+    refined = make_masks(classifiers, located, starts, folder, config)
     masks, labels = ([name + ending for name in starts] for ending in (CRF_MASKS, LABELS))
-    refined = Stored(located, folder / "refined", masks + labels)
     stages["refinement"] = {name: stages["maps"][name] for name in starts}
     stages["maps"] = {name: stages["maps"][name] for name in compared}
     for stage, names in (("refinement", masks), ("pseudo-labels", labels)):
@@ -287,7 +323,7 @@ def entries(batch: Batch, names: Sequence[str]) -> dict[str, Tensor]:
     return {name: batch[name] for name in names}
 
 
-def predict(batch: Batch, model: EncoderDecoder, name: str) -> dict[str, Tensor]:
+def predict(batch: Batch, model: nn.Module, name: str) -> dict[str, Tensor]:
     return {name: model(batch["image"].to(next(model.parameters()).device)).argmax(1)}
 
 
@@ -318,7 +354,20 @@ def cell(values: Sequence[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
-def main(config: Config) -> None:
+def compare(
+    config: Config,
+    experiment: Callable[[Any, Path], tuple[Stages, dict[str, Tensor]]],
+    table: Callable[[Sequence[Stages]], str],
+    picture: str,
+) -> None:
+    """Runs an experiment once with each seed, prints a table of all, draws the rows of the first.
+
+    Args:
+        config: of the command line.
+        experiment: from a configuration and a folder for its maps to the qualities by stage and the rows of a picture.
+        table: of the qualities of the runs.
+        picture: file name, in the folder of the results.
+    """
     folder = engine.start(config)
     if not config.resume and rank() == 0:
         shutil.rmtree(folder / "maps", ignore_errors=True)  # of an earlier run
@@ -332,8 +381,12 @@ def main(config: Config) -> None:
         rows = runs[0][1]
         figure = Figure(figsize=(9, 1.5 * len(rows)), layout="constrained")
         draw_rows(figure, {name.replace(" + ", "\n+ "): row for name, row in rows.items()})
-        figure.savefig(folder / "pseudo_labels.png", dpi=80)
-    say(f"picture: {folder / 'pseudo_labels.png'}")
+        figure.savefig(folder / picture, dpi=80)
+    say(f"picture: {folder / picture}")
+
+
+def main(config: Config) -> None:
+    compare(config, experiment, table, "pseudo_labels.png")
 
 
 if __name__ == "__main__":

@@ -260,7 +260,7 @@ def _check_settings(
         raise ValueError(f"background: expected gate 'max' or 'sigmoid' to go with it, got {gate!r}")
     if window is not None:
         check_int("window", window)
-        check_number("window", window, least=1)
+        check_number("window", min(window, 2**31), least=1)  # beyond the image it is all pairs, however large
     _check_scalar("sigma", sigma, above=0)
     _check_scalar("mu", mu)
 

@@ -323,7 +323,7 @@ def test_sampling_under_vmap_asks_for_different_randomness() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"samples": 0}, ValueError, "samples: expected a finite number of at least 1, got 0"),
+        ({"samples": 0}, ValueError, "samples: expected a finite number of at least 1 and .*, got 0"),
         ({"samples": 2.0}, TypeError, "samples: expected an int, got float"),
         ({"mode": "expectation"}, ValueError, "mode: expected one of 'sample', 'expected', got 'expectation'"),
         ({"posterior": "softmax"}, ValueError, "posterior: expected one of 'binomial', 'multinomial', got 'softmax'"),
@@ -337,8 +337,8 @@ def test_sampling_under_vmap_asks_for_different_randomness() -> None:
             ValueError,
             r"indices: expected .* at least one pixel, got \[2, 3, 0",
         ),
-        ({"indices": torch.full((2, 3, 1), 20)}, ValueError, "indices: expected pixels 0 to 19, got 20"),
-        ({"indices": torch.full((2, 3, 1), -1)}, ValueError, "indices: expected pixels 0 to 19, got -1"),
+        ({"indices": torch.full((2, 3, 1), 20)}, ValueError, "indices: expected pixels 0 to 19 of the scores, got 20"),
+        ({"indices": torch.full((2, 3, 1), -1)}, ValueError, "indices: expected pixels 0 to 19 of the scores, got -1"),
         (
             {"indices": torch.zeros(2, 3, 1).long(), "mode": "expected"},
             ValueError,
@@ -361,7 +361,11 @@ def test_arguments_that_make_no_sense_are_refused(arguments, error, message) -> 
         (lambda x, y: sample_pixels(x[0], 1), ValueError, r"scores: expected \[B, C, H, W\], got \[3, 5, 4\]"),
         (lambda x, y: sample_pixels(x.long(), 1), TypeError, "scores: expected a floating-point tensor"),
         (lambda x, y: sample_pixels(x * torch.nan, 1), ValueError, "scores: expected finite values"),
-        (lambda x, y: sample_pixels(x, -1), ValueError, "samples: expected a finite number of at least 1, got -1"),
+        (
+            lambda x, y: sample_pixels(x, -1),
+            ValueError,
+            "samples: expected a finite number of at least 1 and .*, got -1",
+        ),
         (lambda x, y: sample_pixels(x, True), TypeError, "samples: expected an int, got bool"),
         (lambda x, y: sample_pixels(x, 1, posterior=None), ValueError, "posterior: expected one of .*, got None"),
         (lambda x, y: sample_pixels(x, 1, generator="cpu"), TypeError, r"generator: expected a torch\.Generator"),

@@ -1,0 +1,216 @@
+"""All methods together: from image tags to a segmentation network, and what each step of the way adds."""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import deeplab
+import engine
+import processes
+import pseudo_labels
+import torch
+from command import run
+from data.sample import Annotated, Batch, Images, collate
+from localise import Located, Method, Whole
+from network import tag_loss
+from per_image import read
+from processes import pick_device
+from pseudo_labels import (
+    CRF_MASKS,
+    LABELS,
+    Quality,
+    Relabelled,
+    Stages,
+    assess,
+    best_thresholds,
+    cell,
+    compare,
+    cross_entropy,
+    entries,
+    labelled,
+    make_maps,
+    make_masks,
+    overlays,
+    predict,
+    threshold_maps,
+)
+from tag_classifier import Part, train_classifiers
+from torch import Tensor, nn
+
+import segloss
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(pseudo_labels.Config):
+    """Trains classifiers on tags, makes maps, masks and pseudo-labels of training images, trains networks on these.
+
+    Prints what each stage adds, in percent. The background score of a stage's maps is that of the best mIoU on the
+    training images: the one number that is chosen by their true masks.
+    """
+
+    pretrain_steps: int = 600
+    """Optimizer steps on tags of the classifier, and of the network, that all start from."""
+    maps: int = 160
+    """Training images that get maps and pseudo-labels, the first ones; 0 for all."""
+    steps: int = 200
+    """Optimizer steps of each segmentation network."""
+    network: deeplab.Name = "small"
+    """Segmentation network: a small encoder-decoder, or DeepLabV3 of torchvision, for larger images."""
+    weights: deeplab.Weights = "none"
+    """Where DeepLabV3 starts: weights of torchvision, which are downloaded, or random ones."""
+    out: Path = Path("runs/everything")
+    """Folder of the picture, the maps and the checkpoints."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.network == "small" and self.weights != "none":
+            raise ValueError(f"--weights: expected a DeepLabV3 as --network with {self.weights}, got small")
+        if self.network != "small" and self.batch_size // (processes.count() * self.accumulate) == 1:
+            raise ValueError("--batch-size: expected at least 2 images at once for a DeepLabV3, got 1")
+
+
+# Not tuned, but for this: on val, seed 0, a CRF weight of 0.3 lost half of the grass beside cross-entropy.
+SIZE_WEIGHT, CRF_WEIGHT, SHOWN = 1.0, 0.1, 6
+crf = segloss.PottsCRF(sigma_xy=8.0, scale_factor=0.5, normalize="pixels")
+
+
+def tags(logits: Tensor, batch: Batch) -> Tensor:
+    """Which classes the image has, to begin with."""
+    return tag_loss(logits, batch["tags"])
+
+
+def sizes(logits: Tensor, batch: Batch) -> Tensor:
+    """Size targets: how much of the image each class covers."""
+    return SIZE_WEIGHT * segloss.size_kl(logits, batch["targets"], valid=batch["valid"])
+
+
+def edges(logits: Tensor, batch: Batch) -> Tensor:
+    """The Potts loss: segments end where colours change."""
+    return CRF_WEIGHT * crf(logits, batch["image"], valid=batch["valid"])
+
+
+# A name that begins with a plus is the row above with one thing more.
+WALK, CRF = "+ random walk", "+ dense CRF"
+
+
+class Training(NamedTuple):
+    losses: list[engine.Loss]
+    labels: str = WALK + LABELS
+    sizes: str = WALK + CRF_MASKS  # from which the targets are
+
+
+NETWORKS = {
+    "cross-entropy": Training([cross_entropy]),
+    "+ size targets": Training([cross_entropy, sizes]),
+    "+ Potts": Training([cross_entropy, sizes, edges]),
+    "with true sizes": Training([cross_entropy, sizes, edges], sizes="truth"),
+    "size targets + Potts": Training([sizes, edges]),
+    "true masks": Training([cross_entropy], "truth", "truth"),
+    "true sizes + Potts": Training([sizes, edges], "truth", "truth"),
+}
+
+
+def methods(classifiers: Collection[str]) -> dict[str, Method]:
+    """Maps of the stages, one method more in each; without W-OoD where no classifier has it."""
+    stages = {"CAM": Method("GAP", ("CAM",)), "+ ISL and FSL": Method("ISL + FSL", ("CAM",))}
+    if "W-OoD + ISL + FSL" in classifiers:
+        stages["+ W-OoD"] = Method("W-OoD + ISL + FSL", ("CAM",))
+    *_, last = stages.values()
+    stages["+ AdvCAM and RIB"] = Method(last.classifier, ("AdvCAM", "RIB"))
+    stages[WALK] = stages["+ AdvCAM and RIB"].walked()
+    return stages
+
+
+def train_networks(images: Images, data: Mapping[str, Images], config: Config) -> Iterator[tuple[str, nn.Module]]:
+    """Segmentation networks that go on from the same one with different losses, one after the other, by their names.
+
+    Args:
+        images: for the tags that all of them know first.
+        data: of each of ``NETWORKS``, with labels and with targets of the sizes.
+        config: of the command line.
+    """
+
+    def fit(model: nn.Module, name: str, own: Images, losses: Sequence[engine.Loss], steps: int) -> nn.Module:
+        engine.train(
+            model,
+            lambda logits, batch: torch.stack([loss(logits, batch) for loss in losses]).sum(),
+            config.stream(own, config.fit(mirror=True)),
+            deeplab.optimizer(model, config.weights),
+            steps=steps,
+            name=f"network, {name}, seed {config.seed}",
+            options=config,
+            counts={"labelled": labelled},
+        )
+        return model
+
+    engine.seed_everything(config.seed)
+    start = deeplab.build(config.network, len(images.classes), config.weights).to(pick_device(config.device))
+    fit(start, "start", images, [tags], config.pretrain_steps)
+    for name, training in NETWORKS.items():
+        yield name, fit(copy.deepcopy(start), name, data[name], training.losses, config.steps)
+
+
+def experiment(config: Config, folder: Path) -> tuple[Stages, dict[str, Tensor]]:
+    """Qualities by stage, and the rows of the picture."""
+    engine.seed_everything(config.seed)
+    images, test, candidates = config.images("train"), config.images("evaluate"), config.out_of_distribution()
+    classifiers = train_classifiers(images, candidates, config.pretrain_steps, config.classifier_steps, config)
+
+    whole = Part(Whole(images, config.fit()), range(min(config.maps or len(images), len(images))))
+    stages = methods(classifiers)
+    make_maps(classifiers, stages, whole, folder, config)
+    located = Located(whole, folder, stages)
+    thresholds = best_thresholds(located, stages, config)
+    maps = assess(located, thresholds, partial(threshold_maps, thresholds=thresholds), config)
+
+    masks, labels = WALK + CRF_MASKS, WALK + LABELS
+    refined = make_masks(classifiers, located, {WALK: thresholds[WALK]}, folder, config)
+    found = assess(refined, dict.fromkeys((masks, labels), math.nan), partial(entries, names=(masks, labels)), config)
+    maps |= {CRF: found[masks], "pseudo-labels": found[labels]}
+
+    shown = collate([refined[i] for i in range(min(SHOWN, len(refined)))])
+    rows = {"image": shown["image"].movedim(1, -1), "truth": shown["labels"]}
+    rows |= {name: overlays(shown, name) for name in stages} | {CRF: shown[masks], "pseudo-labels": shown[labels]}
+    made = [read(folder / "refined", image) for image in whole.names]
+    known = {key: Relabelled(whole, [own[key] for own in made]) for key in (labels, masks)}
+    known["truth"] = Relabelled(whole, [whole.labels(i).as_subclass(Tensor).byte() for i in range(len(whole))])
+    data = {
+        name: Annotated(known[training.labels], targets=known[training.sizes].sizes())
+        for name, training in NETWORKS.items()
+    }
+    networks: dict[str, Quality] = {}
+    for name, model in train_networks(images, data, config):
+        with engine.inference(model), torch.no_grad():
+            networks |= assess(test, {name: math.nan}, partial(predict, model=model, name=name), config)
+            rows |= predict(shown, model, name)
+    return {"masks of training images": maps, "networks": networks}, rows
+
+
+def table(runs: Sequence[Stages]) -> str:
+    """Quality by stage, and what a stage adds to the mIoU of the one above; means over runs, standard deviations."""
+    width = 10 if len(runs) == 1 else 13
+    lines = []
+    for stage in runs[0]:
+        titles = ("mIoU", "adds", "J", "F", "labels")
+        lines.append(f"{stage:<32}" + "".join(f"{title:>{width}}" for title in titles))
+        above: list[float] = []
+        for name in runs[0][stage]:
+            own = [run[stage][name] for run in runs]
+            miou = [quality.miou for quality in own]
+            adds = [new - old for new, old in zip(miou, above, strict=True)] if name.startswith("+") else [math.nan]
+            columns = (miou, adds, *([getattr(q, field) for q in own] for field in ("region", "contour", "labelled")))
+            lines.append(f"{name:<32}" + "".join(f"{cell(values, 1):>{width}}" for values in columns))
+            above = miou
+    return "\n".join(lines)
+
+
+def main(config: Config) -> None:
+    compare(config, experiment, table, "everything.png")
+
+
+if __name__ == "__main__":
+    run(main, Config)
