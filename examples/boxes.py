@@ -30,6 +30,7 @@ from tqdm import tqdm
 from segattr.bbam import adaptive_stride, bbam, detector_from_torchvision, positive_proposals
 from segattr.metrics import average_best_overlap, average_precision
 from segattr.refine import grow_seeds, instance_masks, semantic_labels
+from segloss import partial_cross_entropy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,10 +181,10 @@ def train_network(images: Images, test: Images, name: str, config: Config, *, gr
     model = EncoderDecoder(len(CLASSES)).to(pick_device(config.device))
 
     def loss(logits: Tensor, batch: Batch) -> Tensor:
-        labels = batch["labels"]
-        if grow:
-            labels = grow_seeds(labels, logits.detach().float().softmax(1), foreground=SURE, background=SURE)
-        return F.cross_entropy(logits, labels, ignore_index=VOID, reduction="sum") / batch["known"]
+        if not grow:
+            return F.cross_entropy(logits, batch["labels"], ignore_index=VOID, reduction="sum") / batch["known"]
+        sure = grow_seeds(batch["labels"], logits.detach().float().softmax(1), foreground=SURE, background=SURE)
+        return partial_cross_entropy(logits, sure, ignore_index=VOID)
 
     engine.train(
         model,

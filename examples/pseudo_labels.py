@@ -87,7 +87,8 @@ def stacked(scenes: Scenes) -> Images:
 
 
 # Chosen on the first training scenes of seed 0; narrow, for objects of a few pixels.
-CRF: dict[str, Any] = {"iterations": 5, "weight": 3.0, "sigma_rgb": 40 / 255, "sigma_xy": 3.0, "smooth_weight": 0.0}
+CRF: dict[str, Any] = {"iterations": 5, "weight": 3.0, "sigma_rgb": 40 / 255, "smooth_weight": 0.0}
+CRF_SIGMA_XY = 1 / 16  # of the width of the image
 SURE = (0.3, 0.7)  # probabilities of a class: up to the first one background, pixels in between are left out
 LEARNING_RATE, SHOWN = 2e-3, 6
 CRF_MASKS, LABELS = " + CRF", ", pseudo-labels"  # what the names of masks end in
@@ -103,7 +104,9 @@ def refine(sample: Sample, thresholds: Mapping[str, float], device: torch.device
     batch = {name: values.to(device) for name, values in collate([sample]).items()}
     found = {}
     for name, threshold in thresholds.items():
-        refined = dense_crf(scores(batch, name, threshold), batch["image"], valid=batch["valid"], **CRF)
+        image, inside = batch["image"], batch["valid"]
+        width = CRF_SIGMA_XY * image.shape[-1]
+        refined = dense_crf(scores(batch, name, threshold), image, valid=inside, sigma_xy=width, **CRF)
         labels = pseudo_labels(refined[:, 1:], present(batch), foreground=SURE[1], background=SURE[0])
         found[name + CRF_MASKS] = refined.argmax(1)[0].byte()
         found[name + LABELS] = labels.masked_fill(~batch["valid"], VOID)[0].byte()

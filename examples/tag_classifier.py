@@ -1,7 +1,7 @@
 """A classifier trained from image tags, with and without ISL + FSL, with and without W-OoD, to make maps of."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import engine
 import torch
@@ -125,7 +125,13 @@ def describe(model: TagClassifier, data: Images, options: Options) -> tuple[Tens
 
 
 def train_classifiers(
-    images: Images, candidates: Images | None, pretrain_steps: int, steps: int, options: Options
+    images: Images,
+    candidates: Images | None,
+    pretrain_steps: int,
+    steps: int,
+    options: Options,
+    *,
+    without: Collection[str] = (),
 ) -> dict[str, TagClassifier]:
     """Classifiers that go on from the same one with different losses.
 
@@ -135,6 +141,7 @@ def train_classifiers(
         pretrain_steps: optimizer steps of the classifier that all start from.
         steps: optimizer steps of each of them.
         options: of the command line.
+        without: names of those that are not needed.
     """
 
     def fit(model: TagClassifier, name: str, data: Images, losses: Sequence[engine.Loss]) -> TagClassifier:
@@ -162,4 +169,5 @@ def train_classifiers(
         )
         joint = WithOOD(images, Part(candidates, hard.tolist()))
         models |= {f"W-OoD + {name}": (joint, [*losses, away(clusters)]) for name, losses in CLASSIFIERS.items()}
-    return {name: fit(copy.deepcopy(start), name, data, losses) for name, (data, losses) in models.items()}
+    wanted = {name: model for name, model in models.items() if name not in without}
+    return {name: fit(copy.deepcopy(start), name, data, losses) for name, (data, losses) in wanted.items()}
