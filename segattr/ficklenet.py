@@ -67,7 +67,7 @@ def stochastic_conv2d(features: Tensor, weight: Tensor, keep: Tensor, *, drop: f
 
 
 class StochasticConv2d(nn.Module):
-    """:func:`stochastic_conv2d` as a layer that draws the hidden units anew for every image in every call.
+    """``stochastic_conv2d`` as a layer that draws the hidden units anew for every image in every call.
 
     The last layer of a classifier: its logits are the means of its maps over the locations, and the source trains them
     with the sigmoid cross-entropy. In contrast to dropout it is random in evaluation mode, too. A window always keeps
@@ -82,7 +82,7 @@ class StochasticConv2d(nn.Module):
     Raises:
         TypeError: ``in_channels``, ``classes`` or ``kernel`` that is no int, ``drop`` that is no number.
         ValueError: ``in_channels`` or ``classes`` below 1, a ``kernel`` that is even or below 1, ``drop`` outside
-            [0, 1); on a call: as :func:`stochastic_conv2d`.
+            [0, 1); on a call: as ``stochastic_conv2d``.
 
     Example:
         >>> layer = StochasticConv2d(512, 20, kernel=9, drop=0.9).eval()
@@ -126,7 +126,7 @@ class StochasticConv2d(nn.Module):
 
 
 def stochastic_grad_cam(features: Tensor, weight: Tensor, keep: Tensor, *, drop: float) -> Tensor:
-    r"""Grad-CAM of the logits of :func:`stochastic_conv2d` with respect to its features.
+    r"""Grad-CAM of the logits of ``stochastic_conv2d`` with respect to its features.
 
     .. math::
         M_c(v) = \mathrm{ReLU}\Big( \sum_d f_d(v) \frac{\partial y_c}{\partial f_d(v)} \Big)
@@ -146,7 +146,7 @@ def stochastic_grad_cam(features: Tensor, weight: Tensor, keep: Tensor, *, drop:
         ``[B, C, h, w]``, at least 0, in the wider dtype of features and weights, whatever autocast says.
 
     Raises:
-        TypeError, ValueError: as :func:`stochastic_conv2d`.
+        TypeError, ValueError: as ``stochastic_conv2d``.
 
     Source:
         FickleNet, the dissertation's sec. 3.2.1; Grad-CAM as in eq. (2.2), with the gradient of each location. The
@@ -177,7 +177,7 @@ def ficklenet(
 
     A location has a class if the map :math:`M_c^{(n)}` of any pass n exceeds the threshold there; of several such
     classes the one with the largest mean map :math:`\frac{1}{N} \sum_n M_c^{(n)}`, and of equal ones the first. The
-    maps are those of :func:`stochastic_grad_cam`, for hidden units that are drawn as in a call of the head.
+    maps are those of ``stochastic_grad_cam``, for hidden units that are drawn as in a call of the head.
 
     The tap maps are computed once, and a pass is then a masked sum over them. One pass is held at a time, so that the
     memory does not depend on their number.

@@ -19,11 +19,20 @@ def run(block: str) -> dict[str, Any]:
 
 
 def assert_trains(names: dict[str, Any]) -> None:
-    """A block that shows a training step has a finite loss, and gradients have reached its tensors or modules."""
+    """A block that shows a training step has a finite loss, and its gradient reaches all that is to be trained.
+
+    That is every tensor that requires a gradient, and every parameter of a module that is not in evaluation mode, or of
+    which something has got a gradient.
+    """
     assert names["loss"].isfinite()
-    leaves = [value for value in names.values() if isinstance(value, Tensor) and value.is_leaf]
-    leaves += [p for value in names.values() if isinstance(value, nn.Module) for p in value.parameters()]
-    gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
-    assert gradients
-    assert all(gradient.isfinite().all() for gradient in gradients)
-    assert any(gradient.count_nonzero() for gradient in gradients)
+    leaves = {name: v for name, v in names.items() if isinstance(v, Tensor) and v.is_leaf and v.requires_grad}
+    for name, module in names.items():
+        if isinstance(module, nn.Module):
+            parameters = dict(module.named_parameters(prefix=name))
+            if module.training or any(parameter.grad is not None for parameter in parameters.values()):
+                leaves |= parameters
+    assert leaves
+    for name, leaf in leaves.items():
+        assert leaf.grad is not None, name
+        assert leaf.grad.isfinite().all(), name
+        assert leaf.grad.count_nonzero(), name

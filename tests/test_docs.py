@@ -1,6 +1,7 @@
 """The reference pages: their code runs, no section is missing, and every public name has one API entry."""
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,13 @@ import segattr
 import segloss
 from tests.code_blocks import assert_trains, python_blocks, run
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 PAGES = sorted(page for page in DOCS.rglob("*.md") if "_build" not in page.parts)
 LOSSES = [page for page in PAGES if page.parent.name == "losses"]
 METHODS = LOSSES + [page for page in PAGES if page.parent.name == "attribution"]
 SECTIONS = ["When to use it", "Recipe", "Numbers", "API"]
+NUMBER = r"\d+(?:\.\d+)?"
 
 
 def name(page: Path) -> str:
@@ -45,11 +48,36 @@ def test_each_loss_has_a_formula(page: Path) -> None:
     assert page.read_text().count("$$") >= 2
 
 
+def with_spread(text: str) -> set[str]:
+    """All "mean ±deviation" of a text, also of tables that have the deviations in a line of their own."""
+    found = set(re.findall(rf"{NUMBER} ±{NUMBER}", text))
+    for means, deviations in pairwise(text.splitlines()):
+        if re.match(r"\s+±", deviations):
+            numbers = zip(re.findall(rf"(?<= ){NUMBER}", means), re.findall(rf"±{NUMBER}", deviations), strict=False)
+            found |= {" ".join(pair) for pair in numbers}
+    return found
+
+
+@pytest.mark.parametrize("page", METHODS, ids=name)
+def test_what_was_measured_here_is_what_the_readme_tells(page: Path) -> None:
+    numbers = page.read_text().split("\n## Numbers\n")[1].split("\n## API\n")[0]
+    _, *measured = re.split(r"(?=`python\s+examples/)", numbers, maxsplit=1)
+    assert with_spread("".join(measured)) - with_spread((ROOT / "README.md").read_text()) == set()
+
+
+def test_the_index_tells_the_purpose_of_every_page_in_the_order_of_the_contents() -> None:
+    text = (DOCS / "index.md").read_text()
+    told = re.findall(r"^- \[.+\]\((.+)\.md\): \w", text, re.MULTILINE)
+    listed = [line for part in re.findall(r"```\{toctree\}\n(.*?)```", text, re.DOTALL) for line in part.split()]
+    assert told == [entry for entry in listed if (DOCS / f"{entry}.md").exists()]
+    assert sorted(told) == sorted(name(page).removesuffix(".md") for page in METHODS) + ["moving", "which_loss"]
+
+
 def test_every_public_name_has_exactly_one_api_entry() -> None:
     parts = {f"segattr.{part}": getattr(segattr, part) for part in ("lrp", "metrics", "plot", "refine")}
     packages = {"segloss": segloss, "segattr": segattr, **parts}
     public = {f"{path}.{name}" for path, package in packages.items() for name in package.__all__} - set(parts)
-    directive = r"^\.\. (?:auto(?:function|class|exception)|(?:auto|py:)data):: ([\w.]+)"
+    directive = r"^\.\. (?:auto|py:)(?:function|class|exception|data):: ([\w.]+)"
     entries = [entry for page in METHODS for entry in re.findall(directive, page.read_text(), re.MULTILINE)]
     assert public - set(entries) == set()
     assert set(entries) - public == set()

@@ -356,6 +356,25 @@ def test_dense_energy_loss_has_the_gated_value_but_not_its_gradient() -> None:
         assert (abs(change / expected - 1) < 1e-3) == true
 
 
+def test_the_gated_potts_form_adds_a_part_without_a_gradient_that_sure_predictions_shrink() -> None:
+    image, logits = picture("noise", 6, 7, batch=2), torch.randn(2, 3, 6, 7, dtype=torch.float64, requires_grad=True)
+    valid = torch.rand(2, 6, 7) < 0.8
+    sigma = {"sigma_rgb": 0.5, "sigma_xy": 3.0}
+    added = []
+    for sureness in (1.0, 5.0):
+        sure = sureness * logits
+        gate = segloss.confidence_gate(sure)
+        options = {"valid": valid, "gate": gate, "reduction": "none", "method": "exact", **sigma}
+        potts, quadratic = (segloss.potts_crf(sure, image, form=form, **options) for form in ("potts", "quadratic"))
+        _, weights = gated_reference(sure.softmax(1), image, valid, gate, "potts", **sigma)
+        inside = valid.flatten(1).double()
+        added.append(torch.einsum("bp,bp,bpq,bq->b", gate.flatten(1), inside, weights, inside))
+        torch.testing.assert_close(potts - quadratic, added[-1])
+        slopes = [torch.autograd.grad(value.sum(), logits, retain_graph=True)[0] for value in (potts, quadratic)]
+        torch.testing.assert_close(*slopes)
+    assert (added[1] < added[0]).all()
+
+
 def test_a_gate_is_a_constant() -> None:
     image, logits = picture("noise", 5, 6), torch.randn(1, 3, 5, 6, dtype=torch.float64, requires_grad=True)
     gate = (1 - logits.softmax(1).amax(1)).requires_grad_()
