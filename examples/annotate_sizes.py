@@ -21,13 +21,12 @@ import torch
 from command import output_folder, parse
 from data.files import check_complete, check_sizes
 from data.folder import Folder
-from data.sample import DataError, Images, class_sizes
+from data.sample import DataError, Images, class_sizes, object_error
 from data.source import Options
 from data.voc import VOC
 from storage import StorageError
 from torch import Tensor
 
-import segloss
 from segattr.plot import size_grid
 
 Grid = Literal["5x4", "3x3"]
@@ -35,6 +34,7 @@ GRIDS: dict[str, tuple[int, int]] = {"5x4": (5, 4), "3x3": (3, 3)}  # columns an
 COMMANDS = ("skip", "back", "quit", *GRIDS)
 
 Sizes = dict[str, list[float]]  # of the classes, by the name of the image
+NAME = r"(.+?)(?:\s*:\s*|\s+)"  # of a class, and what is between it and its size
 
 
 @dataclass(frozen=True)
@@ -89,20 +89,31 @@ def read_answer(answer: str, classes: tuple[str, ...], cells: int) -> list[float
     """
     shares: dict[str, Fraction] = {}
     for entry in filter(None, map(str.strip, answer.split(","))):
-        parts = re.fullmatch(r"(.+?)\s+(\S+?)\s*(%?)", entry)
-        if not parts:
-            raise ValueError(f"{entry}: expected a class and its size, such as {classes[1]} 2.5")
-        name, number, percent = parts.groups()
+        name, numbers, percent = _split(entry, classes)
         if name not in classes[1:]:
             reason = "is the rest, which needs no size" if name == classes[0] else "is no class"
             raise ValueError(f"{name} {reason}: expected one of {', '.join(classes[1:])}")
         if name in shares:
             raise ValueError(f"{name}: expected one size of all its objects together, got two")
-        shares[name] = _number(name, number) / (100 if percent else cells)
+        shares[name] = sum(_number(name, number) for number in numbers) / Fraction(100 if percent else cells)
     total = sum(shares.values(), Fraction())
     if total > 1:
         raise ValueError(f"expected at most {cells} cells, or 100%, in all, got {float(total):.4g} times as much")
     return [float(size) for size in (1 - total, *(shares.get(name, Fraction()) for name in classes[1:]))]
+
+
+def _split(entry: str, classes: tuple[str, ...]) -> tuple[str, list[str], str]:
+    """Of ``"dog 2.5"``, ``"Dog: 1 1/2"`` or ``"dog 12%"`` the class, the numbers to add, and the percent sign."""
+    parts = re.fullmatch(rf"{NAME}([^\s:]+?)\s*(%?)", entry)
+    if not parts:
+        raise ValueError(f"{entry}: expected a class and its size, such as {classes[1]} 2.5")
+    name, number, percent = parts.groups()
+    numbers = [number]
+    spelling = {label.casefold(): label for label in classes}
+    whole = re.fullmatch(rf"{NAME}(\d+)", name)
+    if whole and "/" in number and name.casefold() not in spelling:  # no class called "dog 1"
+        name, numbers = whole[1], [whole[2], number]
+    return name if name in classes else spelling.get(name.casefold(), name), numbers, percent
 
 
 def _number(name: str, text: str) -> Fraction:
@@ -122,7 +133,7 @@ def ask(classes: tuple[str, ...], cells: int) -> str | list[float]:
     while True:
         try:
             answer = input("sizes: ").strip()
-            return answer if answer in COMMANDS else read_answer(answer, classes, cells)
+            return answer.lower() if answer.lower() in COMMANDS else read_answer(answer, classes, cells)
         except ValueError as error:
             print(f"  {error}", flush=True)
         except (EOFError, KeyboardInterrupt):
@@ -152,13 +163,14 @@ def annotate(images: Images, rows: Sizes, config: Config) -> dict[str, float]:
     """Asks for each image without a row, and writes the file after each answer.
 
     Returns:
-        Seconds that each image took, by name.
+        Seconds that each image with an answer took, by name.
     """
     waiting = deque(index for index, name in enumerate(images.names) if name not in rows)
     index_of = {name: index for index, name in enumerate(images.names)}
     past = [index_of[name] for name in rows]
     grid: str = config.grid
-    seconds: dict[str, float] = {}
+    seconds: dict[str, float] = {}  # of each image that was shown
+    answered = set()
     while waiting:
         name = images.names[waiting[0]]
         path = config.out / "grids" / f"{name}.png"  # in a folder of its own: nothing else has that name
@@ -169,6 +181,7 @@ def annotate(images: Images, rows: Sizes, config: Config) -> dict[str, float]:
         answer = ask(images.classes, columns * lines)
         if answer == "quit":
             break
+        seconds[name] = seconds.get(name, 0) + time.monotonic() - begin
         if isinstance(answer, str) and answer in GRIDS:
             grid = answer
         elif answer == "back":
@@ -181,14 +194,16 @@ def annotate(images: Images, rows: Sizes, config: Config) -> dict[str, float]:
             if isinstance(answer, list):
                 rows[name] = answer
                 save(config.sizes, images.classes, rows)
-                seconds[name] = seconds.get(name, 0) + time.monotonic() - begin
+                answered.add(name)
                 found = zip(images.classes, answer, strict=True)
                 print("  written: " + ", ".join(f"{label} {size:.3g}" for label, size in found if size), flush=True)
-    return seconds
+    return {name: seconds[name] for name in answered}
 
 
 def table(images: Images, rows: Sizes, seconds: dict[str, float]) -> str:
-    """For each class that the masks have: its images, what one of them took, mean relative error of its sizes."""
+    """For each class: its images, what one of them took, mean relative error of its sizes, images where it is not and
+    has a size all the same. All classes together leave out the background.
+    """
     index_of = {name: index for index, name in enumerate(images.names)}
     truth = {name: class_sizes(images.labels(index_of[name]), len(images.classes)) for name in rows}
     names = [name for name in rows if truth[name].any()]  # not those that are void everywhere
@@ -198,18 +213,21 @@ def table(images: Images, rows: Sizes, seconds: dict[str, float]) -> str:
     exact = torch.stack([truth[name] for name in names])
     took = torch.tensor([seconds.get(name, torch.nan) for name in names])  # NaN: in an earlier session
 
-    def line(label: str, present: Tensor, error: Tensor) -> str:
+    def line(label: str, present: Tensor, error: float, wrong: Tensor) -> str:
         mean = float(took[present].nanmean())
         average = "-" if math.isnan(mean) else f"{mean:.1f}"
-        return f"{label:<13}{int(present.sum()):>8}{average:>9}{float(error):>8.1%}"
+        shown = "-" if math.isnan(error) else f"{error:.1%}"
+        return f"{label:<13}{int(present.sum()):>8}{average:>9}{shown:>8}{int(wrong.sum()):>8}"
 
-    lines = [f"{'class':<13}{'images':>8}{'seconds':>9}{'mRE':>8}"]
-    for label, size, share in zip(images.classes, sizes.T, exact.T, strict=True):
+    lines = [f"{'class':<13}{'images':>8}{'seconds':>9}{'mRE':>8}{'absent':>8}"]
+    absent = (sizes > 0) & (exact == 0)
+    for label, size, share, wrong in zip(images.classes, sizes.T, exact.T, absent.T, strict=True):
         present = share > 0
-        if present.any():
-            lines.append(line(label, present, ((size - share).abs() / share)[present].mean()))
+        if (present | wrong).any():
+            error = float(((size - share).abs() / share)[present].mean())
+            lines.append(line(label, present, error, wrong))
     everything = torch.ones(len(names), dtype=torch.bool)
-    lines.append(line("all", everything, segloss.mean_relative_error(sizes, exact)))
+    lines.append(line("all objects", everything, object_error(sizes, exact), absent[:, 1:]))
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import itertools
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -40,10 +41,12 @@ def parse(config: type[Config], args: Sequence[str] | None = None) -> Config:
 
 
 def check_least(config: object, **bounds: int) -> None:
-    """Raises ``ValueError`` for the first field of a configuration that is below its bound."""
+    """Raises ``ValueError`` for the first field of a configuration that is below its bound, infinite or NaN."""
     for name, bound in bounds.items():
-        if getattr(config, name) < bound:
-            raise ValueError(f"--{name.replace('_', '-')}: expected at least {bound}, got {getattr(config, name)}")
+        value = getattr(config, name)
+        if not bound <= value < math.inf:
+            what = "a finite number" if value >= bound else f"at least {bound}"
+            raise ValueError(f"--{name.replace('_', '-')}: expected {what}, got {value}")
 
 
 def output_folder(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import math
 import os
 import random
@@ -149,6 +150,8 @@ def train(
     scaler = torch.amp.GradScaler(device.type, enabled=options.precision == "fp16")  # its gradients have a small range
     rates = [float(group["lr"]) for group in optimizer.param_groups]
     settings = {key: str(value) for key, value in vars(options).items() if key not in FREE}
+    files = {key: value for key, value in vars(options).items() if isinstance(value, Path) and value.is_file()}
+    settings |= {f"content of {key}": hashlib.sha256(path.read_bytes()).hexdigest() for key, path in files.items()}
     checkpoint = Checkpoint(
         options.out / "checkpoints" / f"{_file_name(name)}.pt",
         settings | {f"steps of {name}": str(steps)},

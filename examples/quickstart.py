@@ -42,6 +42,8 @@ class Config(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_least(self, steps=1, pretrain_steps=0, repeats=1)
+        if self.sizes and self.data == "scenes" and self.repeats > 1:
+            raise ValueError(f"--repeats: expected 1 with --sizes: other seeds draw other scenes, got {self.repeats}")
 
 
 LEARNING_RATE, SHOWN = 2e-3, 6

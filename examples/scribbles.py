@@ -47,9 +47,11 @@ def _stroke(region: NDArray[np.bool_], rng: np.random.Generator) -> tuple[NDArra
 
 
 def all_scribbles(data: Images, seed: int) -> list[list[Tensor]]:
-    """The scribbles of each image: the same for the same masks and seed."""
-    images = tqdm(range(len(data)), "scribbles", delay=2, disable=processes.rank() > 0)
-    return [scribbles(data.labels(i), np.random.default_rng([seed, i])) for i in images]
+    """The scribbles of each image: the same for the same masks and seed. Several processes share the images."""
+    count = processes.count()
+    own = tqdm(range(processes.rank(), len(data), count), "scribbles", delay=2, disable=processes.rank() > 0)
+    shares = processes.gather([scribbles(data.labels(i), np.random.default_rng([seed, i])) for i in own])
+    return [shares[i % count][i // count] for i in range(len(data))]
 
 
 class Scribbled(Images):

@@ -70,7 +70,7 @@ class Sweep:
 
     Attributes:
         axis: what varies.
-        score: mIoU, or the Dice coefficient of the only foreground class.
+        score: mIoU, or the mean Dice coefficient of the only foreground class over the images that have it.
         trials: the first one is what the others are compared with.
         lines: names of curves that are lines.
         on_training: whether the training images are evaluated, too.
@@ -116,7 +116,7 @@ SWEEPS = {
         "error",
         (
             FULL,
-            Trial("squared barrier", ("squared barrier", "seeds")),
+            Trial("squared barrier", ("light squared barrier", "seeds")),
             Trial("average size", ("average", "seeds")),
             *(Trial("size", ("size", "seeds"), error=error) for error in ERRORS),
         ),
@@ -131,15 +131,14 @@ SWEEPS = {
 class Result(NamedTuple):
     iou: Tensor  # [K]
     on_training: Tensor  # [K], of the training images; NaN where they are not evaluated
+    dice: float  # of class 1, mean over the images that have it
     background: float  # share of the pixels that are predicted as background
-    error: float  # measured mean relative error of the size targets
+    error: float  # measured mean relative error of the sizes of objects; NaN for trainings without sizes
     seconds: float  # of the training
     predictions: Tensor  # int64 [n, H, W], of the first n images
 
     def score(self, kind: Literal["mIoU", "DSC"]) -> float:
-        """The Dice coefficient is that of all images together."""
-        iou = float(self.iou.nanmean())
-        return iou if kind == "mIoU" else float(2 * self.iou[1] / (1 + self.iou[1]))
+        return float(self.iou.nanmean()) if kind == "mIoU" else self.dice
 
 
 FOUND = 0.1  # IoU from which on a class is found
@@ -148,13 +147,13 @@ FOUND = 0.1  # IoU from which on a class is found
 def table(trials: Sequence[Trial], runs: Sequence[Sequence[Result]], kind: Literal["mIoU", "DSC"]) -> str:
     """A row for each training; means over runs, and standard deviations."""
     width = 12 if len(runs) == 1 else 16
-    titles = ("mRE", "seeds", kind, "of full", "training", "background", "found", "seconds")
+    titles = ("object mRE", "seeds", kind, "of full", "training", "background", "found", "seconds")
     lines = [f"{'supervision':<26}" + "".join(f"{title:>{width}}" for title in titles)]
     full = [run[0].score(kind) for run in runs]
     for trial, *results in zip(trials, *runs, strict=True):
         scores = [result.score(kind) for result in results]
         cells = [
-            cell([100 * result.error for result in results], "%", 1) if trial.sized else "-",
+            cell([100 * result.error for result in results], "%", 1),
             f"{trial.length:g}" if trial.seeded else "-",
             cell(scores, "", 3),
             cell([100 * score / best for score, best in zip(scores, full, strict=True)], "%", 1),
@@ -187,11 +186,17 @@ def plot(sweep: Sweep, trials: Sequence[Trial], runs: Sequence[Sequence[Result]]
             continue
         places = [_place(sweep, trial, results) for trial, results in rows]
         marker = "*" if rows[0][0].error is None else "o"
-        axis.errorbar(places, *_spread(scores), color=colour, marker=marker, capsize=3, label=curve)
+        error = statistics.mean(result.error for result in rows[0][1])
+        nominal = sweep.axis == "length" and rows[0][0].sized
+        label = f"{curve} (measured: {error:.1%})" if nominal else curve
+        axis.errorbar(places, *_spread(scores), color=colour, marker=marker, capsize=3, label=label)
         if sweep.on_training:
             means, _ = _spread([[float(result.on_training.nanmean()) for result in results] for _, results in rows])
             axis.plot(places, means, color=colour, marker=".", linestyle=":", label=f"{curve}, on training images")
-    axes = {"error": "measured mean relative error of the size targets, %", "length": "length of the seeds, 1 for all"}
+    axes = {
+        "error": "measured mean relative error of the sizes of objects, %",
+        "length": "length of the seeds, 1 for all",
+    }
     axis.set(xlabel=axes[sweep.axis], ylabel=sweep.score)
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")

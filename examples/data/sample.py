@@ -65,12 +65,15 @@ class Stacked(Images):
         classes: names of the classes.
         image: ``[N, 3, H, W]``, RGB in [0, 1].
         labels: ``[N, H, W]``.
+        prefix: of the names, which are numbers otherwise.
         known: further entries of the samples, one row per image.
     """
 
-    def __init__(self, classes: tuple[str, ...], image: Tensor, labels: Tensor, **known: Tensor) -> None:
+    def __init__(
+        self, classes: tuple[str, ...], image: Tensor, labels: Tensor, prefix: str = "", **known: Tensor
+    ) -> None:
         self.classes = classes
-        self.names = [f"{i:06d}" for i in range(len(image))]
+        self.names = [f"{prefix}{i:06d}" for i in range(len(image))]
         self._image, self._labels, self._known = image, labels, known
 
     def __getitem__(self, index: int) -> Sample:
@@ -105,6 +108,20 @@ def class_sizes(labels: Tensor, classes: int) -> Tensor:
     """Shares of the classes in the labelled pixels of one image, ``[K]``; zeros if all of them are void."""
     sizes: Tensor = segloss.sizes_from_labels(labels.as_subclass(Tensor)[None], classes, ignore_index=VOID)[0]
     return sizes
+
+
+def object_error(sizes: Tensor, exact: Tensor) -> float:
+    """Mean relative error of the sizes of objects, over all images and the classes there, without the background.
+
+    The background, large and so easily told, would hide the errors of the objects. NaN without objects.
+
+    Args:
+        sizes: of the classes as they are told, ``[N, K]``.
+        exact: those of the masks, ``[N, K]``.
+    """
+    sizes, exact = sizes[:, 1:], exact[:, 1:]
+    present = exact > 0
+    return float(((sizes - exact).abs()[present] / exact[present]).mean())
 
 
 def complete(sample: Sample, classes: int) -> Sample:

@@ -57,7 +57,8 @@ class Options(engine.Options):
             return Folder(self.root / split)
         count, seed = (self.scenes, self.seed) if purpose == "train" else (EVALUATED, 0)
         scenes = stack(Scenes(split, count, size=self.size, seed=seed))
-        return Stacked(CLASSES, scenes.image, scenes.labels)
+        # Names tell scenes of other options apart: sizes that were typed for one must not pass for those of another.
+        return Stacked(CLASSES, scenes.image, scenes.labels, prefix=f"size{self.size}_seed{seed}_")
 
     def fit(self, *, mirror: bool = False) -> Fit:
         """Brings images to one size; what is known of whole images stays true."""

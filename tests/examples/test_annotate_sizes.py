@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import annotate_sizes
 import pytest
 import torch
 from annotate_sizes import read_answer
@@ -22,6 +23,7 @@ from matplotlib.image import imread
 from tests.run_example import ROOT, run_example
 
 CLASSES = ("background", "cat", "traffic light")
+NAMES = [f"size32_seed0_{i:06d}" for i in range(3)]
 SCENES = ("background", "brick", "grass", "gravel", "tissue")
 
 
@@ -41,6 +43,10 @@ def annotate(folder: Path, answers: str, *options: object) -> subprocess.Complet
         ("cat .5, traffic light 0", 20, [0.975, 0.025, 0]),
         ("cat 1/3, traffic light 26/3", 9, [0, 1 / 27, 26 / 27]),
         ("", 20, [1, 0, 0]),
+        ("Cat 2, TRAFFIC Light 1", 20, [0.85, 0.1, 0.05]),
+        ("cat: 2, traffic light:1", 20, [0.85, 0.1, 0.05]),
+        ("cat 1 1/2, traffic light: 2 1/4", 20, [0.8125, 0.075, 0.1125]),
+        ("cat 1 1/2%", 20, [0.985, 0.015, 0]),
     ],
 )
 def test_an_answer_is_cells_or_percent(answer: str, cells: int, expected: list[float]) -> None:
@@ -51,6 +57,8 @@ def test_an_answer_is_cells_or_percent(answer: str, cells: int, expected: list[f
     ("answer", "message"),
     [
         ("dog 1", "dog is no class: expected one of cat, traffic light"),
+        ("cow 1 1/2", "cow is no class: expected one of cat, traffic light"),
+        ("cat 1 1/0", "cat: expected a number .*, got 1/0"),
         ("cat 1, background 2", "background is the rest, which needs no size: expected one of cat, traffic light"),
         ("cat", "cat: expected a class and its size, such as cat 2.5"),
         ("cat -1", "cat: expected a size of at least 0, got -1"),
@@ -60,7 +68,7 @@ def test_an_answer_is_cells_or_percent(answer: str, cells: int, expected: list[f
         ("cat 1e999999999", "cat: expected a number .*, got 1e999999999"),
         ("cat 5, traffic light 5", r"expected at most 9 cells, or 100%, in all, got 1\.111 times as much"),
         ("cat 100.1%", r"expected at most 9 cells, or 100%, in all, got 1\.001 times as much"),
-        ("cat 1, cat 2", "cat: expected one size of all its objects together, got two"),
+        ("Cat 1, cat 2", "cat: expected one size of all its objects together, got two"),
     ],
 )
 def test_a_wrong_answer_is_explained(answer: str, message: str) -> None:
@@ -68,12 +76,17 @@ def test_a_wrong_answer_is_explained(answer: str, message: str) -> None:
         read_answer(answer, CLASSES, 9)
 
 
+def test_a_number_in_the_name_of_a_class_is_no_size() -> None:
+    assert read_answer("Level 1 1/2", ("background", "level 1", "level"), 10) == pytest.approx([0.95, 0.05, 0])
+    assert read_answer("level 1/2, LEVEL 1: 1 1/2", ("background", "level 1", "level"), 10)[1:] == [0.15, 0.05]
+
+
 def test_a_session_that_ends_early_goes_on_with_the_images_that_are_left(tmp_path: Path) -> None:
     first = annotate(tmp_path, "brick two\nbrick 2\nskip\nback\n3x3\ngrass 1\n")  # the input ends
     assert first.returncode == 0, first.stderr
     assert first.stderr == ""
     assert "brick: expected a number such as 2.5 or 1/2, or percent such as 12%, got two" in first.stdout
-    shown = re.findall(r"(\d{6}), \d of 3 done, (\d+) cells: (.+\.png)", first.stdout)
+    shown = re.findall(r"seed0_(\d{6}), \d of 3 done, (\d+) cells: (.+\.png)", first.stdout)
     # The answer "back" comes when the third is shown, and leads to the second, which was skipped.
     assert [(name, cells) for name, cells, _ in shown] == [
         ("000000", "20"),
@@ -89,34 +102,52 @@ def test_a_session_that_ends_early_goes_on_with_the_images_that_are_left(tmp_pat
     table = tmp_path / "sizes.csv"
     assert table.read_text().splitlines() == [
         "name,background,brick,grass,gravel,tissue",
-        "000000,0.9,0.1,0,0,0",
-        "000001,0.888888889,0,0.111111111,0,0",
+        "size32_seed0_000000,0.9,0.1,0,0,0",
+        "size32_seed0_000001,0.888888889,0,0.111111111,0,0",
     ]
 
     second = annotate(tmp_path, "back\ntissue 50%\ngravel 20\nnever read\n")
-    assert re.findall(r"(\d{6}), (\d) of 3 done", second.stdout) == [("000002", "2"), ("000001", "2"), ("000002", "2")]
-    sizes = read_sizes(table, ["000000", "000001", "000002"], SCENES)
+    shown = re.findall(r"seed0_(\d{6}), (\d) of 3 done", second.stdout)
+    assert shown == [("000002", "2"), ("000001", "2"), ("000002", "2")]
+    sizes = read_sizes(table, NAMES, SCENES)
     expected = [[0.9, 0.1, 0, 0, 0], [0.5, 0, 0, 0, 0.5], [0, 0, 0, 1, 0]]
     torch.testing.assert_close(sizes, torch.tensor(expected))
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("sizes")] == ["sizes.csv"]
 
 
+def test_the_time_before_a_change_of_grid_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter(["3X3", "brick 1", "skip", "quit"])
+
+    def typed(prompt: str) -> str:
+        time.sleep(0.2)
+        return next(answers)
+
+    monkeypatch.setattr("builtins.input", typed)
+    config = annotate_sizes.Config(scenes=3, size=32, sizes=tmp_path / "sizes.csv", out=tmp_path / "out")
+    seconds = annotate_sizes.annotate(config.images(), {}, config)
+    assert list(seconds) == [NAMES[0]], "not of the one that was skipped"
+    assert 0.4 <= seconds[NAMES[0]] < 10
+
+
 @pytest.mark.slow
 def test_nothing_is_asked_with_a_table_that_is_wrong(tmp_path: Path) -> None:
     header = "name,background,brick\n"
-    (tmp_path / "sizes.csv").write_text(header + "000000,0.5,0.6\n000001,1,0\n000001,1,0\n9,1,0\n000002,1\n")
+    rows = ("0.5,0.6", "1,0", "1,0", "1,0", "1")
+    names = (NAMES[0], NAMES[1], NAMES[1], "9", NAMES[2])
+    lines = [f"{name},{row}\n" for name, row in zip(names, rows, strict=True)]
+    (tmp_path / "sizes.csv").write_text(header + "".join(lines))
     done = annotate(tmp_path, "brick 1\n")
     assert done.returncode == 1
-    assert re.fullmatch(r"error: .*sizes\.csv:2: 000000: expected sizes that sum to 1 .*--check.*\n", done.stderr)
+    assert re.fullmatch(rf"error: .*sizes\.csv:2: {NAMES[0]}: expected sizes that sum to 1 .*--check.*\n", done.stderr)
     checked = annotate(tmp_path, "", "--check")
     assert checked.returncode == 1
     table = tmp_path / "sizes.csv"
     assert checked.stdout.splitlines() == [
-        f"{table}:2: 000000: expected sizes that sum to 1 within 0.001, got a sum of 1.1",
-        f"{table}:4: expected one row for each image, got another for 000001",
+        f"{table}:2: {NAMES[0]}: expected sizes that sum to 1 within 0.001, got a sum of 1.1",
+        f"{table}:4: expected one row for each image, got another for {NAMES[1]}",
         f"{table}:5: expected the name of an image, got '9'",
         f"{table}:6: expected 3 fields as in the header, got 2",
-        f"{table}: expected a row for each image, got none for 000000 (2 missing)",
+        f"{table}: expected a row for each image, got none for {NAMES[0]} (2 missing)",
     ]
 
 
@@ -125,7 +156,11 @@ def test_a_right_table_passes_the_check_and_a_missing_one_does_not(tmp_path: Pat
     missing = annotate(tmp_path, "", "--check")
     assert re.fullmatch(r"error: .*sizes\.csv: expected a text file, found no file\n", missing.stderr)
     assert missing.returncode == 1
-    (tmp_path / "sizes.csv").write_text("name,brick,background\n000002,0,1\n000000,0.25,0.75\n000001,1,0\n")
+    rows = [f"{NAMES[2]},0,1", f"{NAMES[0]},0.25,0.75", f"{NAMES[1]},1,0"]
+    (tmp_path / "sizes.csv").write_text("\n".join(["name,brick,background", *rows]))
+    other = annotate(tmp_path, "", "--check", "--seed", "7")
+    assert "expected the name of an image, got 'size32_seed0_000002'" in other.stdout, "other scenes"
+    assert other.returncode == 1
     done = annotate(tmp_path, "", "--check")
     assert done.returncode == 0
     assert done.stdout == f"{tmp_path / 'sizes.csv'}: right, with a row for each of 3 images\n"
@@ -141,14 +176,14 @@ def test_ctrl_c_loses_nothing(tmp_path: Path) -> None:
         process.stdin.write("brick 1\n")
         process.stdin.flush()
         for line in process.stdout:
-            if line.startswith("000001"):  # the second image: it waits for an answer
+            if line.startswith("size48_seed0_000001"):  # the second image: it waits for an answer
                 break
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         rest, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert "1 of 3 images are in" in rest
-    assert (tmp_path / "sizes.csv").read_text().splitlines()[1:] == ["000000,0.95,0.05,0,0,0"]
+    assert (tmp_path / "sizes.csv").read_text().splitlines()[1:] == ["size48_seed0_000000,0.95,0.05,0,0,0"]
 
 
 @pytest.fixture(scope="module")
@@ -169,16 +204,23 @@ def test_masks_tell_how_wrong_the_sizes_are(folder: Path, tmp_path: Path) -> Non
     images = Folder(folder / "train")
     exact = torch.stack([class_sizes(images.labels(i), 5) for i in range(4)])
     told = exact * torch.tensor([1, 1, 0.8, 1, 1])
+    absent = next((i, k) for i in range(3) for k in range(1, 5) if not exact[i, k])
+    told[absent] = 0.01  # of the background
     answers = [", ".join(f"{SCENES[k]} {100 * float(row[k]):.6f}%" for k in range(1, 5) if row[k]) for row in told]
     done = annotate(tmp_path, "\n".join([*answers[:3], "quit"]) + "\n", "--data", "folder", "--root", folder, "--masks")
     assert done.returncode == 0, done.stderr
     table = {line.split()[0]: line.split()[1:] for line in done.stdout.partition("class ")[2].splitlines()[1:-1]}
     present = exact[:3] > 0
     assert present[:, 2].any()
-    assert list(table) == [*(SCENES[k] for k in range(5) if present[:, k].any()), "all"]
+    assert list(table) == [*(SCENES[k] for k in range(5) if (exact[:3, k] + told[:3, k]).any()), "all"]
+    everything = table.pop("all")  # "all objects"
+    expected = 0.2 * present[:, 2].sum() / present[:, 1:].sum()
+    assert everything[1] == "3"
+    assert everything[3:] == [f"{float(expected):.1%}", "1"]
     for k, name in enumerate(SCENES):
         if present[:, k].any():
-            count, seconds, error = table[name]
+            count, seconds, error, wrong = table[name]
+            assert wrong == str(int(absent[1] == k))
             assert int(count) == present[:, k].sum()
             assert 0 <= float(seconds) < 60
             if name == "grass":

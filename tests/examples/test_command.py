@@ -105,6 +105,14 @@ def test_options_below_their_bounds_are_named() -> None:
         check_least(config, steps=1, pretrain_steps=0)
 
 
+@pytest.mark.parametrize(
+    ("value", "message"), [("nan", "at least 0, got nan"), ("-inf", "at least 0, got -inf"), ("inf", "a finite .* inf")]
+)
+def test_numbers_that_are_not_finite_are_refused(value: str, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"^--weight: expected {message}$"):
+        check_least(SimpleNamespace(weight=float(value)), weight=0)
+
+
 def test_output_folder_is_made_and_left_empty(tmp_path: Path) -> None:
     folder = output_folder(tmp_path / "a" / "b")
     assert folder.is_dir()

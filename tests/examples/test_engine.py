@@ -510,6 +510,30 @@ def test_a_training_cannot_go_on_with_other_options(change: dict[str, Any], mess
         fit(tmp_path, network(), resume=True, **change)
 
 
+def test_a_training_goes_on_with_the_same_file_of_sizes_only(tmp_path: Path) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class WithSizes(engine.Options):
+        sizes: Path | None = None
+
+    def train(sizes: Path | None, *, resume: bool) -> int:
+        options = WithSizes(batch_size=4, device="cpu", out=tmp_path, sizes=sizes, resume=resume)
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+        return engine.train(
+            model, mean_over_pixels, options.stream(photos()), optimizer, steps=2, name="small fit", options=options
+        ).step
+
+    path = tmp_path / "sizes.csv"
+    path.write_text("name,cat\na,1\n")
+    train(path, resume=False)
+    assert train(path, resume=True) == 2
+    path.write_text("name,cat\na,0.9\n")
+    with pytest.raises(StorageError, match=r"^cannot resume: .* was written with content of sizes \w+, not \w+$"):
+        train(path, resume=True)
+    train(None, resume=False)
+    assert checkpoint(tmp_path)["settings"].keys() == {*vars(WithSizes())} - {*engine.FREE} | {"steps of small fit"}
+
+
 def test_a_training_can_go_on_with_options_that_change_nothing(tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         fit(tmp_path, stochastic(), calling(stop, 5), evaluations=3)

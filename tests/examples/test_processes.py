@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from data.sample import VOID, Batch, Sample, Stacked
+from scribbles import all_scribbles
 from torch import Tensor, nn
 
 from tests.kills import same
@@ -213,6 +214,7 @@ def talk() -> dict[str, Any]:
         "total": processes.total(value).tolist(),
         "value": value.tolist(),
         "gathered": processes.gather({"rank": rank, "text": "x" * rank}),
+        "scribbles": all_scribbles(photos(), seed=0),
         "model": {name: tensor.max().item() for name, tensor in model.state_dict().items()},
     }
 
@@ -377,6 +379,13 @@ def test_processes_talk(two: list[dict[str, Any]]) -> None:
         buffers = dict.fromkeys(["running_mean", "running_var", "num_batches_tracked"], 1)
         assert said["model"] == buffers | dict.fromkeys(["weight", "bias"], rank + 1)
         assert not found["joined"]
+
+
+@pytest.mark.slow
+def test_processes_share_scribbles_which_are_those_of_one_process(two: list[dict[str, Any]]) -> None:
+    expected = all_scribbles(photos(), seed=0)
+    assert len({len(strokes) for strokes in expected}) > 1, "in another order they are others"
+    assert all(same(found["talk"]["scribbles"], expected) for found in two)
 
 
 @pytest.mark.slow

@@ -107,6 +107,11 @@ def test_help_explains_every_option() -> None:
         pytest.param(["--split", "train"], "invalid choice 'train'", marks=pytest.mark.slow),
         (["--out", f"{__file__}/below"], "cannot write to .*/below: Not a directory"),
         (["--data", "voc"], "--root: expected the folder of --data voc, got none"),
+        pytest.param(
+            ["--sizes", "sizes.csv", "--repeats", "2"],
+            "--repeats: expected 1 with --sizes: other seeds draw other scenes, got 2",
+            marks=pytest.mark.slow,
+        ),
         (["--data", "voc", "--root", "/nowhere"], "/nowhere: .*"),
         pytest.param(
             ["--accumulate", "3"], "--batch-size: expected a multiple of 3 .*, got 16", marks=pytest.mark.slow

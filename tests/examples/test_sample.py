@@ -1,10 +1,22 @@
 """Samples and batches: what follows from the annotations of an image, and what stays as it was known."""
 
 import itertools
+import math
 
 import pytest
 import torch
-from data.sample import VOID, Annotated, DataError, Images, Sample, Stacked, class_sizes, collate, complete
+from data.sample import (
+    VOID,
+    Annotated,
+    DataError,
+    Images,
+    Sample,
+    Stacked,
+    class_sizes,
+    collate,
+    complete,
+    object_error,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -110,6 +122,17 @@ def test_sizes_of_a_data_set_are_those_of_its_images() -> None:
     expected = torch.tensor([[2 / 3, 1 / 3, 0, 0], [0, 0, 0, 1], [1 / 4] * 4])
     torch.testing.assert_close(data.sizes(), expected)
     torch.testing.assert_close(Annotated(data, targets=torch.zeros(3, K)).sizes(), expected)
+
+
+def test_the_error_of_objects_leaves_out_the_background_and_classes_that_are_not_there() -> None:
+    exact = torch.tensor([[0.5, 0.5, 0, 0], [0.2, 0.4, 0.4, 0], [1, 0, 0, 0]])
+    told = torch.tensor([[0.4, 0.6, 0, 0], [0.3, 0.4, 0.1, 0.2], [0.5, 0.5, 0, 0]])
+    assert object_error(told, exact) == pytest.approx((0.2 + 0 + 0.75) / 3)
+    assert math.isnan(object_error(told[2:], exact[2:]))
+
+
+def test_names_can_have_a_prefix() -> None:
+    assert Stacked(CLASSES, torch.rand(2, 3, 2, 2), torch.zeros(2, 2, 2), prefix="a_").names == ["a_000000", "a_000001"]
 
 
 def test_stacked_images_keep_their_rows_together() -> None:

@@ -23,12 +23,11 @@ from localise import Whole
 from matplotlib.image import imread
 from scipy.ndimage import label
 from scribbles import Scribbled, all_scribbles, scribbles
-from size_supervision import Annotator, Config, background_share
+from size_supervision import Annotator, Config, background_and_dice
 from subset import Subset
 from sweeps import SWEEPS, TABLE, Result, Trial
 from torch import Tensor, nn
 
-import segloss
 from tests.run_example import run_example
 
 TINY = ("--steps", "1", "--pretrain-steps", "1", "--scenes", "24", "--size", "32", "--device", "cpu")
@@ -65,7 +64,7 @@ def test_it_prints_a_row_for_each_supervision_and_draws_a_picture(tmp_path: Path
     table = rows(done.stdout)
     assert [name for name, _ in table] == [trial.curve for trial in TABLE]
     for trial, (_, cells) in zip(TABLE, table, strict=True):
-        assert (cells[0] == "-") == (not {"size", "reverse"} & {*trial.terms})
+        assert (cells[0] == "-") == (not {"size", "reverse", "average"} & {*trial.terms})
         assert cells[1] == ("0" if "seeds" in trial.terms else "-")
         assert 0 <= float(cells[2]) <= 1
     assert table[0][1][3] == "100.0%"
@@ -130,6 +129,8 @@ def test_two_processes_share_a_deeplab_on_voc_with_sizes_of_a_file(tmp_path: Pat
         (["--sweep", "barrier", "--classes", "brick", "brick"], "--classes: expected 1 .*, got brick brick"),
         (["--network", "deeplabv3_resnet50", "--batch-size", "1"], "--batch-size: expected at least 2 images .*"),
         (["--crf-weight", "-1"], "--crf-weight: expected at least 0, got -1.0"),
+        (["--crf-weight", "nan"], "--crf-weight: expected at least 0, got nan"),
+        (["--sizes", "sizes.csv", "--repeats", "3"], "--repeats: expected 1 with --sizes: .*, got 3"),
     ],
 )
 def test_a_mistake_is_one_line(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -220,15 +221,41 @@ def test_what_annotators_tell(images: Stacked) -> None:
     annotator = Annotator(images, Config(size=32))
     sample = annotator.annotate(Trial("", ("size",), error=0.0))[2]
     torch.testing.assert_close(sample["targets"], torch.tensor([2 / 3, 1 / 3, 0]))
-    # mean sizes: background (0.7 + 0.6 + 2/3) / 3, cat (0.2 + 0.4 + 1/3) / 3
-    background, cat = (0.7 + 0.6 + 2 / 3) / 3, (0.2 + 0.4 + 1 / 3) / 3
-    torch.testing.assert_close(sample["average"], torch.tensor([background, cat, 0]) / (background + cat))
+    cat, dog = (0.2 + 0.4 + 1 / 3) / 3, 0.1
+    torch.testing.assert_close(sample["average"], torch.tensor([1 - cat, cat, 0]))
+    torch.testing.assert_close(annotator.average()[0], torch.tensor([1 - cat - dog, cat, dog]))
+    assert sample["tags"].tolist() == [1, 1, 0]
     torch.testing.assert_close(sample["lower"], torch.tensor([0.54, 0.18, 0]))
     assert "seeds" not in sample
     assert "seeds" in annotator.annotate(Trial("", ("seeds",)))[0]
-    measured = [segloss.mean_relative_error(annotator.targets(error), annotator.exact) for error in (0, 0.08, 0.16)]
+    measured = [annotator.error(Trial("", ("size",), error=error)) for error in (0, 0.08, 0.16)]
     assert measured[0] < 1e-6 < measured[1] < measured[2]
+    errors = (cat / 0.2 - 1, 0, 1 - cat / 0.4, 1 - cat / (1 / 3))  # cat, dog; cat; cat
+    assert annotator.error(Trial("", ("average",))) == pytest.approx(sum(map(abs, errors)) / 4, abs=1e-6)
+    assert math.isnan(annotator.error(Trial("", ("squared barrier",))))
     assert torch.equal(annotator.targets(0.16), Annotator(images, Config(size=32)).targets(0.16))
+
+
+def test_averages_that_leave_no_background_share_with_it() -> None:
+    """Cat alone covers 0.9, dog alone 0.8: together they do not fit."""
+    cat, dog, both = torch.zeros(3, 10, 10, dtype=torch.int64)
+    cat[:9], dog[:8] = 1, 2
+    both[:9], both[9, :8] = 1, 2
+    average = Annotator(stacked(cat, dog, both), Config(size=32)).average()
+    means = torch.tensor([(0.1 + 0.2 + 0.02) / 3, 0.9, (0.8 + 0.08) / 2])
+    torch.testing.assert_close(average[2], means / means.sum())
+    torch.testing.assert_close(average[0], torch.tensor([0.1, 0.9, 0]))
+
+
+def test_tags_are_those_of_the_whole_mask() -> None:
+    """One pixel of cat in 64 x 64 is lost at a size of 32."""
+    labels = torch.zeros(64, 64, dtype=torch.int64)
+    labels[0, 0] = 1
+    config = Config(size=32)
+    sample = Prepared(Annotator(stacked(labels), config).annotate(TABLE[1]), config.fit())[0, 0]
+    assert not (sample["labels"] == 1).any()
+    assert sample["targets"][1] > 0
+    assert sample["tags"].tolist() == [1, 1, 0]
 
 
 def test_a_mask_that_is_all_void_is_named() -> None:
@@ -287,6 +314,7 @@ def batch() -> dict[str, Tensor]:
         # both are above the floor; the third class is suppressed
         ("flat barrier", -2 * math.log(supervisions.FLOOR) - math.log(0.9)),
         ("squared barrier", supervisions.BARRIER_WEIGHT * 0.1**2),
+        ("light squared barrier", supervisions.LIGHT_BARRIER_WEIGHT * 0.1**2),
     ],
 )
 def test_terms_at_known_sizes(name: str, expected: float, batch: dict[str, Tensor]) -> None:
@@ -314,18 +342,33 @@ def test_the_trivial_solution_is_all_background(images: Stacked) -> None:
         with torch.no_grad():
             assert model.bias is not None
             model.bias.copy_(torch.tensor([background, 0, 0]))
-        assert background_share(model, Whole(images, Fit(32, mirror=False)), config) == share
+        assert background_and_dice(model, Whole(images, Fit(32, mirror=False)), config)[0] == share
 
 
-def result(iou: list[float], error: float = 0.05) -> Result:
+def test_dice_is_the_mean_over_the_images_that_have_the_class() -> None:
+    """The network finds cat where the first channel is 1."""
+    labels = torch.zeros(3, 8, 8, dtype=torch.int64)
+    image = torch.zeros(3, 3, 8, 8)
+    labels[0, :4], image[0, 0, :2] = 1, 1  # half of it: 2 * 16 / (16 + 32)
+    labels[1, :1], image[1, 0, :2] = 1, 1  # twice as much: 2 * 8 / (16 + 8)
+    labels[1, 1, :4] = VOID  # of the half that is wrong: 2 * 8 / (12 + 8)
+    image[2, 0] = 1  # none there, which does not count
+    model = nn.Conv2d(3, 3, 1)
+    with torch.no_grad():
+        model.weight.zero_()[1, 0], model.bias[:] = 2, torch.tensor([1.0, 0, -1])
+    _, dice = background_and_dice(model, Stacked(CLASSES, image, labels), Config(size=32, device="cpu"))
+    assert dice == pytest.approx((2 / 3 + 0.8) / 2)
+
+
+def result(iou: list[float], error: float = math.nan) -> Result:
     none = torch.full((1,), torch.nan)
-    return Result(torch.tensor(iou), none, 0.9, error, 1.0, torch.zeros(1, 2, 2, dtype=torch.int64))
+    return Result(torch.tensor(iou), none, 0.6, 0.9, error, 1.0, torch.zeros(1, 2, 2, dtype=torch.int64))
 
 
 def test_scores_and_their_share_of_full_masks() -> None:
-    full, part = result([0.9, 0.5]), result([0.8, 0.05])
+    full, part = result([0.9, 0.5]), result([0.8, 0.05], error=0.05)
     assert full.score("mIoU") == pytest.approx(0.7)
-    assert full.score("DSC") == pytest.approx(2 * 0.5 / 1.5)
+    assert full.score("DSC") == 0.6
     trials = [sweeps.FULL, Trial("size", ("size", "crf"))]
     text = sweeps.table(trials, [[full, part]], "mIoU").splitlines()
     assert text[1].split() == ["full", "masks", "-", "-", "0.700", "100.0%", "-", "90.0%", "2", "1"]
@@ -360,6 +403,15 @@ def test_help_explains_every_option() -> None:
         assert re.search(rf"--{option}[ ,][^│]*?[A-Z][a-z]+ [^│]*\(default: ", text), option
 
 
-def test_the_subset_of_a_sweep_prefers_cat_dog_and_bird(images: Stacked, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(size_supervision.Options, "images", lambda self, purpose: images)
-    assert Config(sweep="barrier").images("train").classes == ("background", "cat")
+def test_the_subset_of_a_sweep_is_cat_dog_and_bird_or_the_first_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kept(sweep: str, *classes: str) -> tuple[str, ...]:
+        labels = torch.arange(len(classes) + 1).repeat(1, 8, 8)
+        data = Stacked(("ground", *classes), torch.rand(1, 3, *labels.shape[1:]), labels)
+        monkeypatch.setattr(size_supervision.Options, "images", lambda self, purpose: data)
+        return Config(sweep=sweep).images("train").classes[1:]
+
+    assert kept("classes", "aeroplane", "bird", "cow", "dog", "cat") == ("cat", "dog", "bird")
+    assert kept("barrier", "aeroplane", "bird", "cow", "dog", "cat") == ("cat",)
+    assert kept("classes", "sand", "cat", "dog", "cow") == ("sand", "cat", "dog")
+    with pytest.raises(DataError, match=r"^--sweep classes: expected at least 3 classes beside .*, got 2$"):
+        kept("classes", "cat", "dog")

@@ -44,6 +44,7 @@ def test_scenes_are_those_of_the_splits_and_of_the_seed() -> None:
         (replace(options, split="final").images("evaluate"), Scenes("final", 200, size=32)),
     ):
         assert len(images) == len(scenes)
+        assert images.names[2] == f"size32_seed{scenes.seed}_000002"
         assert torch.equal(images[2]["image"], scenes[2].image)
         assert torch.equal(images[2]["labels"], scenes[2].labels)
 
