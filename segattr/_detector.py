@@ -116,13 +116,14 @@ class _RegionCNN(nn.Module):
 
 def without_trace(detector: Detector, image: Tensor, function: Callable[[], Any]) -> Any:
     """The result of a function that calls a detector, whose parameters are constants in it, without autocast."""
-    with taking("image", image), torch.autocast(image.device.type, enabled=False):
+    with torch.autocast(image.device.type, enabled=False):
         return undisturbed(detector, function, constant=True)
 
 
 def predict(detector: Detector, images: Tensor, boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Probabilities ``[P, K]`` and offsets ``[P, K, 4]``."""
-    outputs: Any = detector(images, boxes)
+    with taking("image", images):
+        outputs: Any = detector(images, boxes)
     if not (isinstance(outputs, tuple) and len(outputs) == 2 and all(isinstance(part, Tensor) for part in outputs)):
         raise TypeError(
             f"detector: expected class probabilities and box offsets, a pair of tensors, got {type(outputs).__name__}; "
@@ -166,6 +167,7 @@ def check_boxes(name: str, boxes: object, image: Tensor) -> None:
     assert isinstance(boxes, Tensor)
     if boxes.dim() != 2 or boxes.shape[1] != 4:
         raise ValueError(f"{name}: expected [n, 4], got {shape_text(boxes.shape)}")
+    check_corners(name, boxes)
     if boxes.device != image.device:
         raise ValueError(f"{name}: expected device {image.device}, that of image, got {boxes.device}")
     height, width = image.shape[1:]
@@ -184,6 +186,14 @@ def check_boxes(name: str, boxes: object, image: Tensor) -> None:
             f"got {boxes[~fit()][0].tolist()}"
         ),
     )
+
+
+def check_corners(name: str, boxes: Tensor) -> None:
+    """Boxes of torchvision's tv_tensors say what their numbers are; plain tensors do not."""
+    meaning = getattr(boxes, "format", None)
+    meaning = getattr(meaning, "name", meaning)
+    if meaning not in (None, "XYXY"):
+        raise ValueError(f"{name}: expected corners x1, y1, x2, y2, the format XYXY, got the format {meaning}")
 
 
 def check_outputs(labels: Tensor, probabilities: Tensor, offsets: Tensor) -> None:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from segattr.cam import Maps, Pairs, check_maps, feature_maps, head_logits, normalize_each
-from segattr.classifier import Classifier, as_classifier, check_images, taking, undisturbed
+from segattr.cam import Maps, Pairs, check_maps, feature_maps, head_gradient, head_logits, normalize_each
+from segattr.classifier import Classifier, as_classifier, check_images, undisturbed
 from segattr.lrp.classes import Classes
 from segloss._checks import check_bool, check_int, check_number
 from segloss._reduce import LARGEST, wide_dtype
@@ -110,7 +110,7 @@ def advcam(
         parts = zip(pairs.images.split(size), pairs.classes.split(size), strict=True)
         return pairs.arrange(torch.cat([climb(images.detach()[own], c) for own, c in parts]))
 
-    with torch.inference_mode(False), torch.enable_grad(), taking("images", images):
+    with torch.inference_mode(False), torch.enable_grad():
         return undisturbed(classifier, maps, constant=True)
 
 
@@ -138,7 +138,7 @@ class _Climb:
             features = feature_maps(self.clf, x.flatten(0, 1))
             # The gradient of the objective is taken in two parts, so that the network is passed through once.
             leaf = features.detach().requires_grad_()
-            r, score = self._pair(leaf, classes) if self.reference else self._single(leaf, classes)
+            r, score = self._pair(leaf, classes) if self.reference else self._single(leaf, x.flatten(0, 1), classes)
             total = total + r.detach()
             if remaining:
                 first = r.detach() if first is None else first
@@ -146,15 +146,15 @@ class _Climb:
                 x = self._step(x.detach(), _gradient(features, x, gradient), start)
         return total
 
-    def _single(self, features: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    def _single(self, features: Tensor, images: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
         """Maps ``[N, h, w]``, and scores ``[N]``: the objective without its penalty."""
-        logits = head_logits(self.clf, features)
+        logits = head_logits(self.clf, features, images)
         own = logits.gather(1, classes[:, None])[:, 0]
         linear = self.clf.linear
         if linear is not None:
             weight = linear.weight.flatten(1)[classes]
         else:
-            weight = torch.autograd.grad(own.sum(), features, retain_graph=True)[0].sum((2, 3))
+            weight = head_gradient(own.sum(), features, retain_graph=True).sum((2, 3))
         maps = torch.einsum("nd,ndhw->nhw", _wide(weight), _wide(features))
         check_maps(maps)
         r = normalize_each(maps, "max" if self.literal else "relu")
@@ -165,7 +165,7 @@ class _Climb:
         assert self.clf.linear is not None
         weight = _wide(self.clf.linear.weight.flatten(1))
         cams = torch.einsum("kd,npdhw->npkhw", weight, _wide(features).unflatten(0, (-1, 2)))
-        own = cams[torch.arange(len(cams)), :, classes]
+        own = cams[torch.arange(len(cams), device=classes.device), :, classes]
         # Grad-CAM of the sum of the map's ReLU. Its gradient, the weight where the map is positive, is summed over
         # locations and divided by how many elements of the gradients of both are positive.
         positive = (own > 0).sum((2, 3))
@@ -197,7 +197,7 @@ def _count_classes(clf: Classifier, images: Tensor) -> int:
         return clf.num_classes
     except ValueError:  # only its logits tell
         with torch.no_grad():
-            return head_logits(clf, feature_maps(clf, images)).shape[1]
+            return head_logits(clf, feature_maps(clf, images), images).shape[1]
 
 
 def _gradient(features: Tensor, x: Tensor, gradient: Tensor) -> Tensor:

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from segattr.classifier import Classifier, as_classifier, check_images, taking, undisturbed
 from segattr.lrp.classes import Classes, check_classes
 from segloss import max_normalize
-from segloss._checks import check_bool, check_choice, check_finite, check_floating, check_number, require, shape_text
+from segloss._checks import (
+    check_bool,
+    check_choice,
+    check_finite,
+    check_floating,
+    check_has_values,
+    check_number,
+    require,
+    shape_text,
+)
 from segloss._reduce import LARGEST, wide_dtype, widen
 
 Maps: TypeAlias = Tensor | list[Tensor]
@@ -61,6 +70,7 @@ def cam(clf: nn.Module, images: Tensor, classes: Classes | None = None, *, norm:
         [2, 1]
     """
     check_images(images)
+    check_has_values("images", images)
     check_choice("norm", norm, _NORMS)
     classifier = as_classifier(clf)
     linear = classifier.linear
@@ -76,8 +86,7 @@ def cam(clf: nn.Module, images: Tensor, classes: Classes | None = None, *, norm:
         maps = torch.einsum("kd,bdhw->bkhw", weight, features.to(wide_dtype(features)))
         return maps[pairs.images, position]
 
-    with taking("images", images):
-        maps = undisturbed(classifier, rows)
+    maps = undisturbed(classifier, rows)
     check_maps(maps)
     return normalize(pairs.arrange(maps), norm)
 
@@ -121,8 +130,8 @@ def grad_cam(
     Raises:
         TypeError: ``images`` that are not floating point, ``classes`` that are not sequences of integers, ``pool`` that
             is no bool, a network that cannot be split, parts that give no tensor.
-        ValueError: images, classes, ``layer`` or ``norm`` out of range, a head that does not give ``[B, K]``, maps that
-            are NaN or infinite.
+        ValueError: images, classes, ``layer`` or ``norm`` out of range, a head that does not give ``[B, K]`` or whose
+            logits are detached, maps that are NaN or infinite.
 
     Source:
         *Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization*; the dissertation's
@@ -146,7 +155,7 @@ def grad_cam(
             features = feature_maps(classifier, images)
         with torch.enable_grad():
             leaf = features if features.requires_grad else features.detach().requires_grad_()
-            logits = head_logits(classifier, leaf)
+            logits = head_logits(classifier, leaf, images)
             pairs = Pairs.of(classes, len(images), logits.shape[1], images.device)
             gradients = _gradients(logits, leaf, pairs, differentiable)
         with torch.set_grad_enabled(differentiable):
@@ -158,7 +167,7 @@ def grad_cam(
             check_maps(rows)
             return normalize(pairs.arrange(rows[pairs.slots, pairs.images]), norm)
 
-    with torch.inference_mode(False), taking("images", images):
+    with torch.inference_mode(False):
         return undisturbed(classifier, maps, constant=not differentiable)
 
 
@@ -280,11 +289,11 @@ class Pairs:
         wanted: Any = check_classes(range(count) if classes is None else classes, images, count)
         ragged = any(isinstance(own, list) for own in wanted)
         lengths = [len(own) for own in wanted] if ragged else [len(wanted)] * images
-        flat = torch.tensor([c for own in wanted for c in own] if ragged else wanted * images, dtype=torch.int64)
-        repeats = torch.tensor(lengths, dtype=torch.int64)
-        image = torch.arange(images).repeat_interleave(repeats)
-        slot = torch.arange(len(flat)) - (repeats.cumsum(0) - repeats)[image]
-        return cls(image.to(device), flat.to(device), slot.to(device), lengths if ragged else (images, len(wanted)))
+        flat = [c for own in wanted for c in own] if ragged else wanted * images
+        image = [i for i, length in enumerate(lengths) for _ in range(length)]
+        slot = [s for length in lengths for s in range(length)]
+        columns = torch.tensor([image, flat, slot], dtype=torch.int64, device=device)
+        return cls(columns[0], columns[1], columns[2], lengths if ragged else (images, len(wanted)))
 
     def arrange(self, rows: Tensor) -> Maps:
         """Rows ``[N, h, w]`` as a method returns them."""
@@ -298,16 +307,21 @@ class Pairs:
 
 
 def feature_maps(clf: Classifier, images: Tensor) -> Tensor:
-    features = clf.features(images)
+    with taking("images", images):
+        features = clf.features(images)
     if not isinstance(features, Tensor):
         raise TypeError(f"clf: expected a tensor of features, got {type(features).__name__}")
     if features.dim() != 4:
         raise ValueError(f"clf: expected features [B, D, h, w], got {shape_text(features.shape)}")
+    channels = features.shape[1] if clf.linear is None else clf.linear.weight.shape[1]
+    if features.shape[1] != channels:
+        raise ValueError(f"clf: expected features of {channels} channels, got {shape_text(features.shape)}")
     return features
 
 
-def head_logits(clf: Classifier, features: Tensor) -> Tensor:
-    logits = clf.head(features.clone())  # which it may overwrite
+def head_logits(clf: Classifier, features: Tensor, images: Tensor) -> Tensor:
+    with taking("images", images):
+        logits = clf.head(features.clone())  # which it may overwrite
     if not isinstance(logits, Tensor):
         raise TypeError(f"clf: expected a tensor of logits from its head, got {type(logits).__name__}")
     if logits.dim() != 2 or len(logits) != len(features):
@@ -322,10 +336,17 @@ def _gradients(logits: Tensor, features: Tensor, pairs: Pairs, differentiable: b
     if not one_hot.numel():
         return features.new_zeros(len(one_hot), *features.shape)
     one_hot[pairs.slots, pairs.images, pairs.classes] = 1
-    (gradients,) = torch.autograd.grad(
-        logits, features, one_hot, create_graph=differentiable, is_grads_batched=True, materialize_grads=True
-    )
-    return gradients
+    return head_gradient(logits, features, grad_outputs=one_hot, create_graph=differentiable, is_grads_batched=True)
+
+
+def head_gradient(output: Tensor, features: Tensor, **options: Any) -> Tensor:
+    """Of what the head made of the features, with respect to them."""
+    gradient = None
+    if output.requires_grad:
+        (gradient,) = torch.autograd.grad(output, features, allow_unused=True, **options)
+    if gradient is None:
+        raise ValueError("clf: expected logits that autograd can follow to the features, got detached ones")
+    return gradient
 
 
 def check_maps(maps: Tensor) -> None:

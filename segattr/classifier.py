@@ -1,5 +1,6 @@
 """A classifier in two parts: the network up to its last feature map, and the head that makes logits of it."""
 
+import re
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,9 @@ from segloss._checks import check_finite, check_floating, shape_text
 
 ClassWeights: TypeAlias = nn.Linear | nn.Conv2d
 Part: TypeAlias = Callable[[Tensor], Tensor]
+
+# Errors of the machine that are no class of their own.
+_OF_MACHINE = re.compile("allocate|out of memory|CUDA error|CUDA driver|cuDNN error|CUBLAS_STATUS|CUSOLVER|NCCL")
 
 
 class Classifier(nn.Module):
@@ -150,16 +154,20 @@ def undisturbed(network: Callable[..., Any], function: Callable[[], Any], *, con
 
 @contextmanager
 def taking(name: str, value: Tensor) -> Iterator[None]:
-    """Within it, what layers cannot take is an error of the argument of this name: a size, a dtype, a device.
+    """Around the call of a network: what its layers cannot take is an error of the argument of this name.
 
-    Errors that the code of a user raises itself stay what they are, and so does a lack of memory.
+    That is a plain RuntimeError out of the code of torch, torchvision or this package: a size, a dtype or a device. All
+    else stays what it is: RuntimeErrors out of a line of the user's own code, whether raised there or by an operation
+    in that line; subclasses of RuntimeError, such as a lack of memory on an accelerator or endless recursion; a lack of
+    memory on the CPU, and failures of the libraries of an accelerator.
     """
     try:
         yield
     except RuntimeError as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         source = str(frame.f_globals.get("__name__")).partition(".")[0]
-        if source not in ("torch", "torchvision", "segattr") or isinstance(error, torch.OutOfMemoryError):
+        ours = source in ("torch", "torchvision", "segattr")
+        if not ours or type(error) is not RuntimeError or _OF_MACHINE.search(str(error)):
             raise
         got = f"{shape_text(value.shape)}, {value.dtype} on {value.device}"
         first = str(error).partition("\n")[0]

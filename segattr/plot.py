@@ -204,7 +204,7 @@ def _heat(name: str, values: Tensor, image: Tensor) -> Tensor:
     """Jet: ramps of the three colours, each a quarter of the range after the other."""
     _check_unit(name, values)
     resized = F.interpolate(values.to(image.dtype)[None, None], image.shape[1:], mode="bilinear", align_corners=False)
-    centres = torch.tensor([3.0, 2.0, 1.0]).to(image).view(3, 1, 1)
+    centres = image.new_tensor([3.0, 2.0, 1.0]).view(3, 1, 1)
     return (1.5 - (4 * resized[0] - centres).abs()).clamp(0, 1)
 
 

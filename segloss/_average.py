@@ -66,10 +66,10 @@ def _log_sum(logits: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tens
 def _log_sum_cpu(logits: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, classes, pixels = logits.shape
     dtype = wide_dtype(logits)
-    peak = torch.empty(batch, pixels, dtype=dtype)
+    peak = torch.empty(batch, pixels, dtype=dtype, device="cpu")
     inverse = torch.empty_like(peak)
-    top = torch.full((batch, classes), LOG_FLOOR, dtype=dtype)
-    total = torch.zeros(batch, classes, dtype=dtype)
+    top = torch.full((batch, classes), LOG_FLOOR, dtype=dtype, device="cpu")
+    total = torch.zeros(batch, classes, dtype=dtype, device="cpu")
     with torch.autocast("cpu", enabled=False):
         for images, part in _blocks(logits):
             block = logits[images, :, part].to(dtype)

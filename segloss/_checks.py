@@ -108,14 +108,19 @@ def check_like(name: str, value: Tensor, shape: Sequence[int], anchor: str, anch
 def check_finite(name: str, value: Tensor, most: float = math.inf) -> None:
     """No NaN, no infinity, and nothing beyond ±``most``."""
 
-    def finite() -> Tensor:
+    def fits() -> Tensor:
         # The two extremes carry every NaN and infinity and need one pass and no buffer.
         least, largest = torch.aminmax(value)
         return least.isfinite() & largest.isfinite() & (least >= -most) & (largest <= most)
 
+    def problem() -> str:
+        beyond = value[value.isfinite() & (value.abs() > most)]
+        limits = f" within ±{most:g}" if most < math.inf else ""
+        got = f"{beyond[0].item():g}" if len(beyond) else "NaN or infinity"
+        return f"expected finite values{limits}, got {got}"
+
     if value.numel():
-        limits, beyond = (f" within ±{most:g}", ", or values beyond") if most < math.inf else ("", "")
-        require(name, value, finite, lambda: f"expected finite values{limits}, got NaN or infinity{beyond}")
+        require(name, value, fits, problem)
 
 
 def check_logits(logits: object, *, flat: bool = False) -> None:
@@ -250,7 +255,7 @@ def check_number(
     """A real number in a range; ``above`` and ``below`` are excluded, ``least`` and ``most`` are included."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+    if isinstance(value, (int, np.integer)) and not -(2**63) <= value < 2**63:
         raise ValueError(f"{name}: expected a number, or an int of 64 bits as torch has them, got {value}")
     # Comparisons only: under torch.compile the number may be symbolic. NaN fails all of them.
     fits = above < value <= most and least <= value and (value < below or not finite)
@@ -268,7 +273,8 @@ def check_int(name: str, value: object) -> None:
 
 def check_bool(name: str, value: object) -> None:
     if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+        kind = "numpy.bool" if isinstance(value, np.bool_) else type(value).__name__
+        raise TypeError(f"{name}: expected a bool, got {kind}")
 
 
 def check_generator(generator: object) -> None:
@@ -278,5 +284,7 @@ def check_generator(generator: object) -> None:
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    if isinstance(value, np.integer):
+        value = int(value)
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -368,7 +368,8 @@ def _sparse(values: Tensor, radius: float) -> Tensor:
     image = torch.arange(images, device=values.device)[:, None]
     indices = torch.stack(torch.broadcast_tensors(image, pixel, other)).flatten(1)
     size = (images, height * width, height * width)
-    return torch.sparse_coo_tensor(indices, entries.flatten(), size, is_coalesced=True, check_invariants=False)
+    entries, device = entries.flatten(), values.device
+    return torch.sparse_coo_tensor(indices, entries, size, device=device, is_coalesced=True, check_invariants=False)
 
 
 def _margin(radius: float, crop: bool, labels: Tensor) -> int:

@@ -447,7 +447,7 @@ def class_balanced_weights(counts: Tensor, beta: float, *, normalize: bool = Tru
     .. math:: w_k \propto \frac{1}{1 - \beta^{n_k}}
 
     Args:
-        counts: number of samples of each class, :math:`n`, ``[K]``, at least 1 (any numeric dtype).
+        counts: number of samples of each class, :math:`n`, ``[K]``, at least 1 (any numeric dtype); may be infinite.
         beta: :math:`\beta` in [0, 1): 0 weights all classes equally, towards 1 by inverse frequency.
         normalize: scale the weights to sum to K, as is common; otherwise the formula with "=".
 

@@ -74,6 +74,7 @@ class UnrolledLRP(nn.Module):
             ValueError: ``x`` that is not ``[B, C, H, W]``, a class that there is not, sequences for more or fewer than
                 B images; from an operation of the classifier, what its adjoint cannot do.
         """
+        _check_chunk(self.chunk)  # which may have been set since
         scores, tape = self._encode(x)
         start, counts = _start(scores, classes)
         parts = start.split(int(self.chunk or max(start.shape[1], 1)), 1)  # also of NumPy
@@ -157,6 +158,12 @@ def _absorbed(operation: Operation, gradient: Tensor, step: Saved) -> dict[str, 
         place = operation.norm.label if operation.norm and name.startswith("norm.") else operation.label
         entries[f"{place}.{name.removeprefix('norm.')}"] = total @ shift
     return entries
+
+
+def _check_chunk(chunk: object) -> None:
+    if chunk is not None:
+        check_int("chunk", chunk)
+        check_number("chunk", chunk, least=1)
 
 
 def _start(scores: Tensor, classes: Classes | None) -> tuple[Tensor, list[int] | None]:
@@ -245,9 +252,7 @@ def unroll(
     check_choice("skip", skip, (None, "concat"))
     check_choice("batch_norm", batch_norm, ("eval", "batch"))
     check_number("epsilon", epsilon, least=0)
-    if chunk is not None:
-        check_int("chunk", chunk)
-        check_number("chunk", chunk, least=1)
+    _check_chunk(chunk)
     if (weights == "free") != (upsampling == "nearest") or (skip and weights == "tied"):
         raise ValueError(
             "weights: expected 'tied' with upsampling='tied' and skip=None, or 'free' with upsampling='nearest', "

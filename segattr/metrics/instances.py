@@ -184,7 +184,7 @@ def _area(scores: NDArray[np.float64], found: NDArray[np.bool_], count: int) -> 
 
 def _per_class(classes: NDArray[np.int64], values: list[float]) -> PerClass:
     mean = float(np.mean(values)) if values else float("nan")
-    return PerClass(mean, torch.from_numpy(classes), torch.tensor(values, dtype=torch.float32))
+    return PerClass(mean, torch.from_numpy(classes), torch.tensor(values, dtype=torch.float32, device="cpu"))
 
 
 def _joined(parts: Sequence[NDArray[Any]], dtype: type[np.generic]) -> NDArray[Any]:

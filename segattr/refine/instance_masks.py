@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from segattr._detector import check_corners
 from segattr.refine.dense_crf import BBAM_CRF, CRFSettings, dense_crf
 from segloss._checks import (
     check_choice,
@@ -235,6 +236,7 @@ def _inside(boxes: object, bbams: Tensor) -> Tensor:
     check_real("boxes", boxes)
     assert isinstance(boxes, Tensor)
     check_like("boxes", boxes, (len(bbams), 4), "bbams", bbams)
+    check_corners("boxes", boxes)
     check_finite("boxes", boxes)
     height, width = bbams.shape[1:]
     x1, y1, x2, y2 = boxes.detach().double().unbind(1)

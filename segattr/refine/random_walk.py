@@ -143,7 +143,8 @@ def _csr(weights: Tensor, row: Tensor, column: Tensor, size: int) -> Tensor:
     counts = torch.bincount(row, minlength=size)
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     # 32 bits, enough for 2^31 pairs: products on the CPU would convert wider indices in every step.
-    return torch.sparse_csr_tensor(starts.int(), column.int(), weights, (size, size), check_invariants=False)
+    parts, shape, device = (starts.int(), column.int(), weights), (size, size), weights.device
+    return torch.sparse_csr_tensor(*parts, shape, device=device, check_invariants=False)
 
 
 @cache
@@ -154,7 +155,7 @@ def _accept_beta() -> None:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.zeros(1, 1).to_sparse_csr()
+        torch.zeros(1, 1, device="cpu").to_sparse_csr()
 
 
 def _entries(affinity: object, maps: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ _HAS_TRITON = find_spec("triton") is not None
 _WORTH_SORTING = 2500  # pixels; below, leaving out pairs saves less than finding them costs
 _WORTH_LANDMARKS = 10000  # pixels; below, pairs are cheaper than landmarks
 _NARROWEST = 1e-10  # smaller sigmas give the same kernel: no two different pixels meet
+_LARGEST_WIDE = 1e130  # of float64: squares of sums over an image are finite
 _FARTHEST = 1e14  # sigmas from the middle of an image: squares of what is beyond would overflow
 
 
@@ -42,7 +43,7 @@ def bilateral_filter(
     Forward mode (``jvp``, ``torch.func.hessian``) is not supported.
 
     Args:
-        values: channels to filter, ``[B, K, H, W]``, within ±1e30.
+        values: channels to filter, ``[B, K, H, W]``, within ±1e30 (float64: ±1e130).
         image: guide, ``[B, C, H, W]``: RGB in [0, 1], or any C >= 1 channels in the unit of ``sigma_rgb``.
         sigma_rgb: width of the kernel in colour, above 0, in the unit of ``image``; a number or a scalar tensor.
             Infinite: colour does not count.
@@ -66,13 +67,14 @@ def bilateral_filter(
     Returns:
         ``[B, K, H, W]``, float32 (float64 where values or image are float64); :func:`bilateral_error` tells its error.
         Gradients of the values are those of the approximate W, the gradients of image and sigmas those of the exact one
-        up to the tolerance, by pairs of tiles. NaN and infinity that are not checked
-        (see :func:`~segloss.check_values`) may spread over their image.
+        up to the tolerance, by pairs of tiles. Where values are not checked, on CUDA and under ``torch.compile`` (see
+        :func:`~segloss.check_values`), NaN, infinity and values beyond the limit may give NaN and infinity anywhere in
+        their image.
 
     Raises:
         TypeError: ``values`` or ``image`` that are not floating point, sigmas that are not numbers.
-        ValueError: shapes or devices that do not fit each other, NaN, infinity or values beyond ±1e30, sigmas that are
-            not above 0, ``tolerance`` outside (0, 1), an unknown ``method``, ``backend`` or ``precision``, a
+        ValueError: shapes or devices that do not fit each other, NaN, infinity or values beyond their limit, sigmas
+            that are not above 0, ``tolerance`` outside (0, 1), an unknown ``method``, ``backend`` or ``precision``, a
             ``backend`` that cannot run.
         ToleranceError: a ValueError; ``method="lowrank"`` and an image on which its error is above the tolerance, as
             on noise and strongly textured images.
@@ -87,7 +89,7 @@ def bilateral_filter(
         tensor([[[[4., 4.],
                   [4., 4.]]]])
     """
-    _check_values("values", values)
+    _check_values(values)
     check_guide(image, values, "values")
     plan = make_plan(method, tolerance, backend, precision, image)
     dtype = torch.promote_types(wide_dtype(values), wide_dtype(image))
@@ -131,9 +133,10 @@ def bilateral_error(
         >>> bool(bilateral_error(values, image, bilateral_filter(values, image, tolerance=1e-2)) < 1e-2)
         True
     """
-    _check_values("values", values)
-    _check_values("filtered", filtered)
+    _check_values(values)
+    check_floating("filtered", filtered)
     check_like("filtered", filtered, values.shape, "values", values)
+    check_finite("filtered", filtered)
     check_guide(image, values, "values")
     dtype = torch.promote_types(wide_dtype(values), wide_dtype(image))
     features = guide_features(image.to(dtype), sigma_rgb, sigma_xy).detach()
@@ -141,11 +144,11 @@ def bilateral_error(
     return torch.ops.segloss.bilateral_error(flat, features, result)
 
 
-def _check_values(name: str, values: Tensor) -> None:
-    check_floating(name, values)
+def _check_values(values: Tensor) -> None:
+    check_floating("values", values)
     if values.dim() != 4:
-        raise ValueError(f"{name}: expected [B, K, H, W], got {shape_text(values.shape)}")
-    check_finite(name, values, LARGEST)
+        raise ValueError(f"values: expected [B, K, H, W], got {shape_text(values.shape)}")
+    check_finite("values", values, _LARGEST_WIDE if values.dtype == torch.float64 else LARGEST)
 
 
 def guide_features(image: Tensor, sigma_rgb: float | Tensor, sigma_xy: float | Tensor) -> Tensor:

@@ -17,8 +17,8 @@ def sample_pixels(count: int) -> Tensor:
     One of each of as many stretches of the image, so that they are everywhere, at places that no pattern repeats.
     """
     pixels = min(count, max(_FEWEST, min(_MOST, _PAIRS // max(count, 1))))
-    bounds = torch.arange(pixels + 1) * count // max(pixels, 1)
-    within = torch.arange(pixels, dtype=torch.float64) * _GOLDEN % 1
+    bounds = torch.arange(pixels + 1, device="cpu") * count // max(pixels, 1)
+    within = torch.arange(pixels, dtype=torch.float64, device="cpu") * _GOLDEN % 1
     return bounds[:-1] + (within * bounds.diff()).long()
 
 

@@ -24,9 +24,9 @@ def choose_landmarks(colour: Tensor, residual: float, most: int) -> tuple[Tensor
     Source:
         *Randomly pivoted Cholesky: practical approximation of a kernel matrix with few entry evaluations*.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     count = min(_SAMPLE, colour.shape[1])
-    order = torch.randperm(colour.shape[1], generator=generator)[:count]
+    order = torch.randperm(colour.shape[1], generator=generator, device="cpu")[:count]
     x = colour[:, order.to(colour.device)].t().contiguous()
     left = torch.ones(count, dtype=x.dtype, device=x.device)
     factor = x.new_empty(min(most, count), count)

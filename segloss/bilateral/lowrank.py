@@ -56,9 +56,9 @@ def _axis(length: int, side: float, step: float, cutoff: float) -> Axis:
     widest = int(1.1 * side)
     block = -(-length // -(-length // widest))  # narrower where that fits the image better
     blocks, degree = -(-length // block), min(2, block)
-    place = torch.arange(blocks * block, dtype=torch.float64)
+    place = torch.arange(blocks * block, dtype=torch.float64, device="cpu")
     kernel = torch.exp((place[:, None] - place).mul_(step).square_().div_(-2))
-    powers = (place[:block, None] - (block - 1) / 2) ** torch.arange(degree)
+    powers = (place[:block, None] - (block - 1) / 2) ** torch.arange(degree, device="cpu")
     functions = torch.linalg.qr(powers)[0].t().contiguous()
     kernel = kernel.view(blocks, block, blocks, block)
     projected = torch.einsum("ip,apbq,jq->aibj", functions, kernel, functions)

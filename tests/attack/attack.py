@@ -7,15 +7,19 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
+import scipy.sparse
+import scipy.special  # noqa: F401 - these three add filters of warnings when they are imported
+import sympy  # noqa: F401
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from segloss import _checks, _precision
 from tests.attack.call import Call, shape_of
 from tests.attack.mutations import mutations
 
@@ -23,6 +27,18 @@ EVERY_TENSOR = "every tensor"
 _TOGETHER = ("meta", "torch.float64", "torch.float16", "sparse", "requires grad")
 _HUGE = str(2**62)
 _DRAWN = "random state of torch"
+_RELATIONS = r"to go with|that of|size of|sequence of|of the|as of|as|at least|(of|for) \d+"
+_NAMED = (
+    r"^NAME[:[.]",
+    r'^\w+\[\d+\]\["NAME"\]',  # in a list of predictions
+    rf"\b({_RELATIONS}) NAME\b",
+    r"\] and NAME\b",
+    r"\bNAME=",
+    r"\(see [\w ]*\bNAME\b",
+)
+_TO_EXIT = 60.0  # seconds at least: other work of the machine must not end the process
+
+_T = TypeVar("_T")
 
 Spoil = tuple[str, str]  # the name of an argument and what is done to it
 
@@ -43,14 +59,28 @@ def spoils(call: Call) -> list[Spoil]:
 
 def attack(call: Call, spoilt: list[Spoil], seconds: float = 10.0) -> None:
     """Raises AssertionError where the call neither gives a documented result nor an error that names an argument."""
+    try:
+        _attack(call, spoilt, seconds)
+    except AssertionError as error:
+        error.add_note(f"spoilt: {spoilt}")
+        raise
+
+
+def _attack(call: Call, spoilt: list[Spoil], seconds: float) -> None:
     arguments, names = _spoil(call, spoilt)
+    networks = _modules([call.function, getattr(call.function, "__self__", None), arguments])
+    remembered = [_contents(network) for network in networks]
     copies = [(tensor, tensor.detach().clone(), tensor._version) for tensor in _tensors(arguments)]
     draws = call.random or ("generator" in arguments and arguments["generator"] is None)
     before = _state()
     try:
         with _time_limit(seconds), warnings.catch_warnings():
             warnings.simplefilter("error")
-            result = call.function(**arguments)
+            filters = list(warnings.filters)
+            try:
+                result = call.function(**arguments)
+            finally:
+                changed = ["warning filters"] * (warnings.filters != filters)
             _check_result(call, arguments, result)
     except call.errors:
         pass
@@ -63,11 +93,14 @@ def attack(call: Call, spoilt: list[Spoil], seconds: float = 10.0) -> None:
         raise
     except Exception as error:
         raise AssertionError(f"{type(error).__name__}: {error}") from error
-    changed = [what for what, value in _state().items() if value != before[what] and not (draws and what == _DRAWN)]
+    changed += [what for what, value in _state().items() if value != before[what] and not (draws and what == _DRAWN)]
     assert not changed, f"changed: {', '.join(changed)}"
+    for network, contents in zip(networks, remembered, strict=True):
+        for what, value in _contents(network).items():
+            assert _same(value, contents[what]), f"{what} of a network changed"
     for tensor, copy, version in copies:
         assert tensor._version == version, "an argument was written into"
-        assert tensor.is_meta or _equal(tensor.detach(), copy), "an argument was written into"
+        assert _equal(tensor.detach(), copy), "an argument was written into"
         assert not tensor.is_leaf or tensor.grad is None, "an argument got a gradient"
 
 
@@ -80,18 +113,22 @@ def _spoil(call: Call, spoilt: list[Spoil]) -> tuple[dict[str, Any], set[str]]:
             if (name == target or together) and (make := mutations(value).get(way)):
                 arguments[name] = make()
                 names.add(name)
-        if way == "meta":
-            names.update(("device", "meta"))
     return arguments, names
 
 
 def _names_one(names: set[str], message: str) -> bool:
-    return any(re.search(rf"\b{re.escape(name)}\b", message) for name in names)
+    """At its beginning, or as what the argument there does not fit."""
+    return any(re.search(way.replace("NAME", re.escape(name)), message) for name in names for way in _NAMED)
 
 
 def _check_result(call: Call, arguments: dict[str, Any], result: Any) -> None:
-    accepted = [name for name in call.finite if not _finite(arguments[name])]
+    accepted = [name for name, value in arguments.items() if not _allowed(call, name, value)]
     assert not accepted, f"NaN or infinity was accepted in {accepted}"
+    devices, dtypes = ({getattr(t, what) for t in _tensors(arguments)} for what in ("device", "dtype"))
+    for tensor in _tensors(result):
+        assert not devices or tensor.device in devices, f"a result on {tensor.device} of arguments on {devices}"
+        wide = tensor.dtype == torch.float64 and torch.float64 not in dtypes
+        assert not wide, "a float64 result of narrower arguments"
     if call.shape is not None:
         assert shape_of(result) == (expected := call.shape(arguments)), f"{shape_of(result)} instead of {expected}"
     if not all(_finite(value) for value in arguments.values()):
@@ -105,11 +142,35 @@ def _check_result(call: Call, arguments: dict[str, Any], result: Any) -> None:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    """The tensors in nested sequences and mappings."""
-    if isinstance(value, Tensor):
+    return _found(value, Tensor)
+
+
+def _modules(value: Any) -> list[nn.Module]:
+    return _found(value, nn.Module)
+
+
+def _found(value: Any, kind: type[_T]) -> list[_T]:
+    """All of this kind in nested sequences and mappings."""
+    if isinstance(value, kind):
         return [value]
-    parts = list(value.values()) if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else []
-    return [tensor for part in parts for tensor in _tensors(part)]
+    return [found for part in _parts(value) for found in _found(part, kind)]
+
+
+def _parts(value: Any) -> Sequence[Any]:
+    return list(value.values()) if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else []
+
+
+def _allowed(call: Call, name: str, value: Any) -> bool:
+    """Whether an argument may be accepted as far as NaN and infinity go."""
+    if name in call.infinite:
+        value = _without_infinity(value)
+    return name in call.any_value or _finite(value)
+
+
+def _without_infinity(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.masked_fill(value == torch.inf, 0)
+    return 0 if isinstance(value, (float, np.floating)) and value == math.inf else value
 
 
 def _finite(value: Any) -> bool:
@@ -119,11 +180,37 @@ def _finite(value: Any) -> bool:
         return value.dtype.kind not in "fc" or bool(np.isfinite(value).all())
     if isinstance(value, (float, complex, np.floating)):
         return math.isfinite(abs(value))
-    parts = list(value.values()) if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else []
-    return all(_finite(part) for part in parts)
+    return all(_finite(part) for part in _parts(value))
+
+
+def _contents(network: nn.Module) -> dict[str, Any]:
+    """All that a call may not change in the network of a user."""
+    tensors = dict(network.named_parameters()) | dict(network.named_buffers())
+    return {
+        "parameters or buffers": {name: tensor.detach().clone() for name, tensor in tensors.items()},
+        "requires_grad": {name: tensor.requires_grad for name, tensor in tensors.items()},
+        "gradients": {
+            name: None if (grad := tensor.grad) is None else grad.clone() for name, tensor in tensors.items()
+        },
+        "training modes": [module.training for module in network.modules()],
+        "hooks": [
+            len(hooks)
+            for module in network.modules()
+            for name, hooks in vars(module).items()
+            if name.endswith("_hooks")
+        ],
+    }
+
+
+def _same(value: Any, other: Any) -> bool:
+    if isinstance(value, dict):
+        return value.keys() == other.keys() and all(_same(part, other[name]) for name, part in value.items())
+    return _equal(value, other) if isinstance(value, Tensor) and isinstance(other, Tensor) else value == other
 
 
 def _equal(tensor: Tensor, copy: Tensor) -> bool:
+    if tensor.shape != copy.shape or tensor.is_meta:
+        return tensor.shape == copy.shape
     if tensor.is_sparse:
         tensor, copy = tensor.to_dense(), copy.to_dense()
     return bool(((tensor == copy) | ((tensor != tensor) & (copy != copy))).all())  # NaN is in its place
@@ -139,7 +226,9 @@ def _state() -> dict[str, Any]:
         "anomaly mode": torch.is_anomaly_enabled(),
         "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
         "autocast": torch.is_autocast_enabled("cpu"),
-        "warning filters": list(warnings.filters),
+        "default device": torch.get_default_device(),
+        "precision of products": _precision._get(),
+        "check_values": _checks._always,
         _DRAWN: torch.get_rng_state().numpy().tobytes(),
         "random state of NumPy": np.random.get_state()[1].tobytes(),  # noqa: NPY002
         "random state of Python": random.getstate(),
@@ -155,7 +244,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
     previous = signal.signal(signal.SIGALRM, give_up)
     signal.setitimer(signal.ITIMER_REAL, seconds)
-    faulthandler.dump_traceback_later(6 * seconds, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(max(_TO_EXIT, 6 * seconds), exit=True, file=sys.__stderr__)
     try:
         yield
     finally:

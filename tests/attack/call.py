@@ -13,8 +13,9 @@ class Call:
     """A public function with valid arguments, all of which are passed by name.
 
     ``shape`` gives the documented shape of the result from the arguments that were accepted, in the form of
-    :func:`shape_of`; None where the result has none (a module, a figure). ``finite`` names the arguments in which NaN
-    and infinity are refused; ``fixed`` those that are never spoilt: a user's network, callables; ``counts`` those that
+    :func:`shape_of`; None where the result has none (a module, a figure). NaN and infinity are refused in all
+    arguments, but for those named by ``infinite``, which are documented to take infinity, and ``any_value``, which take
+    NaN too. ``fixed`` are those that are never spoilt: a user's network, callables; ``counts`` those that
     time or memory grows with, for which huge numbers are not tried. ``errors`` are documented errors besides TypeErrors
     and ValueErrors that name an argument. ``random`` functions draw from the global source of randomness; others may do
     so only where their ``generator`` is None.
@@ -23,7 +24,8 @@ class Call:
     function: Callable[..., Any]
     arguments: dict[str, Any]
     shape: Callable[[dict[str, Any]], Any] | None = None
-    finite: tuple[str, ...] = ()
+    infinite: tuple[str, ...] = ("sigma_rgb", "sigma_xy", "smooth_sigma_xy")  # a kernel that is 1 everywhere
+    any_value: tuple[str, ...] = ()
     fixed: tuple[str, ...] = ()
     counts: tuple[str, ...] = ()
     errors: tuple[type[Exception], ...] = ()

@@ -102,7 +102,7 @@ def known(function: Callable[..., Any]) -> Callable[..., Any]:
     def clean(value: Any) -> Any:
         if isinstance(value, tuple):
             return [clean(part) for part in value]
-        return torch.as_tensor(value).nan_to_num(nan=0)
+        return (value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")).nan_to_num(nan=0)
 
     return lambda **arguments: clean(function(**arguments))
 
@@ -127,16 +127,16 @@ def split() -> Call:
 
 def cam() -> Call:
     arguments = {"clf": network(), "images": images(), "classes": [[0, 2], [1]], "norm": "relu_max"}
-    return Call(segattr.cam, arguments, maps_of, finite=("images",))
+    return Call(segattr.cam, arguments, maps_of)
 
 
 def grad_cam() -> Call:
     arguments = {"clf": network(), "images": images(), "classes": [0, 2], "layer": "1", "pool": False, "norm": "max"}
-    return Call(segattr.grad_cam, arguments, maps_of, finite=("images",))
+    return Call(segattr.grad_cam, arguments, maps_of)
 
 
 def normalize() -> Call:
-    return Call(segattr.normalize, {"maps": rand(2, 3, 5, 4) - 0.5, "mode": "minmax"}, like("maps"), finite=("maps",))
+    return Call(segattr.normalize, {"maps": rand(2, 3, 5, 4) - 0.5, "mode": "minmax"}, like("maps"))
 
 
 def multiscale() -> Call:
@@ -146,7 +146,6 @@ def multiscale() -> Call:
         segattr.multiscale,
         arguments,
         lambda arguments: maps_of({**arguments, "classes": None}),
-        finite=("images",),
         fixed=("method",),
     )
 
@@ -165,7 +164,7 @@ def advcam() -> Call:
         "reference": False,
         "chunk": 2,
     }
-    return Call(segattr.advcam, arguments, maps_of, finite=("images",), counts=("steps",))
+    return Call(segattr.advcam, arguments, maps_of, counts=("steps",))
 
 
 def gndrp() -> Call:
@@ -175,7 +174,7 @@ def gndrp() -> Call:
         pooled, maps = arguments["features_or_maps"].shape, arguments["maps"].shape
         return tuple(maps[:2]) if pooled == maps else (*maps[:2], pooled[1])
 
-    return Call(segattr.gndrp, arguments, shape, finite=("features_or_maps", "maps"))
+    return Call(segattr.gndrp, arguments, shape)
 
 
 def rib() -> Call:
@@ -195,7 +194,7 @@ def rib() -> Call:
         "stop": False,
         "reference": False,
     }
-    return Call(segattr.rib, arguments, maps_of, finite=("images",), counts=("steps",))
+    return Call(segattr.rib, arguments, maps_of, counts=("steps",))
 
 
 def ficklenet() -> Call:
@@ -212,7 +211,6 @@ def ficklenet() -> Call:
         segattr.ficklenet,
         arguments,
         lambda arguments: (len(arguments["features"]), *arguments["features"].shape[2:]),
-        finite=("features",),
         counts=("passes",),
     )
 
@@ -223,7 +221,6 @@ def stochastic_conv2d() -> Call:
         module(segattr.StochasticConv2d),
         {**arguments, "features": rand(2, 4, 6, 5), "generator": generator()},
         lambda arguments: (len(arguments["features"]), arguments["classes"], *arguments["features"].shape[2:]),
-        finite=("features",),
         fixed=("in_channels",),  # which the features tell
         counts=("classes", "kernel"),
         random=True,  # the first weights
@@ -252,7 +249,6 @@ def bbam() -> Call:
         segattr.bbam,
         arguments,
         lambda arguments: (len(arguments["boxes"]), *arguments["image"].shape[1:]),
-        finite=("image", "boxes", "mean"),
         counts=("steps", "proposals"),
     )
 
@@ -264,7 +260,6 @@ def bbam_of_proposals() -> Call:
         segattr.bbam,
         arguments,
         lambda arguments: (len(arguments["boxes"]), *arguments["image"].shape[1:]),
-        finite=("image", "boxes"),
         counts=("steps",),
     )
 
@@ -278,7 +273,7 @@ def positive_proposals() -> Call:
         "decode": None,
         "generator": generator(),
     }
-    return Call(segattr.positive_proposals, arguments, finite=("image", "boxes"), counts=("count",))
+    return Call(segattr.positive_proposals, arguments, counts=("count",))
 
 
 # --- LRP
@@ -290,10 +285,8 @@ def heatmaps(arguments: dict[str, Any]) -> Any:
 
 
 def unroll() -> Call:
-    net = network()
-
-    def call(x: Any, classes: Any, **settings: Any) -> Any:
-        return lrp.unroll(net, **settings)(x, classes)
+    def call(model: Any, x: Any, classes: Any, **settings: Any) -> Any:
+        return lrp.unroll(model, **settings)(x, classes)
 
     settings = {
         "activations": "tied",
@@ -304,23 +297,24 @@ def unroll() -> Call:
         "epsilon": 0.1,
         "chunk": 2,
     }
-    return Call(call, {"x": images(), "classes": [0, 2], **settings}, heatmaps, finite=("x",))
+    arguments = {"model": network(), "x": images(), "classes": [0, 2]}
+    return Call(call, arguments | settings, heatmaps, fixed=("model",))
 
 
 def unrolled_lrp() -> Call:
     unrolled = lrp.unroll(network())
-    return Call(unrolled, {"x": images(), "classes": [[0, 2], [1]]}, heatmaps, finite=("x",), fixed=("x",))
+    return Call(unrolled, {"x": images(), "classes": [[0, 2], [1]]}, heatmaps, fixed=("x",))
 
 
 def ledger() -> Call:
     unrolled = lrp.unroll(network())
     assert isinstance(unrolled, lrp.UnrolledLRP)
-    return Call(unrolled.ledger, {"x": images()}, lambda arguments: [(len(arguments["x"]), CLASSES)] * 2, finite=("x",))
+    return Call(unrolled.ledger, {"x": images()}, lambda arguments: [(len(arguments["x"]), CLASSES)] * 2)
 
 
 def free_decoder() -> Call:
     decoder = lrp.unroll(network(), weights="free", upsampling="nearest", skip="concat").eval()
-    return Call(decoder, {"x": images(), "classes": None}, heatmaps, finite=("x",))
+    return Call(decoder, {"x": images(), "classes": None}, heatmaps)
 
 
 def adjoint() -> Call:
@@ -350,7 +344,7 @@ def heatmap_loss(function: Callable[..., Tensor]) -> Call:
         "background_weight": 0.5,
         "ignore_index": 255,
     }
-    return Call(function, arguments, lambda arguments: (), finite=("heatmaps", "scores"))
+    return Call(function, arguments, lambda arguments: ())
 
 
 def labelled_subset() -> Call:
@@ -391,14 +385,12 @@ def high_gradient_ratio() -> Call:
     def shape(arguments: dict[str, Any]) -> Any:
         return tuple(arguments["regions"].shape[:-2])
 
-    return Call(known(metrics.high_gradient_ratio), arguments, shape, finite=("gradients", "scale"))
+    return Call(known(metrics.high_gradient_ratio), arguments, shape)
 
 
 def pointing_game() -> Call:
     arguments = {"maps": rand(2, 3, 6, 5), "masks": masks(2, 3, 6, 5), "tolerance": 2.0}
-    return Call(
-        known(metrics.pointing_game), arguments, lambda arguments: tuple(arguments["maps"].shape[:2]), finite=("maps",)
-    )
+    return Call(known(metrics.pointing_game), arguments, lambda arguments: tuple(arguments["maps"].shape[:2]))
 
 
 def of_maps() -> dict[str, Any]:
@@ -418,7 +410,7 @@ def best_threshold(arguments: dict[str, Any]) -> Any:
 
 
 def best_threshold_miou() -> Call:
-    return Call(known(metrics.best_threshold_miou), of_maps(), best_threshold, finite=("maps", "thresholds"))
+    return Call(known(metrics.best_threshold_miou), of_maps(), best_threshold)
 
 
 def threshold_sweep() -> Call:
@@ -428,7 +420,7 @@ def threshold_sweep() -> Call:
         return sweep.compute()
 
     arguments = of_maps() | {"classes": CLASSES, "device": "cpu"}
-    return Call(known(call), arguments, best_threshold, finite=("maps", "thresholds"), counts=("classes",))
+    return Call(known(call), arguments, best_threshold, counts=("classes",))
 
 
 def of_instances(function: Callable[..., Any]) -> Call:
@@ -447,8 +439,8 @@ def of_instances(function: Callable[..., Any]) -> Call:
         "scores": torch.tensor([0.9, 0.2]),
     }
     if function is metrics.average_precision:
-        return Call(call, {**arguments, "threshold": 0.5}, lambda arguments: [(), (1,), (1,)], finite=("scores",))
-    return Call(call, arguments, lambda arguments: [(), (1,), (1,)])
+        return Call(call, {**arguments, "threshold": 0.5}, lambda arguments: [(), (1,), (1,)])
+    return Call(call, arguments, lambda arguments: [(), (1,), (1,)], any_value=("scores",))  # which it does not use
 
 
 def per_class() -> Call:
@@ -482,16 +474,12 @@ def dense_crf() -> Call:
         "tolerance": 1e-2,
         "backend": "auto",
     }
-    return Call(
-        refine.dense_crf, arguments, like("probabilities"), finite=("probabilities", "image"), counts=("iterations",)
-    )
+    return Call(refine.dense_crf, arguments, like("probabilities"), counts=("iterations",))
 
 
 def published_crf(settings: refine.CRFSettings) -> Call:
     arguments = {"probabilities": rand(1, CLASSES, 6, 5), "image": rand(1, 3, 6, 5), **settings}
-    return Call(
-        refine.dense_crf, arguments, like("probabilities"), finite=("probabilities", "image"), counts=("iterations",)
-    )
+    return Call(refine.dense_crf, arguments, like("probabilities"), counts=("iterations",))
 
 
 def label_probabilities() -> Call:
@@ -509,7 +497,7 @@ def grow_seeds() -> Call:
     seeds[:, 2, 2] = 1
     arguments = {"seeds": seeds, "probabilities": rand(2, CLASSES, 6, 5)}
     settings = {"foreground": 0.85, "background": 0.99, "ignore_index": 255}
-    return Call(refine.grow_seeds, arguments | settings, like("seeds"), finite=("probabilities",))
+    return Call(refine.grow_seeds, arguments | settings, like("seeds"))
 
 
 def instance_masks() -> Call:
@@ -524,7 +512,7 @@ def instance_masks() -> Call:
         "crf": {**refine.BBAM_CRF, "iterations": 1},
         "ignore_index": 255,
     }
-    return Call(refine.instance_masks, arguments, like("bbams"), finite=("bbams", "boxes", "image"))
+    return Call(refine.instance_masks, arguments, like("bbams"))
 
 
 def semantic_labels() -> Call:
@@ -539,7 +527,7 @@ def merge_proposals() -> Call:
 def pseudo_labels() -> Call:
     arguments = {"maps": rand(2, CLASSES, 6, 5), "tags": tags(), "size": (8, 7)}
     settings = {"foreground": 0.3, "background": 0.05, "ignore_index": 255}
-    return Call(refine.pseudo_labels, arguments | settings, of_labels, finite=("maps",), counts=("size",))
+    return Call(refine.pseudo_labels, arguments | settings, of_labels, counts=("size",))
 
 
 def pseudo_labels_of_lists() -> Call:
@@ -555,7 +543,7 @@ def random_walk() -> Call:
         "steps": 3,
         "boundary": rand(2, 1, 3, 2),
     }
-    return Call(refine.random_walk, arguments, like("maps"), finite=("maps", "affinity", "boundary"), counts=("steps",))
+    return Call(refine.random_walk, arguments, like("maps"), counts=("steps",))
 
 
 # --- pictures
@@ -563,17 +551,17 @@ def random_walk() -> Call:
 
 def overlay() -> Call:
     arguments = {"image": rand(3, HEIGHT, WIDTH), "values": rand(4, 3), "alpha": 0.5}
-    return Call(plot.overlay, arguments, like("image"), finite=("image", "values"))
+    return Call(plot.overlay, arguments, like("image"))
 
 
 def map_grid() -> Call:
     arguments = {"images": rand(1, 3, 4, 3), "maps": {"CAM": rand(1, 4, 3)}, "alpha": 0.5}
-    return Call(plot.map_grid, arguments, finite=("images",))
+    return Call(plot.map_grid, arguments)
 
 
 def size_grid() -> Call:
     arguments = {"image": rand(3, 4, 3), "columns": 3, "rows": 2}
-    return Call(plot.size_grid, arguments, finite=("image",))
+    return Call(plot.size_grid, arguments)
 
 
 CALLS: dict[str, Callable[[], Call]] = {

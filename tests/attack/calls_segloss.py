@@ -58,7 +58,7 @@ def scalar(_: Arguments) -> tuple[int, ...]:
 def size_loss(function: Callable[..., Any], target: Callable[[], Arguments], **settings: Any) -> Callable[[], Call]:
     def make() -> Call:
         arguments = {"logits": logits(), **target(), "valid": valid(), **settings, **REDUCTION}
-        return Call(function, arguments, per_image("logits"), finite=("logits", *target()))
+        return Call(function, arguments, per_image("logits"))
 
     return make
 
@@ -66,7 +66,7 @@ def size_loss(function: Callable[..., Any], target: Callable[[], Arguments], **s
 def potts(function: Callable[..., Any], **settings: Any) -> Callable[[], Call]:
     def make() -> Call:
         arguments = {"logits": logits(), "image": image(), "sigma_rgb": 0.2, "valid": valid(), "from_logits": True}
-        return Call(function, arguments | REDUCTION | settings, per_image("logits"), finite=("logits", "image"))
+        return Call(function, arguments | REDUCTION | settings, per_image("logits"))
 
     return make
 
@@ -95,7 +95,7 @@ def sampling(function: Callable[..., Any], **settings: Any) -> Callable[[], Call
     def make() -> Call:
         arguments = {"scores": logits(), "tags": tags(), "samples": 4, "generator": torch.Generator(), **REDUCTION}
         arguments |= {"mode": "sample", "posterior": "binomial"} | settings
-        return Call(function, arguments, per_image("scores"), finite=("scores",))
+        return Call(function, arguments, per_image("scores"))
 
     return make
 
@@ -104,7 +104,7 @@ def picked(function: Callable[..., Any]) -> Callable[[], Call]:
     def make() -> Call:
         arguments = {"scores": logits(), "tags": tags(), "indices": torch.randint(0, H * W, (B, K, 4)), **REDUCTION}
         arguments |= {"generator": torch.Generator()}
-        return Call(function, arguments, per_image("scores"), finite=("scores",))
+        return Call(function, arguments, per_image("scores"))
 
     return make
 
@@ -113,7 +113,7 @@ def similarity(function: Callable[..., Any], **settings: Any) -> Callable[[], Ca
     def make() -> Call:
         arguments = {"scores": logits(), "image": torch.rand(B, 3, 8, 7), "tags": tags(), "gate": "max", "sigma": 2.0}
         arguments |= {"mu": 2.5, "window": 3, "window_shape": "square", "background": False} | REDUCTION | settings
-        return Call(function, arguments, per_image("scores"), finite=("scores", "image", "sigma", "mu"))
+        return Call(function, arguments, per_image("scores"))
 
     return make
 
@@ -121,7 +121,7 @@ def similarity(function: Callable[..., Any], **settings: Any) -> Callable[[], Ca
 def neighbours(function: Callable[..., Any], first: str, channels: int, **settings: Any) -> Callable[[], Call]:
     def make() -> Call:
         arguments = {first: torch.randn(B, channels, H, W), "labels": labels(), "radius": 2.5, "ignore_index": 255}
-        return Call(function, arguments | {"crop": False} | settings, scalar, finite=(first, "radius"))
+        return Call(function, arguments | {"crop": False} | settings, scalar)
 
     return make
 
@@ -133,7 +133,7 @@ def sparse_affinity(function: Callable[..., Any], first: str, channels: int, **s
 
     def make() -> Call:
         arguments = {first: torch.rand(B, channels, H, W), "radius": 2.5, **settings}
-        return Call(function, arguments, shape, finite=(first, "radius"))
+        return Call(function, arguments, shape)
 
     return make
 
@@ -143,7 +143,7 @@ def filtering(**settings: Any) -> Callable[[], Call]:
         arguments = {"values": torch.randn(B, K, H, W), "image": image(), "sigma_rgb": 0.2, "sigma_xy": 3.0}
         arguments |= {"method": "exact", "tolerance": 0.01, "backend": "auto", "precision": "auto"} | settings
         errors = (segloss.ToleranceError,) if settings.get("method") == "lowrank" else ()
-        return Call(segloss.bilateral_filter, arguments, of("values"), ("values", "image"), errors=errors)
+        return Call(segloss.bilateral_filter, arguments, of("values"), errors=errors)
 
     return make
 
@@ -152,8 +152,7 @@ def noise() -> Call:
     """Low rank cannot follow noise to this tolerance: the documented ToleranceError."""
     arguments = {"values": torch.randn(1, 2, 9, 9), "image": torch.rand(1, 3, 9, 9)}
     arguments |= {"sigma_rgb": 0.02, "sigma_xy": 8.0, "method": "lowrank", "tolerance": 1e-4}
-    finite = ("values", "image")
-    return Call(segloss.bilateral_filter, arguments, of("values"), finite=finite, errors=(segloss.ToleranceError,))
+    return Call(segloss.bilateral_filter, arguments, of("values"), errors=(segloss.ToleranceError,))
 
 
 def of(first: str) -> Callable[[Arguments], tuple[int, ...]]:
@@ -174,7 +173,7 @@ def distance(function: Callable[..., Any], **settings: Any) -> Callable[[], Call
     def make() -> Call:
         arguments = {"features": centres(B), "tags": tags(), "centres": centres(K), "ood": centres(5), "top": 0.4}
         arguments |= {"scope": "image", "squared": False} | REDUCTION | settings
-        return Call(function, arguments, per_image("features"), finite=("features", "centres", "ood"))
+        return Call(function, arguments, per_image("features"))
 
     return make
 
@@ -234,20 +233,15 @@ def simple(
     function: Callable[..., Any],
     arguments: Callable[[], Arguments],
     shape: Callable[[Arguments], Any] | None,
-    finite: tuple[str, ...],
 ) -> Callable[[], Call]:
-    return lambda: Call(function, arguments(), shape, finite)
+    return lambda: Call(function, arguments(), shape)
 
-
-ON_LOGITS = (per_image("logits"), ("logits",))
-REFINED = (per_image("logits"), ("logits", "refined"))
-BALANCED = (scalar, ("logits", "prior"))
 
 CALLS: Calls = {
     "segloss.AffinityLoss": neighbours(module(segloss.AffinityLoss), "features", 6, distance="mean", floor=1e-6),
-    "segloss.BalanceKL": simple(module(segloss.BalanceKL), prior, *BALANCED),
-    "segloss.BalancedSeeding": simple(module(segloss.BalancedSeeding), seeding, *ON_LOGITS),
-    "segloss.BoundaryConstraint": simple(module(segloss.BoundaryConstraint), boundary, *REFINED),
+    "segloss.BalanceKL": simple(module(segloss.BalanceKL), prior, scalar),
+    "segloss.BalancedSeeding": simple(module(segloss.BalancedSeeding), seeding, per_image("logits")),
+    "segloss.BoundaryConstraint": simple(module(segloss.BoundaryConstraint), boundary, per_image("logits")),
     "segloss.FeatureSimilarity": similarity(module(segloss.FeatureSimilarity)),
     "segloss.FlatBarrier": size_loss(module(segloss.FlatBarrier), with_tags, floor=0.2, flat="below"),
     "segloss.GridPotts": potts(module(segloss.GridPotts), connectivity=4),
@@ -259,12 +253,12 @@ CALLS: Calls = {
     "segloss.OODClusters": distance(module(segloss.OODClusters)),
     "segloss.OODClusters.from_features": lambda: Call(segloss.OODClusters.from_features, clusters()),
     "segloss.OODClusters.refit": lambda: Call(refit, features_of_all()),
-    "segloss.PartialCrossEntropy": simple(module(segloss.PartialCrossEntropy), cross_entropy, *ON_LOGITS),
+    "segloss.PartialCrossEntropy": simple(module(segloss.PartialCrossEntropy), cross_entropy, per_image("logits")),
     "segloss.PathAffinityLoss": neighbours(module(segloss.PathAffinityLoss), "boundary_logits", 1, eps=1e-5),
     "segloss.PottsCRF": dense(module(segloss.PottsCRF)),
-    "segloss.RIBMargin": simple(module(segloss.RIBMargin), margin, *ON_LOGITS),
+    "segloss.RIBMargin": simple(module(segloss.RIBMargin), margin, per_image("logits")),
     "segloss.ReverseSizeKL": size_loss(module(segloss.ReverseSizeKL), with_sizes, floor=1e-8),
-    "segloss.SizeBarrier": simple(module(segloss.SizeBarrier), bounds, *ON_LOGITS),
+    "segloss.SizeBarrier": simple(module(segloss.SizeBarrier), bounds, per_image("logits")),
     "segloss.SizeKL": size_loss(module(segloss.SizeKL), with_sizes),
     "segloss.Suppression": size_loss(module(segloss.Suppression), with_tags),
     "segloss.ToleranceError": noise,
@@ -272,48 +266,45 @@ CALLS: Calls = {
     "segloss.affinity_loss": neighbours(segloss.affinity_loss, "features", 6, distance="sum", floor=1e-6),
     "segloss.annotation_cost": lambda: Call(segloss.annotation_cost, {"images": 100, "positive_rate": 0.2}, scalar),
     "segloss.average_prediction": lambda: Call(
-        segloss.average_prediction, {"logits": logits(), "valid": valid()}, rows("logits"), ("logits",)
+        segloss.average_prediction, {"logits": logits(), "valid": valid()}, rows("logits")
     ),
-    "segloss.balance_kl": simple(segloss.balance_kl, prior, *BALANCED),
-    "segloss.balanced_seeding": simple(segloss.balanced_seeding, seeding, *ON_LOGITS),
+    "segloss.balance_kl": simple(segloss.balance_kl, prior, scalar),
+    "segloss.balanced_seeding": simple(segloss.balanced_seeding, seeding, per_image("logits")),
     "segloss.bilateral_error": lambda: Call(
         segloss.bilateral_error,
         {"values": logits(), "image": image(), "filtered": logits(), "sigma_rgb": 0.2, "sigma_xy": 3.0},
         lambda arguments: (len(arguments["values"]),),
-        ("values", "image", "filtered"),
     ),
     "segloss.bilateral_filter": filtering(),
     "segloss.bilateral_filter blocksparse": filtering(method="blocksparse"),
     "segloss.bilateral_filter lowrank": filtering(method="lowrank"),
     "segloss.bilateral_filter tensors": filtering(sigma_rgb=torch.tensor(0.2), sigma_xy=torch.tensor(3.0)),
-    "segloss.boundary_constraint": simple(segloss.boundary_constraint, boundary, *REFINED),
+    "segloss.boundary_constraint": simple(segloss.boundary_constraint, boundary, per_image("logits")),
     "segloss.check_values": lambda: Call(check_values_and_back, {"enabled": True}),
     "segloss.class_balanced_weights": lambda: Call(
         segloss.class_balanced_weights,
         {"counts": torch.tensor([1000.0, 10.0, 1.0]), "beta": 0.99, "normalize": True},
         of("counts"),
-        ("beta",),
+        infinite=("counts",),
     ),
     "segloss.class_centres": lambda: Call(
         segloss.class_centres,
         {"features": centres(B), "tags": tags()},
         lambda arguments: (arguments["tags"].shape[1], arguments["features"].shape[1]),
-        ("features",),
     ),
     "segloss.confidence_gate": lambda: Call(
         segloss.confidence_gate,
         {"logits": logits(), "labels": labels(), "ignore_index": 255, "from_logits": True},
         lambda arguments: (len(arguments["logits"]), *arguments["logits"].shape[2:]),
-        ("logits",),
     ),
     "segloss.corrupt_sizes": lambda: Call(
-        segloss.corrupt_sizes, {"sizes": sizes(), "sigma": 0.5, "generator": torch.Generator()}, of("sizes"), ("sizes",)
+        segloss.corrupt_sizes, {"sizes": sizes(), "sigma": 0.5, "generator": torch.Generator()}, of("sizes")
     ),
     "segloss.denormalize": lambda: Call(
         segloss.denormalize,
         {"image": image(), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.2)},
         of("image"),
-        ("mean", "std"),
+        any_value=("image",),
     ),
     "segloss.feature_affinity": sparse_affinity(segloss.feature_affinity, "features", 6, distance="sum"),
     "segloss.feature_similarity": similarity(segloss.feature_similarity),
@@ -334,26 +325,24 @@ CALLS: Calls = {
     "segloss.importance_sampling multinomial": sampling(segloss.importance_sampling, posterior="multinomial"),
     "segloss.log_barrier": size_loss(segloss.log_barrier, with_tags),
     "segloss.max_normalize": lambda: Call(
-        segloss.max_normalize, {"scores": logits(), "detach_maximum": False}, of("scores"), ("scores",)
+        segloss.max_normalize, {"scores": logits(), "detach_maximum": False}, of("scores")
     ),
     "segloss.mean_relative_error": lambda: Call(
-        segloss.mean_relative_error, {"sizes": sizes(), "exact": sizes()}, scalar, ("sizes", "exact")
+        segloss.mean_relative_error, {"sizes": sizes(), "exact": sizes()}, scalar
     ),
     "segloss.ood_centres": lambda: Call(
         segloss.ood_centres,
         {"features": centres(9), "clusters": 2, "generator": torch.Generator()},
         lambda arguments: (arguments["clusters"], arguments["features"].shape[1]),
-        ("features",),
     ),
     "segloss.ood_classification": lambda: Call(
         segloss.ood_classification,
         {"logits": torch.randn(B, K), "tags": tags(), "ood_logits": torch.randn(4, K), "ood_weight": 0.5},
         scalar,
-        ("logits", "ood_logits"),
     ),
     "segloss.ood_distance": distance(segloss.ood_distance),
     "segloss.ood_distance batch": distance(segloss.ood_distance, scope="batch", squared=True),
-    "segloss.partial_cross_entropy": simple(segloss.partial_cross_entropy, cross_entropy, *ON_LOGITS),
+    "segloss.partial_cross_entropy": simple(segloss.partial_cross_entropy, cross_entropy, per_image("logits")),
     "segloss.path_affinity": sparse_affinity(segloss.path_affinity, "boundary", 1),
     "segloss.path_affinity_loss": neighbours(segloss.path_affinity_loss, "boundary_logits", 1, eps=1e-5),
     "segloss.potts_crf": dense(segloss.potts_crf),
@@ -363,18 +352,15 @@ CALLS: Calls = {
     "segloss.potts_crf probabilities": potts(
         segloss.potts_crf, **DENSE, logits=torch.rand(B, K, H, W).softmax(1), from_logits=False
     ),
-    "segloss.rank_hard_ood": lambda: Call(
-        segloss.rank_hard_ood, {"probabilities": torch.rand(7, K), "threshold": 0.5}, finite=("probabilities",)
-    ),
+    "segloss.rank_hard_ood": lambda: Call(segloss.rank_hard_ood, {"probabilities": torch.rand(7, K), "threshold": 0.5}),
     "segloss.reverse_size_kl": size_loss(segloss.reverse_size_kl, with_sizes, floor=1e-8),
-    "segloss.rib_margin": simple(segloss.rib_margin, margin, *ON_LOGITS),
+    "segloss.rib_margin": simple(segloss.rib_margin, margin, per_image("logits")),
     "segloss.sample_pixels": lambda: Call(
         segloss.sample_pixels,
         {"scores": logits(), "samples": 4, "posterior": "binomial", "generator": torch.Generator()},
         lambda arguments: (*arguments["scores"].shape[:2], arguments["samples"]),
-        ("scores",),
     ),
-    "segloss.size_barrier": simple(segloss.size_barrier, bounds, *ON_LOGITS),
+    "segloss.size_barrier": simple(segloss.size_barrier, bounds, per_image("logits")),
     "segloss.size_kl": size_loss(segloss.size_kl, with_sizes),
     "segloss.sizes_from_labels": lambda: Call(
         segloss.sizes_from_labels,
@@ -386,7 +372,6 @@ CALLS: Calls = {
         segloss.window_mass,
         {"image": image(), "sigma_rgb": 0.2, "sigma_xy": 3.0, "radius": 2},
         lambda arguments: (len(arguments["image"]),),
-        ("image",),
     ),
     "segloss.windowed_potts": potts(segloss.windowed_potts, **WINDOW),
 }

@@ -26,7 +26,11 @@ def mutations(value: Any) -> Mutations:
         numbers = {"1": 1, "0.0": 0.0, "a NumPy bool": np.bool_(value), "the other one": not value}
     elif isinstance(value, int):
         numbers = {f"{n}": n for n in (-(2**70), -1, 0, 1, 2, 2**62, 2**70, 0.5, 2.5, np.nan, True)}
-        numbers |= {"a NumPy int": np.int64(value), "a tensor": torch.tensor(value)}
+        numbers |= {
+            "a NumPy int": np.int64(value),
+            "2^64-1 of NumPy": np.uint64(2**64 - 1),
+            "a tensor": torch.tensor(value),
+        }
     elif isinstance(value, float):
         numbers = _NUMBERS | {f"{n}": n for n in (-1.0, 0.0, -0.0, 0, 1, 2**70, 1e-300, 1e300, 5e-324, True, 1j)}
         numbers |= {"a NumPy float": np.float32(value), "a tensor": torch.tensor(value), "a vector": torch.ones(2)}

@@ -18,6 +18,7 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.rpn import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign, box_iou
+from torchvision.tv_tensors import BoundingBoxes
 
 from segattr._proposals import _decode
 from segattr.bbam import (
@@ -87,6 +88,10 @@ def faster_rcnn(levels: int = 1) -> Any:
         box_predictor=FastRCNNPredictor(8, 4),
     )
     return randomise(model).double().eval()
+
+
+def of_format(name: str) -> Any:
+    return BoundingBoxes([[2.0, 3, 17, 20]], format=name, canvas_size=(30, 40))  # type: ignore[call-overload]
 
 
 def picture(*size: int) -> Tensor:
@@ -637,6 +642,13 @@ def test_memory_does_not_grow() -> None:
         ({"sparsity": float("inf")}, ValueError, "sparsity: expected a finite number of at least 0"),
         ({"heads": "box"}, TypeError, 'heads: expected a sequence of "box" and "cls", got \'box\''),
         ({"heads": ()}, ValueError, r'heads: expected "box", "cls" or both, got \(\)'),
+        ({"boxes": of_format("XYWH")}, ValueError, "boxes: expected corners .* XYXY, got the format XYWH"),
+        ({"boxes": of_format("CXCYWH")}, ValueError, "boxes: expected corners .* XYXY, got the format CXCYWH"),
+        (
+            {"proposals": [of_format("XYWH")]},
+            ValueError,
+            r"proposals\[0\]: expected corners .* XYXY, got the format XYWH",
+        ),
         ({"heads": ["mask"]}, ValueError, 'heads: expected "box", "cls" or both'),
         ({"stride": 0.5}, ValueError, "stride: expected a finite number of at least 1, got 0.5"),
         ({"stride": lambda area: 0}, ValueError, "stride: expected a finite number of at least 1, got 0"),

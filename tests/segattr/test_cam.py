@@ -288,17 +288,80 @@ def test_images_that_the_network_does_not_take(method: Callable[..., Any]) -> No
     for images, problem in (
         (torch.ones(1, 4, 33, 33, dtype=torch.float64), r"\[1, 4, 33, 33\], torch.float64 on cpu: .* channels"),
         (torch.ones(1, 3, 33, 33), "torch.float32 on cpu: .* should be the same"),
-        (torch.ones(1, 3, 33, 33, dtype=torch.float64, device="meta"), "torch.float64 on meta: "),
     ):
         with pytest.raises(ValueError, match=f"images: expected what the network can take, got .*{problem}"):
             method(model, images, [0])
+    with pytest.raises(ValueError, match=r"images: expected .* on (the device )?meta"):
+        method(model, torch.ones(1, 3, 33, 33, dtype=torch.float64, device="meta"), [0])
 
-    def full(*args: Any) -> None:
-        raise torch.OutOfMemoryError("no memory")
 
-    model.get_submodule("layer3").register_forward_hook(full)
-    with pytest.raises(torch.OutOfMemoryError):
-        method(model, torch.ones(1, 3, 33, 33, dtype=torch.float64), [0])
+class Hungry(nn.Module):
+    """Asks for 80 petabytes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.interpolate(x, scale_factor=1e7)
+
+
+class Shifted(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x.new_ones(1, 1, 50, 50)
+
+
+class Endless(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return self(x)
+
+
+def out_of_memory(x: Tensor) -> Tensor:
+    raise torch.OutOfMemoryError("no memory")
+
+
+@pytest.mark.parametrize("method", [cam, grad_cam, advcam])
+@pytest.mark.parametrize(
+    ("part", "error", "message"),
+    [
+        (Hungry(), RuntimeError, "allocate memory"),
+        (Shifted(), RuntimeError, "must match the size"),
+        (Endless(), RecursionError, "recursion"),
+        (nn.Module(), NotImplementedError, "forward"),
+        (out_of_memory, torch.OutOfMemoryError, "no memory"),
+    ],
+)
+def test_other_errors_of_a_network_stay_what_they_are(
+    method: Callable[..., Any], part: Callable[[Tensor], Tensor], error: type[Exception], message: str
+) -> None:
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
+    with pytest.raises(error, match=message) as caught:
+        method(Classifier(part, head), torch.ones(1, 3, 9, 9))
+    assert type(caught.value) is error
+
+
+@pytest.mark.parametrize("method", [grad_cam, advcam])
+@pytest.mark.parametrize("trained", [True, False])
+def test_detached_logits_are_refused(method: Callable[..., Any], trained: bool) -> None:
+    layer = nn.Linear(3, 2).requires_grad_(trained)
+    clf = Classifier(nn.ReLU(), lambda features: layer(features.detach().mean((2, 3))))
+    with pytest.raises(ValueError, match="clf: expected logits that autograd can follow to the features, got detached"):
+        method(clf, torch.ones(2, 3, 9, 9))
+
+
+@pytest.mark.parametrize("method", [grad_cam, advcam])
+def test_a_head_that_autograd_cannot_follow_back_is_not_blamed_on_the_images(method: Callable[..., Any]) -> None:
+    def head(features: Tensor) -> Tensor:
+        large = features.exp()
+        logits = large.mean((2, 3)) * large.amax((2, 3))
+        large.add_(1)
+        return logits
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        method(Classifier(nn.ReLU(), head), torch.ones(2, 3, 9, 9))
+
+
+@pytest.mark.parametrize("method", [cam, grad_cam, advcam])
+def test_parts_that_do_not_fit_each_other(method: Callable[..., Any]) -> None:
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 2))
+    with pytest.raises(ValueError, match=r"clf: expected features of 5 channels, got \[\d, 3, 9, 9\]"):
+        method(Classifier(nn.ReLU(), head), torch.ones(2, 3, 9, 9))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Instance pseudo-masks and semantic labels, against a decision for each pixel."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -350,6 +351,20 @@ def test_errors_of_tensors(arguments: Any, error: type[Exception], message: str)
 def test_errors_of_settings(settings: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         instance_masks(MAPS, BOXES, IMAGE, **settings)
+
+
+def test_boxes_of_another_format_are_refused() -> None:
+    class Boxes(Tensor):
+        """As those of torchvision."""
+
+        format = SimpleNamespace(name="XYWH")
+
+    with pytest.raises(
+        ValueError, match="boxes: expected corners x1, y1, x2, y2, the format XYXY, got the format XYWH"
+    ):
+        instance_masks(MAPS, BOXES.as_subclass(Boxes), IMAGE)
+    Boxes.format.name = "XYXY"
+    assert instance_masks(MAPS, BOXES.as_subclass(Boxes), IMAGE).equal(instance_masks(MAPS, BOXES, IMAGE))
 
 
 MASKS, LABELS = torch.ones(2, 4, 5, dtype=torch.int64), torch.tensor([1, 2])

@@ -564,6 +564,16 @@ def test_images_that_the_classifier_does_not_take(settings: dict[str, Any]) -> N
             unrolled(x)
 
 
+def test_a_chunk_that_is_set_later_is_checked() -> None:
+    unrolled = unroll(nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    assert not isinstance(unrolled, FreeDecoder)
+    unrolled.chunk = -1
+    with pytest.raises(ValueError, match="chunk: expected a finite number of at least 1, got -1"):
+        unrolled(torch.ones(1, 3, 9, 9))
+    unrolled.chunk = 1
+    assert unrolled(torch.ones(1, 3, 9, 9))[1].shape == (1, 2, 9, 9)
+
+
 def test_a_chunk_of_numpy() -> None:
     layers = [nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)]
     x = torch.rand(2, 3, 9, 9)

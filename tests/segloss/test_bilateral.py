@@ -440,9 +440,24 @@ def test_arguments_that_make_no_sense_are_refused(changes, error, message) -> No
 
 def test_values_whose_sums_would_overflow_are_refused() -> None:
     values, image = torch.full((1, 1, 30, 30), 1e38), torch.zeros(1, 3, 30, 30)
-    with pytest.raises(ValueError, match=r"values: expected finite values within ±1e\+30, got"):
+    with pytest.raises(ValueError, match=r"values: expected finite values within ±1e\+30, got 1e\+38"):
         bilateral_filter(values, image)
+    with pytest.raises(ValueError, match=r"values: expected finite values within ±1e\+30, got NaN or infinity"):
+        bilateral_filter(values.mul(torch.inf), image)
     assert bilateral_filter(values.clamp(max=1e30), image).isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["exact", "blocksparse", "lowrank"])
+def test_float64_holds_larger_sums(method: str) -> None:
+    values, image = (
+        torch.rand(1, 2, 20, 20, dtype=torch.float64),
+        torch.linspace(0, 1, 20).expand(1, 1, 20, 20).double(),
+    )
+    small, large = (bilateral_filter(values * scale, image, method=method) for scale in (1, 1e130))
+    torch.testing.assert_close(large / 1e130, small)
+    assert bilateral_error(values * 1e130, image, large).item() < 1e-2
+    with pytest.raises(ValueError, match=r"values: expected finite values within ±1e\+130, got 1e\+131"):
+        bilateral_filter(torch.full_like(values, 1e131), image)
 
 
 def test_the_error_of_what_should_be_next_to_nothing_is_finite() -> None:

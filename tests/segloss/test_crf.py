@@ -105,6 +105,14 @@ def test_one_hot_segments_pay_the_weights_between_them() -> None:
     torch.testing.assert_close(segloss.potts_crf(segments, image, sigma_xy=3.0, **options), expected)
 
 
+def test_the_connectivity_may_be_of_numpy() -> None:
+    logits, image = torch.randn(1, 2, 4, 5), torch.rand(1, 3, 4, 5)
+    expected = segloss.grid_potts(logits, image, connectivity=8)
+    assert segloss.grid_potts(logits, image, connectivity=np.uint8(8)).equal(expected)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="connectivity: expected one of 4, 8, got 5"):
+        segloss.grid_potts(logits, image, connectivity=np.uint8(5))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("connectivity", [4, 8])
 def test_grid_potts_is_the_dense_loss_with_a_sparse_matrix(connectivity: int) -> None:
     height, width = 5, 6
@@ -200,6 +208,7 @@ def test_masks_reach_the_gradient_of_the_image() -> None:
         ({"sigma_xy": -1, "scale_factor": 0.5}, ValueError, "sigma_xy: expected a number above 0, got -1$"),
         ({"sigma_xy": None, "scale_factor": 0.5}, TypeError, "sigma_xy: expected a number, got NoneType"),
         ({"from_logits": "no"}, TypeError, "from_logits: expected a bool, got str"),
+        ({"from_logits": np.bool_(True)}, TypeError, "from_logits: expected a bool, got numpy.bool"),
         ({"scale_factor": 0.1}, ValueError, "scale_factor: expected to leave at least 1 pixel of .* got 0.1"),
         ({"sigma_rgb": -1}, ValueError, "sigma_rgb: expected a number above 0, got -1"),
         ({"sigma_xy": math.nan}, ValueError, "sigma_xy: expected a number above 0, got nan"),
