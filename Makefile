@@ -8,7 +8,7 @@ demo: .venv/ready
 
 test: lint docs
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not gpu"
 
 fast: lint
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
