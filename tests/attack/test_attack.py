@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import segattr
 import segattr.plot
 import segloss
+from segloss._precision import _get, _set
 from tests.attack.attack import Spoil, _equal, _tensors, attack, spoils
 from tests.attack.call import Call, Calls
 from tests.attack.calls_segattr import CALLS as CALLS_SEGATTR
@@ -195,13 +196,14 @@ def test_the_attack_finds_what_is_wrong(function: Callable[..., Any], way: str, 
 @contextmanager
 def as_before() -> Iterator[None]:
     """Sets back what the functions above change."""
+    precision = _get()
     try:
         with warnings.catch_warnings():
             yield
     finally:
         torch.set_grad_enabled(True)
         torch.set_default_device(None)
-        torch.set_float32_matmul_precision("highest")
+        _set(precision)
         segloss.check_values(False)
 
 
