@@ -32,6 +32,14 @@ class Logits(nn.Module):
         return logits
 
 
+def check(name: Name, weights: Weights, at_once: int) -> None:
+    """Raises ValueError for options that do not go together; ``at_once``: images in the network at a time."""
+    if name == "small" and weights != "none":
+        raise ValueError(f"--weights: expected a DeepLabV3 as --network with {weights}, got small")
+    if name != "small" and at_once == 1:  # statistics of its pooled features
+        raise ValueError("--batch-size: expected at least 2 images at once for a DeepLabV3, got 1")
+
+
 def build(name: Name, num_classes: int, weights: Weights) -> nn.Module:
     """A network from images ``[B, 3, H, W]`` in [0, 1] to logits ``[B, K, H, W]``.
 

@@ -71,10 +71,7 @@ class Config(pseudo_labels.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.network == "small" and self.weights != "none":
-            raise ValueError(f"--weights: expected a DeepLabV3 as --network with {self.weights}, got small")
-        if self.network != "small" and self.batch_size // (processes.count() * self.accumulate) == 1:
-            raise ValueError("--batch-size: expected at least 2 images at once for a DeepLabV3, got 1")
+        deeplab.check(self.network, self.weights, self.batch_size // (processes.count() * self.accumulate))
 
 
 CRF_WEIGHT = (

@@ -79,11 +79,7 @@ class Config(Options):
         check_least(self, steps=1, pretrain_steps=0, repeats=1, crf_weight=0)
         if self.sizes and self.data == "scenes" and self.repeats > 1:
             raise ValueError(f"--repeats: expected 1 with --sizes: other seeds draw other scenes, got {self.repeats}")
-        if self.network == "small" and self.weights != "none":
-            raise ValueError(f"--weights: expected a DeepLabV3 as --network with {self.weights}, got small")
-        alone = self.batch_size // (processes.count() * self.accumulate) == 1
-        if self.network != "small" and alone:
-            raise ValueError("--batch-size: expected at least 2 images at once for a DeepLabV3, got 1")
+        deeplab.check(self.network, self.weights, self.batch_size // (processes.count() * self.accumulate))
         count = self.plan.classes if self.plan else None
         if self.classes and not len(self.classes) == len({*self.classes}) == count:
             expected = f"{count} different for --sweep {self.sweep}" if count else "--sweep classes or barrier with it"
