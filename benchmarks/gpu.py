@@ -36,8 +36,8 @@ from benchmarks.photos import SIGMA_RGB, TUNED, photo, probabilities, sigma_xy, 
 from benchmarks.test_refine import PRESETS, problem, settings
 from segattr.advcam import advcam
 from segattr.cam import cam, grad_cam
-from segattr.classifier import Classifier
 from segattr.ficklenet import StochasticConv2d, ficklenet
+from segattr.networks.classifier import Classifier
 from segattr.refine import dense_crf, random_walk
 from segloss.bilateral import guide_features
 

@@ -38,8 +38,8 @@ from benchmarks.memory import peak_bytes
 from segattr.advcam import advcam
 from segattr.bottleneck import rib
 from segattr.cam import cam, grad_cam, normalize
-from segattr.classifier import Classifier, split
 from segattr.ficklenet import StochasticConv2d, ficklenet, stochastic_conv2d
+from segattr.networks.classifier import Classifier, split
 
 CLASSES = 20
 RIB_LR = 1e-4

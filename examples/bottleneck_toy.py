@@ -22,8 +22,8 @@ from tqdm import tqdm
 from segattr.advcam import advcam
 from segattr.bottleneck import rib
 from segattr.cam import cam
-from segattr.classifier import Classifier
 from segattr.metrics import best_threshold_miou, high_gradient_ratio
+from segattr.networks.classifier import Classifier
 from segloss import max_normalize
 
 

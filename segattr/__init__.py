@@ -5,8 +5,8 @@ from segattr.advcam import advcam
 from segattr.bbam import Detector, adaptive_stride, bbam, detector_from_torchvision, positive_proposals
 from segattr.bottleneck import gndrp, rib
 from segattr.cam import cam, grad_cam, multiscale, normalize
-from segattr.classifier import Classifier, split
 from segattr.ficklenet import StochasticConv2d, ficklenet
+from segattr.networks.classifier import Classifier, split
 
 __all__ = [
     "Classifier",

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from segattr.cam import Maps, Pairs, check_maps, feature_maps, head_gradient, head_logits, normalize_each
-from segattr.classifier import Classifier, as_classifier, check_images, undisturbed
-from segattr.lrp.classes import Classes
-from segloss._checks import check_bool, check_int, check_number
-from segloss._reduce import LARGEST, wide_dtype
+from segattr.networks.classes import Classes
+from segattr.networks.classifier import Classifier, as_classifier, check_images, undisturbed
+from segloss.common.checks import check_bool, check_int, check_number
+from segloss.common.reduction import LARGEST, wide_dtype
 
 
 def advcam(

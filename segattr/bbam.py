@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from segattr._detector import (
+from segattr.networks.detector import (
     Detector,
     check_boxes,
     check_objects,
@@ -18,8 +18,8 @@ from segattr._detector import (
     predict,
     without_trace,
 )
-from segattr._proposals import Decode, positive_proposals
-from segloss._checks import (
+from segattr.networks.proposals import Decode, positive_proposals
+from segloss.common.checks import (
     check_bool,
     check_finite,
     check_generator,
@@ -27,7 +27,7 @@ from segloss._checks import (
     check_number,
     shape_text,
 )
-from segloss._reduce import wide_dtype
+from segloss.common.reduction import wide_dtype
 
 __all__ = ["Detector", "adaptive_stride", "bbam", "detector_from_torchvision", "positive_proposals"]
 

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from segattr._modes import evaluating
 from segattr.cam import normalize_each
-from segattr.classifier import Classifier, as_classifier, check_images, taking
-from segattr.lrp.classes import Classes, check_classes
-from segloss._checks import (
+from segattr.networks.classes import Classes, check_classes
+from segattr.networks.classifier import Classifier, as_classifier, check_images, taking
+from segattr.networks.modes import evaluating
+from segloss.bottleneck import rib_margin
+from segloss.common.checks import (
     check_bool,
     check_choice,
     check_finite,
@@ -27,8 +28,7 @@ from segloss._checks import (
     require,
     shape_text,
 )
-from segloss._reduce import LARGEST, widen
-from segloss.bottleneck import rib_margin
+from segloss.common.reduction import LARGEST, widen
 from segloss.similarity import max_normalize
 
 Batch: TypeAlias = tuple[Tensor, Tensor]

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segattr.classifier import Classifier, as_classifier, check_images, taking, undisturbed
-from segattr.lrp.classes import Classes, check_classes
+from segattr.networks.classes import Classes, check_classes
+from segattr.networks.classifier import Classifier, as_classifier, check_images, taking, undisturbed
 from segloss import max_normalize
-from segloss._checks import (
+from segloss.common.checks import (
     check_bool,
     check_choice,
     check_finite,
@@ -21,7 +21,7 @@ from segloss._checks import (
     require,
     shape_text,
 )
-from segloss._reduce import LARGEST, wide_dtype, widen
+from segloss.common.reduction import LARGEST, wide_dtype, widen
 
 Maps: TypeAlias = Tensor | list[Tensor]
 

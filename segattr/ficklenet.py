@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segloss._checks import (
+from segloss.common.checks import (
     check_choice,
     check_finite,
     check_floating,
@@ -19,7 +19,7 @@ from segloss._checks import (
     check_tensor,
     shape_text,
 )
-from segloss._reduce import wide_dtype
+from segloss.common.reduction import wide_dtype
 from segloss.similarity import max_normalize
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from segloss._checks import check_floating, check_int, check_number, check_real, require, shape_text
+from segloss.common.checks import check_floating, check_int, check_number, check_real, require, shape_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,6 +1,5 @@
 """Losses for weakly supervised segmentation: from tensors to a scalar."""
 
-from segloss._checks import check_values
 from segloss.affinity import (
     AffinityLoss,
     PathAffinityLoss,
@@ -11,6 +10,7 @@ from segloss.affinity import (
 )
 from segloss.bilateral import ToleranceError, bilateral_error, bilateral_filter
 from segloss.bottleneck import RIBMargin, rib_margin
+from segloss.common.checks import check_values
 from segloss.crf import (
     GridPotts,
     PottsCRF,

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from segloss._reduce import LOG_FLOOR, wide_dtype
-from segloss._register import fold, known, register
+from segloss.common.reduction import LOG_FLOOR, wide_dtype
+from segloss.common.registration import fold, known, register
 
 _LOG2E = math.log2(math.e)
 _BLOCK = 1 << 19  # elements per block: it stays in cache, and the calls it costs are few

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from segloss._reduce import LOG_FLOOR, wide_dtype
-from segloss._triton import launching_on
+from segloss.common.launching import launching_on
+from segloss.common.reduction import LOG_FLOOR, wide_dtype
 
 _BYTES = 2048  # of each array in a warp: 16 registers a thread
 _PROGRAMS = 8192  # enough for several rounds on every accelerator

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segloss._precision import full_precision
-from segloss._register import fold, known, register
+from segloss.common.precision import full_precision
+from segloss.common.registration import fold, known, register
 
 WEIGHT, BY_SIGMA, BY_MU = 0, 1, 2  # the weights K and their derivatives
 

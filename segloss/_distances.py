@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from segloss._pairs import disc, neighbours
-from segloss._register import fold, known, register
+from segloss.common.registration import fold, known, register
 
 
 def _distances(features: Tensor, radius: float) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from segloss._pairs import Offset, beside, disc, neighbours
-from segloss._register import fold, register
+from segloss.common.registration import fold, register
 
 
 def line(offset: Offset) -> list[Offset]:

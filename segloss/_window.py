@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from segloss._pairs import neighbours
-from segloss._register import fold, known, register
+from segloss.common.registration import fold, known, register
 
 _NEGLIGIBLE = -50.0  # exponents of weights that are as good as 0 beside a pixel's own of 1, and never denormal
 

@@ -7,7 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from segloss._checks import (
+from segloss._distances import PairDistances
+from segloss._lines import inner, line_maxima
+from segloss._pairs import Offset, beside, disc
+from segloss.common.checks import (
     check_bool,
     check_choice,
     check_finite,
@@ -20,11 +23,8 @@ from segloss._checks import (
     require,
     shape_text,
 )
-from segloss._distances import PairDistances
-from segloss._lines import inner, line_maxima
-from segloss._module import Settings
-from segloss._pairs import Offset, beside, disc
-from segloss._reduce import LARGEST, widen
+from segloss.common.reduction import LARGEST, widen
+from segloss.common.settings import Settings
 
 Distance = Literal["sum", "mean"]
 

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from segloss._checks import check_image_logits, check_number, check_tags
-from segloss._module import LossModule
-from segloss._reduce import LARGEST, Reduction, check_reduction, reduce, widen
+from segloss.common.checks import check_image_logits, check_number, check_tags
+from segloss.common.reduction import LARGEST, Reduction, check_reduction, reduce, widen
+from segloss.common.settings import LossModule
 
 
 def rib_margin(logits: Tensor, tags: Tensor, *, margin: float = 600.0, reduction: Reduction = "mean") -> Tensor:

@@ -4,7 +4,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from segloss._checks import (
+from segloss._pairs import neighbours
+from segloss._window import WindowedEnergy
+from segloss.bilateral import (
+    bilateral_filter,
+    check_guide,
+    check_plan,
+    check_sigma,
+    guide_colour,
+    guide_features,
+    make_plan,
+)
+from segloss.bilateral.operator import Bilateral, PairwiseEnergy
+from segloss.common.checks import (
     check_bool,
     check_choice,
     check_floating,
@@ -19,20 +31,8 @@ from segloss._checks import (
     require,
     shape_text,
 )
-from segloss._module import LossModule
-from segloss._pairs import neighbours
-from segloss._reduce import Reduction, check_reduction, reduce, wide_dtype
-from segloss._window import WindowedEnergy
-from segloss.bilateral import (
-    bilateral_filter,
-    check_guide,
-    check_plan,
-    check_sigma,
-    guide_colour,
-    guide_features,
-    make_plan,
-)
-from segloss.bilateral.operator import Bilateral, PairwiseEnergy
+from segloss.common.reduction import Reduction, check_reduction, reduce, wide_dtype
+from segloss.common.settings import LossModule
 
 _FORMS = ("potts", "quadratic")
 _NORMALIZATIONS = (None, "pixels", "pairs")

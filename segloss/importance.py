@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from segloss._checks import (
+from segloss.common.checks import (
     check_choice,
     check_generator,
     check_int,
@@ -19,8 +19,8 @@ from segloss._checks import (
     require,
     shape_text,
 )
-from segloss._module import LossModule
-from segloss._reduce import Reduction, check_reduction, reduce, wide_dtype, widen
+from segloss.common.reduction import Reduction, check_reduction, reduce, wide_dtype, widen
+from segloss.common.settings import LossModule
 
 Mode = Literal["sample", "expected"]
 Pooling = Literal["average", "max", "sum"]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from segloss._checks import (
+from segloss.common.checks import (
     check_bool,
     check_choice,
     check_finite,
@@ -24,8 +24,8 @@ from segloss._checks import (
     require,
     shape_text,
 )
-from segloss._module import LossModule
-from segloss._reduce import Reduction, check_reduction, reduce, wide_dtype, widen
+from segloss.common.reduction import Reduction, check_reduction, reduce, wide_dtype, widen
+from segloss.common.settings import LossModule
 
 Scope = Literal["image", "batch"]
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from segloss._checks import (
+from segloss.common.checks import (
     check_floating,
     check_ignore_index,
     check_int,
@@ -18,8 +18,8 @@ from segloss._checks import (
     check_real,
     require,
 )
-from segloss._module import LossModule
-from segloss._reduce import LOG_FLOOR, Reduction, check_reduction, reduce, wide_dtype
+from segloss.common.reduction import LOG_FLOOR, Reduction, check_reduction, reduce, wide_dtype
+from segloss.common.settings import LossModule
 
 
 def partial_cross_entropy(

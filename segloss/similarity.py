@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from segloss._checks import (
+from segloss._dissimilarity import PairwiseEnergy, reach_of
+from segloss.common.checks import (
     check_bool,
     check_choice,
     check_finite,
@@ -19,9 +20,8 @@ from segloss._checks import (
     require,
     shape_text,
 )
-from segloss._dissimilarity import PairwiseEnergy, reach_of
-from segloss._module import LossModule
-from segloss._reduce import Reduction, check_reduction, reduce, wide_dtype, widen
+from segloss.common.reduction import Reduction, check_reduction, reduce, wide_dtype, widen
+from segloss.common.settings import LossModule
 
 _GATES = ("max", "sigmoid", "raw", "softmax")
 _WINDOW_SHAPES = ("square", "disc")

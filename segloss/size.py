@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from segloss._average import log_average
-from segloss._checks import (
+from segloss.common.checks import (
     check_choice,
     check_floating,
     check_generator,
@@ -26,8 +26,8 @@ from segloss._checks import (
     require,
     shape_text,
 )
-from segloss._module import LossModule
-from segloss._reduce import Reduction, check_reduction, reduce, wide_dtype
+from segloss.common.reduction import Reduction, check_reduction, reduce, wide_dtype
+from segloss.common.settings import LossModule
 
 
 def average_prediction(logits: Tensor, *, valid: Tensor | None = None) -> Tensor:

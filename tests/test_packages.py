@@ -1,5 +1,6 @@
 """What an installed package promises: its names, a quiet and light import, types."""
 
+import ast
 import inspect
 import operator
 import subprocess
@@ -12,6 +13,7 @@ from torch import nn
 import segattr
 import segloss
 
+ROOT = Path(__file__).parents[1]
 PACKAGES = [segloss, segattr]
 PARTS = ("lrp", "metrics", "plot", "refine")  # of segattr
 
@@ -152,3 +154,40 @@ def test_names_are_the_published_ones() -> None:
                 starred = True
             words.append(parameter.name)
         assert f"({', '.join(words)})" == expected, name
+
+
+def imported_names(file: Path) -> set[str]:
+    """What a file imports, ``package.module.name``, wherever in the file it does."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("floor", "own", "below"),
+    [
+        # ... its own modules, and those it stands on: nothing else of the project
+        ("segloss/common", "segloss.common", ()),
+        ("segloss/bilateral", "segloss.bilateral", ("segloss.common",)),
+        ("segloss", "segloss", ()),
+        ("segattr/networks", "segattr.networks", ("segloss.common",)),
+        ("segattr", "segattr", ("segloss",)),
+    ],
+)
+def test_every_floor_stands_on_those_below(floor: str, own: str, below: tuple[str, ...]) -> None:
+    files = sorted((ROOT / floor).rglob("*.py"))
+    assert files
+    for file in files:
+        ours = {name for name in imported_names(file) if name.split(".")[0] in ("segloss", "segattr", "examples")}
+        assert {n for n in ours if not any(f"{n}.".startswith(f"{part}.") for part in (own, *below))} == set(), file
+
+
+@pytest.mark.parametrize("folder", ["segattr", "examples"])
+def test_private_names_stay_within_their_package(folder: str) -> None:
+    for file in sorted((ROOT / folder).rglob("*.py")):
+        foreign = {name for name in imported_names(file) if name.split(".")[0] in {"segloss", "segattr"} - {folder}}
+        assert {name for name in foreign if "._" in name} == set(), file

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segattr._modes import evaluating
-from segattr.classifier import taking
 from segattr.lrp.adjoints import Linearised
-from segattr.lrp.classes import Classes, check_classes
 from segattr.lrp.trace import Operation
-from segloss._checks import check_choice, check_finite, check_floating, shape_text
+from segattr.networks.classes import Classes, check_classes
+from segattr.networks.classifier import taking
+from segattr.networks.modes import evaluating
+from segloss.common.checks import check_choice, check_finite, check_floating, shape_text
 
 WIDEST = 256  # channels of a level: makes the U-Net of ResNet-50 about as large as the one of the paper
 

@@ -5,7 +5,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from segloss._checks import (
+from segloss.common.checks import (
     check_finite,
     check_floating,
     check_ignore_index,
@@ -15,8 +15,8 @@ from segloss._checks import (
     check_tags,
     shape_text,
 )
-from segloss._module import Settings
-from segloss._reduce import LARGEST, widen
+from segloss.common.reduction import LARGEST, widen
+from segloss.common.settings import Settings
 from segloss.seeds import partial_cross_entropy
 
 Scale = float | Literal["pixels"]

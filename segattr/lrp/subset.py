@@ -5,7 +5,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from segloss._checks import (
+from segloss.common.checks import (
     check_generator,
     check_has_values,
     check_int,

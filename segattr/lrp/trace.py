@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from segattr._modes import evaluating
 from segattr.lrp.adjoints import VIEWS, Rule, batch_norm, batch_statistics, conv2d, conv2d_module
+from segattr.networks.modes import evaluating
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from segattr.classifier import taking
 from segattr.lrp.adjoints import RULES, Adjoint, batch_statistics, relu, relu_module, untied_relu
-from segattr.lrp.classes import Classes, check_classes
 from segattr.lrp.free import FreeDecoder
 from segattr.lrp.trace import Operation, trace
-from segloss._checks import check_choice, check_finite, check_floating, check_int, check_number, shape_text
+from segattr.networks.classes import Classes, check_classes
+from segattr.networks.classifier import taking
+from segloss.common.checks import check_choice, check_finite, check_floating, check_int, check_number, shape_text
 
 
 class Saved(NamedTuple):

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from segattr.metrics.masks import check_mask
-from segloss._checks import (
+from segloss.common.checks import (
     check_finite,
     check_floating,
     check_like,
@@ -11,7 +11,7 @@ from segloss._checks import (
     require,
     shape_text,
 )
-from segloss._reduce import wide_dtype
+from segloss.common.reduction import wide_dtype
 
 
 def high_gradient_ratio(

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from segloss._checks import (
+from segloss.common.checks import (
     check_finite,
     check_integer,
     check_like,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from segattr.metrics.masks import check_device, check_mask
-from segloss._checks import (
+from segloss.common.checks import (
     check_finite,
     check_floating,
     check_has_values,
@@ -21,7 +21,7 @@ from segloss._checks import (
     check_tags,
     shape_text,
 )
-from segloss._reduce import wide_dtype
+from segloss.common.reduction import wide_dtype
 
 # Of the background score: 0, 0.01, ..., 1.
 _THRESHOLDS = tuple(step / 100 for step in range(101))

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segloss._checks import (
+from segloss.common.checks import (
     check_bool,
     check_has_values,
     check_int,

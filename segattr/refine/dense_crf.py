@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from segloss._checks import (
+from segloss.bilateral import PreparedFilter, check_guide, make_plan
+from segloss.common.checks import (
     check_choice,
     check_floating,
     check_has_values,
@@ -23,10 +24,8 @@ from segloss._checks import (
     require,
     shape_text,
 )
-from segloss._precision import full_precision
-from segloss._reduce import LARGEST, wide_dtype, widen
-from segloss.bilateral import check_guide, guide_features, make_plan
-from segloss.bilateral.operator import Plan, prepare
+from segloss.common.precision import full_precision
+from segloss.common.reduction import LARGEST, wide_dtype, widen
 
 _METHODS = ("auto", "exact", "blocksparse")
 _FLOOR = 1e-5  # of the probabilities in the unary term, as pydensecrf clips them
@@ -162,7 +161,7 @@ def dense_crf(
         check_number(name, sigma, above=0, finite=False)
     check_number("scale_factor", scale_factor, above=0, most=1)
     check_choice("method", method, _METHODS)
-    plan = make_plan(method, tolerance, backend, "float32", image)
+    exact = make_plan(method, tolerance, backend, "float32", image).method == "exact"
     dtype = torch.promote_types(wide_dtype(probabilities), wide_dtype(image))
     if probabilities.numel() == 0:
         return torch.zeros_like(probabilities, dtype=dtype)
@@ -179,7 +178,8 @@ def dense_crf(
         kernels = []
         if slots.shape[1] > 1:  # a single class has no other to compete with
             if weight > 0:
-                bilateral = _bilateral(image, mask, sigma_rgb, sigma_xy, scale_factor, plan)
+                settings = {"method": "exact" if exact else "blocksparse", "tolerance": tolerance, "backend": backend}
+                bilateral = _bilateral(image, mask, sigma_rgb, sigma_xy, scale_factor, settings)
                 kernels.append((weight, _normalised(bilateral, mask)))
             if smooth_weight > 0:
                 kernels.append((smooth_weight, _normalised(_smooth(mask, smooth_sigma_xy), mask)))
@@ -290,7 +290,7 @@ def _smooth(mask: Tensor, sigma: float) -> Filter:
 
 
 def _bilateral(
-    image: Tensor, mask: Tensor, sigma_rgb: float, sigma_xy: float, scale_factor: float, plan: Plan
+    image: Tensor, mask: Tensor, sigma_rgb: float, sigma_xy: float, scale_factor: float, settings: dict[str, Any]
 ) -> Filter:
     """The kernel of colour and position; at a lower resolution, values are averaged over cells before it."""
     size = image.shape[2:]
@@ -302,15 +302,11 @@ def _bilateral(
     def up(values: Tensor) -> Tensor:
         return F.interpolate(values, size, mode="bilinear", align_corners=False)
 
-    def kernel(values: Tensor) -> Tensor:
-        return run(values.reshape(len(image), -1, values.shape[2:].numel())).view_as(values)
-
     if small == list(size):
-        run = prepare(guide_features(image, sigma_rgb, sigma_xy), plan)
-        return kernel
+        return PreparedFilter(image, sigma_rgb=sigma_rgb, sigma_xy=sigma_xy, **settings)
     cell = math.prod(size) / math.prod(small)  # pixels
     colour = down(image * mask) / down(mask).clamp(min=torch.finfo(mask.dtype).tiny)
-    run = prepare(guide_features(colour, sigma_rgb, sigma_xy / math.sqrt(cell)), plan)
+    kernel = PreparedFilter(colour, sigma_rgb=sigma_rgb, sigma_xy=sigma_xy / math.sqrt(cell), **settings)
     return lambda values: up(kernel(down(values)) * cell)
 
 

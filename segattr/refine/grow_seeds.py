@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from segloss._checks import (
+from segloss.common.checks import (
     check_floating,
     check_has_values,
     check_ignore_index,

@@ -5,9 +5,9 @@ import math
 import torch
 from torch import Tensor
 
-from segattr._detector import check_corners
+from segattr.networks.detector import check_corners
 from segattr.refine.dense_crf import BBAM_CRF, CRFSettings, dense_crf
-from segloss._checks import (
+from segloss.common.checks import (
     check_choice,
     check_finite,
     check_floating,
@@ -20,7 +20,7 @@ from segloss._checks import (
     require,
     shape_text,
 )
-from segloss._reduce import wide_dtype
+from segloss.common.reduction import wide_dtype
 
 _DEFAULTS = {"area": (0.15, 0.8), "value": (0.8, 0.2)}  # foreground, background
 _SURE = 0.9  # probability from which the dense CRF's foreground counts, as in the released code

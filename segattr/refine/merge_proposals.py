@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from segattr.metrics.instances import intersections
-from segloss._checks import check_has_values, check_like, check_real, shape_text
+from segloss.common.checks import check_has_values, check_like, check_real, shape_text
 
 _CHUNK = 64  # proposals that are held as floating point at a time
 

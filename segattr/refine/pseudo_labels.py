@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from segloss._checks import (
+from segloss.common.checks import (
     check_finite,
     check_floating,
     check_ignore_index,
@@ -16,7 +16,7 @@ from segloss._checks import (
     check_tags,
     shape_text,
 )
-from segloss._reduce import wide_dtype
+from segloss.common.reduction import wide_dtype
 
 
 @overload

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from segloss._checks import (
+from segloss.common.checks import (
     check_finite,
     check_floating,
     check_has_values,
@@ -19,7 +19,7 @@ from segloss._checks import (
     require,
     shape_text,
 )
-from segloss._reduce import wide_dtype
+from segloss.common.reduction import wide_dtype
 
 
 def random_walk(

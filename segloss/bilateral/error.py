@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from segloss._reduce import LARGEST
 from segloss.bilateral.gaussian import gaussian, is_compact
+from segloss.common.reduction import LARGEST
 
 _FEWEST, _MOST, _PAIRS = 64, 256, 1 << 22  # pixels to look at, and how many pairs with all others they may make
 _COLUMNS = 4096  # pixels at a time: their weights stay in cache

@@ -18,7 +18,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from segloss._triton import launching_on
 from segloss.bilateral.kernel_tiles import (
     LOG2E,
     ROOT_LOG2E,
@@ -30,6 +29,7 @@ from segloss.bilateral.kernel_tiles import (
     product_columns,
     vector,
 )
+from segloss.common.launching import launching_on
 
 _LIFT = tl.constexpr(16384.0)  # largest value in limbs: the lower limb stays clear of the end of half precision
 _TINY = tl.constexpr(1e-33)  # smaller numbers count as 0; its inverse times the lift is finite

@@ -3,32 +3,23 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from segloss._precision import full_precision
-from segloss._register import fold, known, register
 from segloss.bilateral import blocksparse, lowrank
 from segloss.bilateral.error import sample_pixels, sampled_error
+from segloss.bilateral.plan import Plan
 from segloss.bilateral.reference import guide_gradient_reference
+from segloss.common.precision import full_precision
+from segloss.common.registration import fold, known, register
 
 _LOW_RANK = ("auto", "lowrank")  # methods that choose landmarks
 
 
 class ToleranceError(ValueError):
     """``method="lowrank"`` cannot reach the tolerance on an image; the message names image and error."""
-
-
-class Plan(NamedTuple):
-    """How to filter."""
-
-    width: int  # of the image
-    method: str  # "auto" prefers low rank and takes block-sparse where that misses the tolerance
-    tolerance: float
-    full: bool  # keep the large products of the low-rank method out of bfloat16
-    triton: bool  # kernels instead of plain torch for the methods that visit pairs of pixels
 
 
 def _bilateral(values: Tensor, features: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:

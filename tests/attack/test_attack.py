@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import segattr
 import segattr.plot
 import segloss
-from segloss._precision import _get, _set
+from segloss.common.precision import _get, _set
 from tests.attack.attack import Spoil, _equal, _tensors, attack, spoils
 from tests.attack.call import Call, Calls
 from tests.attack.calls_segattr import CALLS as CALLS_SEGATTR

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from segattr.advcam import advcam
 from segattr.cam import cam, grad_cam, multiscale, normalize
-from segattr.classifier import Classifier, split
+from segattr.networks.classifier import Classifier, split
 from tests.segattr.lrp_nets import randomise, resnet_basic
 from tests.segattr.test_cam import assert_untouched, deep_head, net, snapshot
 

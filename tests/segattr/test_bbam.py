@@ -20,7 +20,6 @@ from torchvision.models.detection.rpn import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign, box_iou
 from torchvision.tv_tensors import BoundingBoxes
 
-from segattr._proposals import _decode
 from segattr.bbam import (
     _cells,
     _interpolation,
@@ -29,6 +28,7 @@ from segattr.bbam import (
     detector_from_torchvision,
     positive_proposals,
 )
+from segattr.networks.proposals import _decode
 from tests.segattr.lrp_nets import randomise
 from tests.segattr.test_cam import assert_untouched, snapshot
 

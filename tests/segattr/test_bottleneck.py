@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from segattr.bottleneck import gndrp, rib
-from segattr.classifier import Classifier, split
+from segattr.networks.classifier import Classifier, split
 
 Case = dict[str, Tensor]
 Golden = Callable[[str], Case]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from segattr.advcam import advcam
 from segattr.cam import cam, grad_cam, multiscale, normalize
-from segattr.classifier import Classifier, split
+from segattr.networks.classifier import Classifier, split
 from segloss import max_normalize
 from tests.segattr.lrp_nets import randomise, resnet_basic, vgg_bn
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torchvision import models
 
-from segattr.classifier import Classifier, as_classifier, split, undisturbed
+from segattr.networks.classifier import Classifier, as_classifier, split, undisturbed
 from tests.segattr.lrp_nets import resnet_basic, vgg_bn
 
 

@@ -9,8 +9,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from segattr.refine import BBAM_CRF, IRN_CRF, dense_crf, label_probabilities
-from segloss.bilateral import bilateral_filter, blocksparse, guide_features, make_plan
-from segloss.bilateral.operator import prepare
 
 
 def brute_force(
@@ -433,26 +431,6 @@ def test_errors_of_label_probabilities(changes: dict[str, object], error: type[E
     }
     with pytest.raises(error, match=message):
         label_probabilities(**{**arguments, **changes})
-
-
-@pytest.mark.parametrize("tolerance", [0.0, 1e-2])
-def test_a_prepared_filter_is_the_filter_for_any_values(tolerance: float) -> None:
-    _, image = smooth_scene(40, 37)
-    features = guide_features(torch.cat([image, image.flip(3)]), 0.05, 10.0)
-    kernel = blocksparse.prepare(features, tolerance)
-    for channels in (1, 5, 40):
-        values = torch.rand(2, channels, 40 * 37, dtype=torch.float64)
-        expected = blocksparse.gaussian_filter(values, features, tolerance)
-        torch.testing.assert_close(kernel.filtered(values), expected, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("method", ["exact", "blocksparse"])
-def test_the_prepared_operator_is_the_bilateral_filter(method: str) -> None:
-    probabilities, image = smooth_scene(40, 37, dtype=torch.float32)
-    run = prepare(guide_features(image, 0.05, 10.0), make_plan(method, 1e-2, "auto", "float32", image))
-    expected = bilateral_filter(probabilities, image, sigma_rgb=0.05, sigma_xy=10.0, method=method)
-    with torch.autocast("cpu"):
-        torch.testing.assert_close(run(probabilities.flatten(2)).view_as(expected), expected)
 
 
 @pytest.mark.gpu

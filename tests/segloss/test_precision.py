@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from segloss import bilateral_filter
-from segloss._precision import _FULL, _get, _set, full_precision
+from segloss.common.precision import _FULL, _get, _set, full_precision
 
 
 @pytest.fixture(params=["highest", "high", "medium"])

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from segloss._checks import check_choice
+from segloss.common.checks import check_choice
 
 # No value counts as larger: sums of it over the pixels of any image still fit into float32.
 LARGEST = 1e30

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from segattr._detector import Detector, check_objects, check_outputs, of_class, predict, without_trace
-from segloss._checks import check_generator, check_int, check_number, shape_text
-from segloss._reduce import wide_dtype
+from segattr.networks.detector import Detector, check_objects, check_outputs, of_class, predict, without_trace
+from segloss.common.checks import check_generator, check_int, check_number, shape_text
+from segloss.common.reduction import wide_dtype
 
 Decode = Callable[[Tensor, Tensor], Tensor]
 

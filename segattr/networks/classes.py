@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from segloss._checks import check_int
+from segloss.common.checks import check_int
 
 Classes = Sequence[int] | Sequence[Sequence[int]]
 

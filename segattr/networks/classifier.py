@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from segattr._cut import Cut, weights_of
-from segloss._checks import check_finite, check_floating, shape_text
+from segattr.networks.cut import Cut, weights_of
+from segloss.common.checks import check_finite, check_floating, shape_text
 
 ClassWeights: TypeAlias = nn.Linear | nn.Conv2d
 Part: TypeAlias = Callable[[Tensor], Tensor]

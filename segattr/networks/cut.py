@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from segloss._checks import shape_text
+from segloss.common.checks import shape_text
 
 # What a head is made of, by type of module, function, or name of a method.
 _SHAPES = (nn.Flatten, torch.flatten, torch.reshape, torch.squeeze, "flatten", "view", "reshape", "squeeze")

@@ -6,9 +6,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from segattr._modes import evaluating
-from segattr.classifier import taking, undisturbed
-from segloss._checks import (
+from segattr.networks.classifier import taking, undisturbed
+from segattr.networks.modes import evaluating
+from segloss.common.checks import (
     check_finite,
     check_floating,
     check_has_values,

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from segloss._reduce import Reduction, check_reduction
+from segloss.common.reduction import Reduction, check_reduction
 
 
 class Settings(nn.Module):

@@ -1,0 +1,146 @@
+"""The bilateral filter: a Gaussian kernel of colour and position, applied to any number of channels."""
+
+import torch
+from torch import Tensor
+
+from segloss.bilateral.guide import check_guide, guide_features
+from segloss.bilateral.operator import Bilateral
+from segloss.bilateral.plan import make_plan
+from segloss.common.checks import (
+    check_finite,
+    check_floating,
+    check_like,
+    shape_text,
+)
+from segloss.common.reduction import LARGEST, wide_dtype
+
+_LARGEST_WIDE = 1e130  # of float64: squares of sums over an image are finite
+
+
+def bilateral_filter(
+    values: Tensor,
+    image: Tensor,
+    *,
+    sigma_rgb: float | Tensor = 15 / 255,
+    sigma_xy: float | Tensor = 100.0,
+    method: str = "auto",
+    tolerance: float = 1e-2,
+    backend: str = "auto",
+    precision: str = "auto",
+) -> Tensor:
+    r"""Product of the bilateral affinity matrix of an image with any number of channels.
+
+    .. math:: (W v)_p = \sum_q W_{pq} v_q, \qquad
+        W_{pq} = \exp\Big(-\frac{\|I_p - I_q\|^2}{2 \sigma_{rgb}^2} - \frac{\|x_p - x_q\|^2}{2 \sigma_{xy}^2}\Big)
+
+    over all pairs of pixels, p = q included, not normalised. Differentiable with respect to the values, the image and
+    both sigmas; twice in eager mode (with respect to image and sigmas by dense matrices, quadratic in the pixels).
+    Forward mode (``jvp``, ``torch.func.hessian``) is not supported.
+
+    Args:
+        values: channels to filter, ``[B, K, H, W]``, within ±1e30 (float64: ±1e130).
+        image: guide, ``[B, C, H, W]``: RGB in [0, 1], or any C >= 1 channels in the unit of ``sigma_rgb``.
+        sigma_rgb: width of the kernel in colour, above 0, in the unit of ``image``; a number or a scalar tensor.
+            Infinite: colour does not count.
+        sigma_xy: width of the kernel in space, in pixels, likewise.
+        method: ``"exact"`` visits all pairs of pixels; ``"blocksparse"`` leaves out pairs of pixel tiles that do not
+            count, and expands the weights of others; ``"lowrank"`` replaces W by a symmetric positive semi-definite
+            matrix of low rank, far faster on photographs and wide kernels; ``"auto"`` is exact below 2,500 pixels,
+            block-sparse below 10,000 and with Triton, and else takes low rank where that is fast and reaches the
+            tolerance, and block-sparse where it is not or does not.
+        tolerance: the error that is allowed, in (0, 1). Block-sparse: the errors of the weights, in absolute terms,
+            sum to at most this share of all weights in every tile of pixels: a guarantee for every region. Errors of
+            filtered probabilities are usually 10 to 100 times smaller; values that cancel may have larger ones. Low
+            rank: the relative error of the whole result in the Euclidean norm, as measured on some pixels (see
+            :func:`bilateral_error`); it decides on the rank. It is not an error per pixel: where colours are rare, and
+            sums of weights small, relative errors are larger. Choose block-sparse where those pixels matter.
+        backend: ``"torch"`` runs on any device, ``"triton"`` on CUDA devices (low rank is plain torch there too);
+            ``"auto"`` takes Triton where it can. Devices of compute capability below 8.0 run plain torch in any case.
+        precision: ``"auto"`` lets the low-rank method multiply in bfloat16 where the processor is fast at it and the
+            tolerance is 5e-3 or more; ``"float32"`` does not.
+
+    Returns:
+        ``[B, K, H, W]``, float32 (float64 where values or image are float64); :func:`bilateral_error` tells its error.
+        Gradients of the values are those of the approximate W, the gradients of image and sigmas those of the exact one
+        up to the tolerance, by pairs of tiles. Where values are not checked, on CUDA and under ``torch.compile`` (see
+        :func:`~segloss.check_values`), NaN, infinity and values beyond the limit may give NaN and infinity anywhere in
+        their image.
+
+    Raises:
+        TypeError: ``values`` or ``image`` that are not floating point, sigmas that are not numbers.
+        ValueError: shapes or devices that do not fit each other, NaN, infinity or values beyond their limit, sigmas
+            that are not above 0, ``tolerance`` outside (0, 1), an unknown ``method``, ``backend`` or ``precision``, a
+            ``backend`` that cannot run.
+        ToleranceError: a ValueError; ``method="lowrank"`` and an image on which its error is above the tolerance, as
+            on noise and strongly textured images.
+
+    Source:
+        The affinities of *Approximate Size Targets Are Sufficient for Accurate Semantic Segmentation*, eq. (3), with
+        the kernel of *Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials*.
+
+    Example:
+        >>> image = torch.zeros(1, 3, 2, 2)
+        >>> bilateral_filter(torch.ones(1, 1, 2, 2), image, sigma_xy=float("inf"))
+        tensor([[[[4., 4.],
+                  [4., 4.]]]])
+    """
+    _check_values(values)
+    check_guide(image, values, "values")
+    plan = make_plan(method, tolerance, backend, precision, image)
+    dtype = torch.promote_types(wide_dtype(values), wide_dtype(image))
+    features = guide_features(image.to(dtype), sigma_rgb, sigma_xy)
+    filtered = Bilateral.apply(values.flatten(2).to(dtype), features, plan)[0]
+    return filtered.view_as(values)
+
+
+def bilateral_error(
+    values: Tensor,
+    image: Tensor,
+    filtered: Tensor,
+    *,
+    sigma_rgb: float | Tensor = 15 / 255,
+    sigma_xy: float | Tensor = 100.0,
+) -> Tensor:
+    r"""Relative error of filtered values, measured on some pixels of each image.
+
+    .. math:: \frac{\|\tilde v - W v\|}{\|W v\|}
+
+    in the Euclidean norm over the channels of 64 pixels (up to 256 in images below 256 x 256), which are the same in
+    every call and spread evenly. The error of all pixels is usually within 30% of the result; not so for errors near
+    the rounding of float32, and for values that are 0 at most pixels.
+
+    Args:
+        values: channels that were filtered, ``[B, K, H, W]``.
+        image, sigma_rgb, sigma_xy: as in :func:`bilateral_filter`.
+        filtered: what came out, ``[B, K, H, W]``, by whatever method.
+
+    Returns:
+        ``[B]``, a constant, at most 1e30; float32 (float64 where values or image are float64).
+
+    Raises:
+        TypeError, ValueError: as :func:`bilateral_filter`.
+
+    Source:
+        The W of :func:`bilateral_filter`, computed exactly for the pixels that are looked at.
+
+    Example:
+        >>> values, image = torch.rand(1, 2, 64, 64), torch.rand(1, 1, 64, 64)
+        >>> bool(bilateral_error(values, image, bilateral_filter(values, image, tolerance=1e-2)) < 1e-2)
+        True
+    """
+    _check_values(values)
+    check_floating("filtered", filtered)
+    check_like("filtered", filtered, values.shape, "values", values)
+    check_finite("filtered", filtered)
+    check_guide(image, values, "values")
+    dtype = torch.promote_types(wide_dtype(values), wide_dtype(image))
+    features = guide_features(image.to(dtype), sigma_rgb, sigma_xy).detach()
+    flat, result = (t.detach().flatten(2).to(dtype) for t in (values, filtered))
+    return torch.ops.segloss.bilateral_error(flat, features, result)
+
+
+def _check_values(values: Tensor) -> None:
+    check_floating("values", values)
+    if values.dim() != 4:
+        raise ValueError(f"values: expected [B, K, H, W], got {shape_text(values.shape)}")
+    check_finite("values", values, _LARGEST_WIDE if values.dtype == torch.float64 else LARGEST)

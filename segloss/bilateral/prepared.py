@@ -1,0 +1,76 @@
+"""The filter of one image for many values: what depends on the image alone is done once."""
+
+import torch
+from torch import Tensor
+
+from segloss.bilateral.guide import check_guide, guide_features
+from segloss.bilateral.operator import prepare
+from segloss.bilateral.plan import make_plan
+from segloss.common.checks import check_choice, check_finite, check_floating, check_like, shape_text
+
+_METHODS = ("auto", "exact", "blocksparse")  # those that visit pairs of pixels
+
+
+class PreparedFilter:
+    r""":func:`segloss.bilateral_filter` of one batch of images, for many values, without gradients.
+
+    Which pairs of pixels count is found once, when it is made; iterations on the same images, as those of a dense CRF,
+    pay for the products only.
+
+    Args:
+        image: guide, ``[B, C, H, W]``, at least one pixel, in the unit of ``sigma_rgb``; the results have its dtype
+            (float32 for anything narrower).
+        sigma_rgb, sigma_xy, tolerance, backend: as of :func:`segloss.bilateral_filter`.
+        method: ``"exact"``, ``"blocksparse"``, or ``"auto"``: exact below 2,500 pixels, then block-sparse.
+
+    Raises:
+        TypeError, ValueError: as :func:`segloss.bilateral_filter`.
+
+    Source:
+        The W of :func:`segloss.bilateral_filter`.
+
+    Example:
+        >>> run = PreparedFilter(torch.zeros(1, 3, 2, 2), sigma_xy=float("inf"))
+        >>> run(torch.ones(1, 1, 2, 2))
+        tensor([[[[4., 4.],
+                  [4., 4.]]]])
+    """
+
+    def __init__(
+        self,
+        image: Tensor,
+        *,
+        sigma_rgb: float | Tensor = 15 / 255,
+        sigma_xy: float | Tensor = 100.0,
+        method: str = "auto",
+        tolerance: float = 1e-2,
+        backend: str = "auto",
+    ) -> None:
+        check_guide(image, image, "image")
+        if image.numel() == 0:
+            raise ValueError(f"image: expected at least one pixel, got {shape_text(image.shape)}")
+        check_choice("method", method, _METHODS)
+        plan = make_plan(method, tolerance, backend, "float32", image)
+        with torch.no_grad():
+            features = guide_features(image, sigma_rgb, sigma_xy)
+        self._image = image
+        self._dtype = features.dtype
+        self._run = prepare(features, plan)
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """``[B, K, H, W]`` to the same shape, for any K, and for any B where there is one image.
+
+        Raises:
+            TypeError: ``values`` that are not floating point.
+            ValueError: another shape or device than that of the image, NaN or infinity.
+        """
+        check_floating("values", values)
+        if values.dim() != 4:
+            raise ValueError(f"values: expected [B, K, H, W], got {shape_text(values.shape)}")
+        images, _, *size = self._image.shape
+        batch = values.shape[0] if images == 1 else images
+        check_like("values", values, (batch, values.shape[1], *size), "image", self._image)
+        check_finite("values", values)
+        if values.numel() == 0:
+            return values.to(self._dtype)
+        return self._run(values.reshape(images, -1, values.shape[2:].numel()).to(self._dtype)).view(values.shape)
