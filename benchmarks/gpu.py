@@ -1,18 +1,21 @@
-"""The CUDA half, checked against float64 and timed: under ten minutes on an H200.
+"""The CUDA half, checked against float64 and timed: under ten minutes on an H200, the quick part under six.
 
-Times are medians of ``triton.testing.do_bench``. ``bilateral_filter`` and ``potts_crf`` run on bundled photographs with
-sigma 15/255 and 50 pixels at 256 pixels a side, in proportion at other sizes. Limits come from the device: exponentials
-at 16 a clock and multiprocessor, half-precision products at 1,024 (from compute capability 9 on 2,048) multiplications,
-memory from a measured copy. Attribution and refinement are timed beside the procedures that they replace, on a network
-of ten convolutions, on FickleNet's features of 321 pixels, on a walk over maps of images of 512 pixels, and on a
-photograph of VOC's size. A case that fails or misses its bound is marked as such and not timed, the others go on,
-and the exit status is 1. What is measured is written after every case.
+First every Triton kernel is checked; with ``--quick`` only what has a target is measured then, and a training step of
+an example's network under bfloat16 autocast. Times are medians of ``triton.testing.do_bench``. ``bilateral_filter`` and
+``potts_crf`` run on bundled photographs with sigma 15/255 and 50 pixels at 256 pixels a side, in proportion at other
+sizes. Limits come from the device: exponentials at 16 a clock and multiprocessor, half-precision products at 1,024
+(from compute capability 9 on 2,048) multiplications, memory from a measured copy. Attribution and refinement are timed
+beside the procedures that they replace, on a network of ten convolutions, on FickleNet's features of 321 pixels, on a
+walk over maps of images of 512 pixels, and on a photograph of VOC's size. A case that fails or misses its bound is
+marked as such and not timed, the others go on, and the exit status is 1; a missed target is told, and no failure. What
+is measured is written after every case.
 """
 
 import argparse
-import json
+import copy
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,8 @@ from benchmarks.baselines import (
     sequential_grad_cam,
     squared_walk,
 )
+from benchmarks.gpu_report import Report, Row, Target
+from benchmarks.kernel_checks import Errors, cases, functions, relative, unreached, watched
 from benchmarks.photos import SIGMA_RGB, TUNED, photo, probabilities, sigma_xy, truth
 from benchmarks.test_refine import PRESETS, problem, settings
 from segattr.advcam import advcam
@@ -42,6 +47,7 @@ from segattr.refine import dense_crf, random_walk
 from segloss.bilateral import guide_features
 
 HERE = Path(__file__).parent
+QUICK_SECONDS = 330.0  # six minutes less the imports and the case that is running when they are over
 DEVICE = "cuda"
 SIDES = (256, 384, 512)
 METHODS: dict[str, dict[str, Any]] = {
@@ -58,49 +64,6 @@ CAM_SIDE, ADVCAM_SIDE, ADVCAM_STEPS, FICKLENET_SIDE, WALK_SIDE = 224, 112, 27, 4
 CRF_SIZES = ((94, 125), (375, 500))  # to check, and to time
 CLASSES = 20
 _EXPONENTIALS = 16  # a clock and multiprocessor
-_WORDS = ("group", "method", "failed", "refused")  # of a row; all else are numbers
-
-Row = dict[str, Any]
-
-
-class Report:
-    """Rows of results, in a file after each of them."""
-
-    def __init__(self, folder: Path, where: dict[str, Any]) -> None:
-        self.folder, self.where, self.rows = folder, where, list[Row]()
-
-    def add(self, group: str, method: str, measure: Callable[[Row], None]) -> None:
-        """``measure`` fills a row; where it raises, the row says so and keeps what was measured before."""
-        row: Row = {"group": group, "method": method}
-        try:
-            measure(row)
-        except segloss.ToleranceError as problem:
-            row["refused"] = str(problem)
-        except Exception as problem:  # whatever it is, the other cases count
-            row["failed"] = f"{type(problem).__name__}: {problem}".splitlines()[0]
-        self.rows.append(row)
-        print(line(row), flush=True)
-        self.write()
-
-    def attempt(self, group: str, measure: Callable[[], None]) -> None:
-        """``measure`` adds rows; where it raises, an extra row says so."""
-        try:
-            measure()
-        except Exception as problem:
-            reason = problem
-
-            def fail(row: Row) -> None:
-                raise reason
-
-            self.add(group, "set-up", fail)
-
-    def write(self) -> None:
-        results = {"environment": self.where, "results": self.rows}
-        (self.folder / "gpu.json").write_text(json.dumps(results, indent=1) + "\n")
-        (self.folder / "gpu.md").write_text(markdown(self.rows, self.where))
-
-    def failed(self) -> int:
-        return sum("failed" in row for row in self.rows)
 
 
 def milliseconds(call: Callable[[], object]) -> float:
@@ -135,10 +98,6 @@ def options(side: int) -> dict[str, Any]:
     return {"sigma_rgb": SIGMA_RGB, "sigma_xy": sigma_xy(side)}
 
 
-def relative(result: Tensor, exact: Tensor) -> float:
-    return ((result - exact).norm() / exact.norm()).item()
-
-
 def require(error: float, bound: float) -> None:
     if not error <= bound:
         raise ArithmeticError(f"error {error:.1e} above {bound:g}")
@@ -156,13 +115,21 @@ def kept_share(image: Tensor, side: int, method: str, tolerance: float) -> float
     return counts / tiles.number**2
 
 
-def filtering(report: Report, name: str, side: int, classes: int, most: dict[str, float]) -> None:
+def filter_group(classes: int, side: int, name: str) -> str:
+    return f"bilateral_filter K={classes} {side}x{side} {name}"
+
+
+def filtering(
+    report: Report, name: str, side: int, classes: int, most: dict[str, float], methods: Iterable[str] = METHODS
+) -> None:
     values, image = probabilities(classes, side).to(DEVICE), photo(name, side).to(DEVICE)
     pixels = torch.randperm(side**2, generator=torch.Generator().manual_seed(1))[:256].to(DEVICE)
     exact = truth(image, values, pixels)[0]
-    for label, choice in METHODS.items():
-        measure = partial(filter_case, choice=choice, values=values, image=image, most=most, pixels=pixels, exact=exact)
-        report.add(f"bilateral_filter K={classes} {side}x{side} {name}", label, measure)
+    for method in methods:
+        measure = partial(
+            filter_case, choice=METHODS[method], values=values, image=image, most=most, pixels=pixels, exact=exact
+        )
+        report.add(filter_group(classes, side, name), method, measure)
 
 
 def filter_case(
@@ -227,6 +194,10 @@ def crf_gradients(logits: Tensor, image: Tensor, with_image: bool, choice: dict[
     return [loss.detach(), *torch.autograd.grad(loss, (logits, image) if with_image else (logits,))]
 
 
+def size_group(shape: tuple[int, ...], dtype: torch.dtype) -> str:
+    return f"size_kl {'x'.join(map(str, shape))} {str(dtype).split('.')[1]}"
+
+
 def size_kl(report: Report, shape: tuple[int, ...], dtype: torch.dtype, most: dict[str, float]) -> None:
     """Forward and backward; the floor reads the logits twice and writes the gradient."""
     torch.manual_seed(0)
@@ -236,7 +207,7 @@ def size_kl(report: Report, shape: tuple[int, ...], dtype: torch.dtype, most: di
     exact = torch.autograd.grad(log_space_size_kl(double, sizes.double()), double)[0]
     for label, loss in (("naive autograd", naive_size_kl), ("segloss.size_kl", segloss.size_kl)):
         measure = partial(size_kl_case, loss=loss, logits=logits, sizes=sizes, exact=exact, most=most)
-        report.add(f"size_kl {'x'.join(map(str, shape))} {str(dtype).split('.')[1]}", label, measure)
+        report.add(size_group(shape, dtype), label, measure)
 
 
 def size_kl_case(
@@ -391,34 +362,75 @@ def inferences(report: Report, preset: str) -> None:
     compare(report, group, methods(large), exact, 1e-2, methods(small))
 
 
-def line(row: Row) -> str:
-    """A row for the terminal."""
-    numbers = [f"{key} {value:.2g}" for key, value in row.items() if key not in (*_WORDS, "milliseconds")]
-    return ", ".join([f"{row['group']}: {row['method']} {outcome(row)}", *numbers])
-
-
-def outcome(row: Row) -> str:
-    if "failed" in row:
-        return f"FAILED ({row['failed']})"
-    return "refused" if "refused" in row else f"{row['milliseconds']:.4g} ms"
-
-
-def markdown(rows: list[Row], where: dict[str, Any]) -> str:
-    text = [
-        "# Benchmarks on a GPU",
-        "",
-        f"{where['date']}, {where['gpu']}, torch {where['torch']}, Triton {where['triton']}; copies move "
-        f"{where['limits']['copy'] / 1e12:.2f} TB/s. Median time; error against float64; shares of the limits.",
+def targets() -> list[Target]:
+    small, large = (filter_group(21, side, TUNED[0]) for side in (SIDES[0], SIDES[-1]))
+    return [
+        Target(small, "exact", "milliseconds", 1.5),
+        Target(small, "blocksparse 1e-2", "of exponential limit", 0.6),
+        Target(small, "lowrank 1e-2", "milliseconds", 0.2),
+        Target(large, "blocksparse 1e-2", "of exponential limit", 0.6),
+        Target(large, "blocksparse 1e-2", "milliseconds", 7.0),
+        Target(large, "lowrank 1e-2", "milliseconds", 0.6),
+        Target(size_group(SHAPES[-1], torch.float32), "segloss.size_kl", "of copy bandwidth", 0.7),
     ]
-    for group in dict.fromkeys(row["group"] for row in rows):
-        here = [row for row in rows if row["group"] == group]
-        keys = list(dict.fromkeys(key for row in here for key in row if key not in (*_WORDS, "milliseconds")))
-        text += ["", f"## {group}", "", "| " + " | ".join(["method", "time", *keys]) + " |"]
-        text.append("|---" * (2 + len(keys)) + "|")
-        for row in here:
-            cells = [f"{row[key]:.2g}" if key in row else "-" for key in keys]
-            text.append("| " + " | ".join([row["method"], outcome(row).replace("|", "\\|"), *cells]) + " |")
-    return "\n".join(text) + "\n"
+
+
+def check_kernels(report: Report) -> None:
+    """Every Triton kernel, forward and backward, and that none of them was forgotten."""
+    group = "Triton kernels"
+    with watched() as launched:
+        for name, check in cases():
+            report.add(group, name, partial(kernel_case, check=check))
+    report.add(group, "no kernel without a check", partial(coverage, launched=launched))
+
+
+def kernel_case(row: Row, check: Callable[[str], Errors]) -> None:
+    errors = check(DEVICE)
+    row |= {key: error for key, (error, _) in errors.items()}
+    for error, bound in errors.values():
+        require(error, bound)
+
+
+def coverage(row: Row, launched: set[str]) -> None:
+    row["functions"] = len(functions())
+    if unreached(launched):
+        raise AssertionError(f"not checked: {', '.join(unreached(launched))}")
+
+
+def mixed_precision(row: Row) -> None:
+    """The step of the quickstart with size targets: the loss near that in float32, gradients and weights finite."""
+    sys.path.append(str(HERE.parent / "examples"))  # no package; what pytest does
+    from network import EncoderDecoder
+
+    torch.manual_seed(0)
+    model = EncoderDecoder(5).to(DEVICE)
+    images = torch.cat([photo(TUNED[0], side)[:, :, :96, :96] for side in (96, 128, 192, 256)]).to(DEVICE)
+    sizes = torch.rand(len(images), 5, device=DEVICE).softmax(1)
+    size_loss, crf_loss = segloss.SizeKL(), segloss.PottsCRF(sigma_xy=8.0, scale_factor=0.5, normalize="pixels")
+
+    def step(model: nn.Module, enabled: bool) -> float:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+        with torch.autocast(torch.device(DEVICE).type, torch.bfloat16, enabled=enabled):
+            logits = model(images)
+            loss = size_loss(logits, sizes) + 0.1 * crf_loss(logits, images)
+        loss.backward()
+        optimizer.step()
+        numbers = [t for p in model.parameters() for t in (p, p.grad)]
+        if not all(t is not None and t.isfinite().all() for t in numbers):
+            raise ArithmeticError("expected finite gradients and weights")
+        return loss.item()
+
+    row["float32"], row["bfloat16"] = step(copy.deepcopy(model), False), step(model, True)
+    row["error"] = abs(row["bfloat16"] / row["float32"] - 1)
+    require(row["error"], 2e-2)
+
+
+def measure_table(report: Report, most: dict[str, float]) -> None:
+    """The rows with targets, and few others."""
+    methods = [method for method in METHODS if method in {target.method for target in targets()}]
+    for side in (SIDES[0], SIDES[-1]):
+        report.attempt(f"bilateral_filter {side}", partial(filtering, report, TUNED[0], side, 21, most, methods))
+    report.attempt("size_kl", partial(size_kl, report, SHAPES[-1], torch.float32, most))
 
 
 def measure_all(report: Report, names: list[str], most: dict[str, float]) -> None:
@@ -443,9 +455,17 @@ def measure_attribution(report: Report) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one photograph in place of four")
+    parser.add_argument("--quick", action="store_true", help="the kernels, what has a target, and the step; no more")
+    parser.add_argument(
+        "--limit",
+        type=float,
+        help=f"seconds after which no case begins; {QUICK_SECONDS:g} with --quick, otherwise none",
+    )
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for gpu.json and gpu.md")
     chosen = parser.parse_args()
+    limit = chosen.limit if chosen.limit is not None else QUICK_SECONDS if chosen.quick else math.inf
+    if not limit > 0:
+        parser.exit(2, f"--limit: expected a positive number of seconds, got {limit:g}\n")
     if not torch.cuda.is_available():
         parser.exit(2, "benchmarks.gpu: expected a CUDA device, found none\n")
     try:
@@ -454,12 +474,20 @@ def main() -> int:
         parser.exit(2, f"--out: expected a folder that can be written, got {chosen.out} ({error.strerror})\n")
     import triton
 
-    most = limits()
+    most: dict[str, float] = {}
     where = environment() | {"gpu": torch.cuda.get_device_name(), "triton": triton.__version__, "limits": most}
-    report = Report(chosen.out, where)
-    measure_all(report, TUNED[:1] if chosen.quick else TUNED, most)
-    measure_attribution(report)
+    report = Report(chosen.out, where, targets(), limit)
+    report.attempt("Triton kernels", partial(check_kernels, report))
+    report.attempt("limits of the device", lambda: most.update(limits()))
+    if chosen.quick:
+        measure_table(report, most)
+    report.add("EncoderDecoder, SizeKL + PottsCRF", "step under bfloat16 autocast", mixed_precision)
+    if not chosen.quick:
+        measure_all(report, TUNED, most)
+        measure_attribution(report)
     print((chosen.out / "gpu.md").read_text())
+    if report.left_out:
+        print(f"benchmarks.gpu: left out after {limit:g} s: {'; '.join(report.left_out)}", file=sys.stderr)
     if report.failed():
         print(f"benchmarks.gpu: {report.failed()} of {len(report.rows)} cases failed", file=sys.stderr)
     return int(report.failed() > 0)
