@@ -15,8 +15,8 @@ from torch import Tensor
 
 import segloss
 from segloss._average import log_sum_reference
-from segloss._reduce import LOG_FLOOR, wide_dtype
 from segloss.bilateral.reference import gaussian_filter_reference, guide_gradient_reference
+from segloss.common.reduction import LOG_FLOOR, wide_dtype
 
 # Relative errors, in the norm.
 _FILTER = {torch.float32: 5e-4, torch.float64: 1e-12}
