@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from segattr.networks.cut import Cut, weights_of
+from segattr.networks.reader import unwrapped
 from segloss.common.checks import check_finite, check_floating, shape_text
 
 ClassWeights: TypeAlias = nn.Linear | nn.Conv2d
-Part: TypeAlias = Callable[[Tensor], Tensor]
+Features: TypeAlias = Callable[[Tensor], Any]
+Head: TypeAlias = Callable[..., Tensor]
 
 # Errors of the machine that are no class of their own.
 _OF_MACHINE = re.compile("allocate|out of memory|CUDA error|CUDA driver|cuDNN error|CUBLAS_STATUS|CUSOLVER|NCCL")
@@ -43,7 +45,7 @@ class Classifier(nn.Module):
         (torch.Size([2, 4]), 4, Linear(in_features=8, out_features=4, bias=True))
     """
 
-    def __init__(self, features: Part, head: Part) -> None:
+    def __init__(self, features: Features, head: Head) -> None:
         for name, part in (("features", features), ("head", head)):
             if not callable(part):
                 raise TypeError(f"{name}: expected a module or function, got {type(part).__name__}")
@@ -57,7 +59,8 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[B, K]`` of images ``[B, C, H, W]``."""
-        return self.head(self.features(images))
+        features = self.features(images)
+        return self.head(*features) if isinstance(features, tuple) else self.head(features)
 
     @property
     def linear(self) -> ClassWeights | None:
@@ -81,7 +84,7 @@ class Classifier(nn.Module):
         return last.out_features if isinstance(last, nn.Linear) else last.out_channels  # type: ignore[return-value]
 
 
-def split(model: nn.Module, layer: str | nn.Module | None = None) -> Classifier:
+def split(model: nn.Module, layer: str | nn.Module | None = None, *, example: Tensor | None = None) -> Classifier:
     r"""Splits a classifier at its last feature map, without copying or changing it.
 
     The forward code of the model is followed by torch.fx from the logits back: through linear layers, flattening and
@@ -115,12 +118,12 @@ def split(model: nn.Module, layer: str | nn.Module | None = None) -> Classifier:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    model = _unwrapped(model)
-    cut = Cut(model, None if layer is None else _path(model, layer))
+    model = unwrapped(model)
+    cut = Cut(model, None if layer is None else _path(model, layer), example)
     clf = Classifier(cut.features, cut.head)
     clf.model = model
     clf.training = model.training
-    clf._linear, clf._last = cut.parts().linear, cut.parts().last
+    clf._linear, clf._last = (None if name is None else f"model.{name}" for name in cut.weights())
     return clf
 
 
@@ -128,7 +131,7 @@ def as_classifier(clf: nn.Module, layer: str | nn.Module | None = None) -> Class
     """A classifier as it is, any other network split at its last feature map; both split at a layer if there is one."""
     if not isinstance(clf, nn.Module):
         raise TypeError(f"clf: expected a Classifier, or a network that split understands, got {type(clf).__name__}")
-    clf = _unwrapped(clf)
+    clf = unwrapped(clf)
     if isinstance(clf, Classifier):
         return clf if layer is None else split(clf.model or clf, layer)
     return split(clf, layer)
@@ -193,14 +196,6 @@ def check_images(images: object) -> None:
     if 0 in images.shape[1:]:
         raise ValueError(f"images: expected at least one channel and one pixel, got {shape_text(images.shape)}")
     check_finite("images", images)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The network inside what torch.compile, or use of several devices, wraps it in."""
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        return _unwrapped(model.module)
-    compiled = getattr(model, "_orig_mod", None)
-    return _unwrapped(compiled) if isinstance(compiled, nn.Module) else model
 
 
 def _path(model: nn.Module, layer: str | nn.Module) -> str:

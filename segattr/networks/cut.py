@@ -1,428 +1,408 @@
-"""Where the code of a classifier can be cut in two, followed by torch.fx from the logits back to the feature map."""
+"""Where a network can be cut in two: from the logits back to the last feature map that they are made of alone."""
 
-import inspect
-import operator
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
+from segattr.networks.graph import Different, Graph, common, needed, results_in, run, store
+from segattr.networks.layout import Layout, layouts
+from segattr.networks.modes import evaluating
+from segattr.networks.reader import Reader
+from segattr.networks.record import IMAGES, Node, Result, mapped, record, untouched
 from segloss.common.checks import shape_text
 
-# What a head is made of, by type of module, function, or name of a method.
-_SHAPES = (nn.Flatten, torch.flatten, torch.reshape, torch.squeeze, "flatten", "view", "reshape", "squeeze")
+Maps = Tensor | tuple[Tensor, Tensor]  # maps, and tokens that come before them
+
+_SHAPES = ("flatten", "view", "reshape", "squeeze", "unsqueeze", "contiguous", "permute", "transpose", "clone")
+_IDENTITIES = ("identity", "dropout", "dropout2d", "feature_dropout")
 _POOLS = (
-    *(nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AvgPool2d),
-    *(F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.avg_pool2d),
+    *("adaptiveavgpool2d", "adaptive_avg_pool2d", "adaptivemaxpool2d", "adaptive_max_pool2d", "avgpool2d"),
+    "avg_pool2d",
 )
-_REDUCTIONS = (torch.mean, torch.amax, torch.logsumexp, "mean", "amax", "logsumexp")  # pools, over height and width
-_IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout2d, F.dropout, F.dropout2d, "contiguous")
-_BODIES = (nn.MaxPool2d, nn.Conv2d, F.max_pool2d, F.conv2d)  # ... and what it is not
+_POWERS = ("clamp", "clamp_min", "pow", "square", "abs")  # what generalised means do before they average
+_WEIGHTED = ("linear", "conv1d", "conv2d")
 
 _REMEDY = "name the layer whose output is the feature map, or build Classifier(features, head) from two parts"
 
 
 @dataclass
-class _Parts:
-    """What a cut gives in one mode.
+class Parts:
+    """A network in two parts, for the images that its graph is for.
 
     Args:
-        features: takes the root and images.
-        head: takes the root and feature maps.
-        linear: name of the layer with the weights of class activation maps, if there is one.
-        last: name of the last linear layer or convolution.
+        graph: what was cut.
+        cut: the feature map.
+        layout: of it.
+        size: height and width of it, for the size of images that was recorded.
+        before: operations up to it.
+        after: operations on it.
+        output: the logits.
     """
 
-    features: Callable[[nn.Module, Tensor], Tensor]
-    head: Callable[[nn.Module, Tensor], Tensor]
-    linear: str | None
-    last: str | None
+    graph: Graph
+    cut: Result
+    layout: Layout
+    size: tuple[int, ...]
+    before: list[Node]
+    after: list[Node]
+    output: Result = IMAGES
+    place: Result = IMAGES  # the feature map, in the graph
 
-
-class _Root(nn.Module):
-    """Calls the model as a user does; constants that torch.fx finds in its code are stored here, not in the model."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Any:
-        return self.model(images)
+    def fits(self, features: Tensor) -> bool:
+        """Whether features are of the images that the graph is for."""
+        return self.graph.size is None or tuple(features.shape[2:]) == self.size
 
 
 class Cut:
-    """The two parts of a model as functions, for each mode that it is called in."""
+    """The two parts of a model as functions, for each kind of images and each mode that it is called in."""
 
-    def __init__(self, model: nn.Module, layer: str | None) -> None:
-        self.root, self.layer = _Root(model), layer
-        self.opened = {"model"}  # modules whose code is followed
-        if layer is not None:
-            names = f"model.{layer}".split(".")
-            self.opened.update(".".join(names[:i]) for i in range(1, len(names)))
-        self.cached: dict[tuple[bool, ...], _Parts] = {}
+    def __init__(self, model: nn.Module, layer: str | None, example: Tensor | None) -> None:
+        self.model, self.layer, self.example = model, layer, example
+        self.kept: list[Parts] = []
+        self.reader = Reader(model, leaf=is_leaf, atomic=_is_atomic, replay=self._replayed, example=example)
 
-    def __reduce__(self) -> Any:  # the functions are made again in a copy or another process
-        return Cut, (self.root.model, self.layer)
+    def __reduce__(self) -> Any:  # read again in a copy or another process
+        return Cut, (self.model, self.layer, self.example)
 
-    def features(self, images: Tensor) -> Tensor:
-        maps = self.parts().features(self.root, images)
-        if not isinstance(maps, Tensor) or maps.dim() != 4:
-            got = shape_text(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
-            raise ValueError(f"layer: expected one that gives a feature map [B, D, h, w], got {got}: {_REMEDY}")
-        return maps
+    def features(self, images: Tensor) -> Maps:
+        parts = self._parts(self.reader.graph(images))
+        results = {IMAGES: images}
+        _run(parts.before, self.model, results, len(images))
+        return _maps(results[parts.cut], parts.layout)
 
-    def head(self, features: Tensor) -> Tensor:
+    def head(self, features: Tensor, tokens: Tensor | None = None) -> Tensor:
+        parts = self._for_head(features)
         # What follows may overwrite its input, as the activation after a convolution often does.
-        return self.parts().head(self.root, features.clone())
+        value = _value(features, tokens, parts.layout).clone()
+        results = {parts.cut: value}
+        _run(parts.after, self.model, results, len(features))
+        return results[parts.output]
 
-    def parts(self) -> _Parts:
-        mode = self._mode()
-        if mode not in self.cached:
-            parts = self._make()
-            self.cached[self._mode()] = parts  # more modules may have been opened
-            return parts
-        return self.cached[mode]
+    def weights(self) -> tuple[str | None, str | None]:
+        """Names of the layer whose weights give class activation maps, and of the last layer with weights."""
+        with evaluating(self.model):
+            parts = self._parts(self.reader.again(self.reader.first.dtype, self.reader.first.device))
+        return weights(parts.graph, self.model, parts.place, parts.layout)
 
-    def _mode(self) -> tuple[bool, ...]:
-        return tuple(self.root.get_submodule(name).training for name in sorted(self.opened))
+    def _parts(self, graph: Graph) -> Parts:
+        for parts in self.kept:
+            if parts.graph is graph:
+                return parts
+        self.kept = [parts for parts in self.kept if parts.graph in self.reader.graphs]
+        self.kept.append(_cut(graph, self.model, self.layer))
+        return self.kept[-1]
 
-    def _make(self) -> _Parts:
-        nodes, cut = _find_cut(self.root, self.opened, self.layer)
-        output = _output(nodes)
-        return _Parts(
-            _compile(_features_graph(nodes, cut)),
-            _compile(_head_graph(nodes, cut, output, self.layer)),
-            _linear(self.root, cut, output),
-            _last(self.root, cut, output),
-        )
+    def _for_head(self, features: Tensor) -> Parts:
+        modes = [module.training for module in self.model.modules()]
+        graphs = [g for g in self.reader.graphs if (g.dtype, g.device) == (features.dtype, features.device)]
+        if not any(g.modes == modes for g in graphs):
+            graphs.insert(0, self.reader.again(features.dtype, features.device))
+        for graph in sorted(graphs, key=lambda g: g.modes != modes):
+            parts = self._parts(graph)
+            if parts.fits(features):
+                return parts
+        raise ValueError(f"features: expected those of images that were seen before, got {shape_text(features.shape)}")
+
+    def _replayed(self, graph: Graph, images: Tensor) -> Tensor:
+        parts = self._parts(graph)
+        results = {IMAGES: images}
+        _run(parts.before, self.model, results, len(images))
+        _run(parts.after, self.model, results, len(images))
+        return results[parts.output]
+
+
+# --- finding the feature map
+
+
+def _cut(graph: Graph, model: nn.Module, layer: str | None) -> Parts:
+    if not isinstance(graph.outputs, Result) or graph.outputs not in graph.dependent:
+        raise TypeError(f"model: expected logits as its output, or an object with logits, got {graph.outputs}")
+    points = _bottlenecks(graph)
+    known = layouts(graph)
+    cut = _last_map(graph, model, points, known) if layer is None else _named(graph, layer, points)
+    return _parts(graph, cut, known[cut])
+
+
+def _parts(graph: Graph, cut: Result, layout: Layout) -> Parts:
+    shape = graph.shape(cut)
+    size = layout.grid if layout.is_tokens else tuple(shape[layout.axes.index(axis)] for axis in "HW")
+    nodes, renamed = _collapsed(graph, cut)
+    inner, output = renamed.get(cut, cut), renamed.get(graph.outputs, graph.outputs)
+    place = next((i for i, node in enumerate(nodes) if inner in node.results()), -1)
+    after = needed([node for i, node in enumerate(nodes) if i > place or not _takes_images(node, graph)], {output})
+    parts = Parts(graph, inner, layout, size, needed(nodes[: place + 1], {inner}), after)
+    return replace(parts, output=output, place=cut)
+
+
+def _bottlenecks(graph: Graph) -> list[Result]:
+    """The results that the logits depend on alone, from the logits back to the images."""
+    points: list[Result] = []
+    live = {graph.outputs}
+    for node in reversed(needed(graph.nodes, live)):
+        if graph.dependent.isdisjoint(node.results()):
+            continue
+        if len(live) == 1:
+            points += live
+        live = live.difference(node.results()) | graph.dependent.intersection(results_in((node.args, node.kwargs)))
+    return [*points, IMAGES]
+
+
+def _last_map(graph: Graph, model: nn.Module, points: list[Result], known: dict[Result, Layout]) -> Result:
+    for point in points[:-1]:
+        layout = known[point]
+        if _pixels(graph.shape(point), layout) < 2:
+            continue
+        if layout.is_map:
+            return _before_head(graph, model, point, known)
+        if _is_felt(graph, model, point, layout):
+            return point
+    raise TypeError(f"model: expected logits made from a feature map of more than one pixel, got none: {_REMEDY}")
+
+
+def _pixels(shape: tuple[int, ...], layout: Layout) -> int:
+    if layout.is_tokens:
+        return layout.grid[0] * layout.grid[1]
+    return shape[layout.axes.index("H")] * shape[layout.axes.index("W")] if layout.is_map else 0
+
+
+def _is_felt(graph: Graph, model: nn.Module, point: Result, layout: Layout) -> bool:
+    """Whether the logits depend on tokens of the map, and not only on those before it."""
+    parts = _parts(graph, point, layout)
+    images = torch.randn(graph.shape(IMAGES), generator=torch.Generator().manual_seed(0)).to(graph.device, graph.dtype)
+    with untouched(model), evaluating(model):
+        results = {IMAGES: images}
+        with torch.no_grad():
+            _run(parts.before, model, results, len(images))
+        maps = _maps(results[parts.cut], layout)
+        maps, tokens = maps if isinstance(maps, tuple) else (maps, None)
+        with torch.enable_grad():
+            leaf = maps.detach().clone().requires_grad_()
+            results = {parts.cut: _value(leaf, tokens, layout)}
+            _run(parts.after, model, results, len(images))
+            (gradient,) = torch.autograd.grad(results[parts.output].sum(), leaf, allow_unused=True)
+    return gradient is not None and bool(gradient.any())
+
+
+def _before_head(graph: Graph, model: nn.Module, last: Result, known: dict[Result, Layout]) -> Result:
+    """Back from the last map over what belongs to the head: pooling, powers, and a last convolution 1x1."""
+    node = graph.made[last]
+    after = graph.nodes[graph.nodes.index(node) + 1 :]
+    weighted = any(n.kind.lower() in _WEIGHTED for n in after if not graph.dependent.isdisjoint(n.results()))
+    cut = place = last
+    while place != IMAGES:
+        node = graph.made[place]
+        sources = graph.dependent.intersection(results_in((node.args, node.kwargs)))
+        kind = node.kind.lower()
+        if len(sources) != 1:
+            break
+        (source,) = sources
+        if not known[source].is_map or known[source].axes != known[place].axes:
+            break
+        if kind in _POOLS or (kind in _POWERS and cut == place):
+            cut = source
+        elif weighted:
+            break
+        elif kind in _WEIGHTED:
+            if not _is_pointwise(graph, model, node):
+                break
+            cut, weighted = source, True
+        elif graph.shape(source) != graph.shape(place) or "pool" in kind:
+            break
+        place = source
+    return cut
+
+
+def _is_pointwise(graph: Graph, model: nn.Module, node: Node) -> bool:
+    module = model.get_submodule(_module(node) or "")
+    if not isinstance(module, nn.Conv2d):
+        return isinstance(module, nn.Linear)
+    plain = (module.kernel_size, module.stride, module.groups) == ((1, 1), (1, 1), 1)
+    return plain and module.padding in ((0, 0), "valid", "same")
+
+
+def _module(node: Node) -> str | None:
+    """The path of the module that an operation is all of, or part of."""
+    return node.path or (node.within[-1] if node.within else None)
+
+
+def _named(graph: Graph, layer: str, points: list[Result]) -> Result:
+    """The output of the module of this name."""
+    outputs: list[list[Any]] = [node.results() for node in graph.nodes if node.path == layer]
+    outputs += [call.outputs for call in graph.calls if call.path == layer]
+    if len(outputs) != 1:
+        raise ValueError(f"layer: expected a module that is called once, got {layer}, called {len(outputs)} times")
+    found = outputs[0][0] if len(outputs[0]) == 1 else None
+    if not isinstance(found, Result):
+        raise ValueError(f"layer: expected one that gives a feature map, got {len(outputs[0])} tensors: {_REMEDY}")
+    if found not in points:
+        problem = _bypass(graph, found)
+        raise ValueError(f"layer: expected one that the logits depend on alone, got {layer}: {problem}")
+    layout = layouts(graph)[found]
+    if not layout.is_map and not layout.is_tokens:
+        got = shape_text(graph.shape(found))
+        raise ValueError(f"layer: expected one that gives a feature map [B, D, h, w], got {got}: {_REMEDY}")
+    return found
+
+
+def _bypass(graph: Graph, cut: Result) -> str:
+    dependents = {cut}
+    for node in needed(graph.nodes, {graph.outputs}):
+        inputs = set(results_in((node.args, node.kwargs)))
+        others = (inputs & graph.dependent) - dependents
+        if not dependents.isdisjoint(inputs) and cut not in node.results():
+            if others:
+                return f"{node.name} also takes {sorted(r.name for r in others)[0]}"
+            dependents.update(node.results())
+    return "they do not depend on it"
+
+
+# --- the two parts
+
+
+def _collapsed(graph: Graph, cut: Result) -> tuple[list[Node], dict[Result, Result]]:
+    """The operations with the calls of modules that are on one side of the cut as one each; new names of results."""
+    place = graph.nodes.index(graph.made[cut]) if cut in graph.made else -1
+    users: dict[Result, list[int]] = {cut: [-1], graph.outputs: [-1]}
+    for i, node in enumerate(graph.nodes):
+        for result in results_in((node.args, node.kwargs)):
+            users.setdefault(result, []).append(i)
+    chosen, end = {}, -1
+    for call in sorted(graph.calls, key=lambda call: (call.start, -call.stop)):
+        one_side = call.stop <= place + 1 or call.start > place
+        if call.path and call.start >= end and call.stop > call.start and one_side:
+            inner = {r for node in graph.nodes[call.start : call.stop] for r in node.results()}
+            used = {r for r in inner if any(not call.start <= i < call.stop for i in users.get(r, []))}
+            if used.issubset(r for r in call.outputs if isinstance(r, Result)):
+                chosen[call.start], end = call, call.stop
+    nodes: list[Node] = []
+    renamed: dict[Result, Result] = {}
+    i = 0
+
+    def rename(value: Any) -> Any:
+        return renamed.get(value, value) if isinstance(value, Result) else mapped(rename, value)
+
+    while i < len(graph.nodes):
+        node = graph.nodes[i]
+        if i in chosen:
+            call = chosen[i]
+            name = f"{call.path} called at {i}"
+            shapes = tuple(graph.shapes.get(r, ()) if isinstance(r, Result) else () for r in call.outputs)
+            args, kwargs = rename((call.args, call.kwargs))
+            nodes.append(Node(name, "call", call.path, "module", args, kwargs, (), shapes, False))
+            for j, result in enumerate(call.outputs):
+                if isinstance(result, Result) and result.name in {n.name for n in graph.nodes[i : call.stop]}:
+                    renamed.setdefault(result, Result(name, j))
+            i = call.stop
+        else:
+            args, kwargs = rename((node.args, node.kwargs))
+            nodes.append(replace(node, args=args, kwargs=kwargs))
+            i += 1
+    return nodes, renamed
+
+
+def _takes_images(node: Node, graph: Graph) -> bool:
+    return bool(results_in((node.args, node.kwargs)))
+
+
+def _run(nodes: list[Node], model: nn.Module, results: dict[Result, Any], images: int) -> None:
+    for node in nodes:
+        store(node, run(node, model, results, images), results)
+
+
+def _maps(value: Tensor, layout: Layout) -> Maps:
+    """``[B, D, h, w]`` of a map of either layout, or of tokens, with those before the map ``[B, P, D]``."""
+    if layout.is_map:
+        return value.permute([layout.axes.index(axis) for axis in "BCHW"])
+    tokens = value.permute([layout.axes.index(axis) for axis in "BNC"])
+    maps = tokens[:, layout.prefix :].mT.unflatten(2, layout.grid)
+    return (maps, tokens[:, : layout.prefix]) if layout.prefix else maps
+
+
+def _value(maps: Tensor, tokens: Tensor | None, layout: Layout) -> Tensor:
+    """The inverse of :func:`_maps`."""
+    if layout.is_map:
+        return maps.permute(["BCHW".index(axis) for axis in layout.axes])
+    value = maps.flatten(2).mT
+    if tokens is not None:
+        value = torch.cat([tokens, value], 1)
+    return value.permute(["BNC".index(axis) for axis in layout.axes])
+
+
+# --- the layers with weights
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module is one operation: a layer of torch, not a container, whose call is its code alone."""
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    own = type(module).forward.__module__.startswith("torch.nn.modules")
+    return own and not hooked and not module._modules
+
+
+@cache
+def _is_atomic(kind: str) -> bool:
+    """Functions that are followed are those that hold others with weights of their own."""
+    return kind != "multi_head_attention_forward"
+
+
+def weights(graph: Graph, model: nn.Module, cut: Result, layout: Layout) -> tuple[str | None, str | None]:
+    """Names of the layer whose weights give class activation maps, and of the last layer with weights."""
+    after = [n for n in needed(graph.nodes, {graph.outputs}) if not graph.dependent.isdisjoint(n.results())]
+    if cut in graph.made:
+        after = after[after.index(graph.made[cut]) + 1 :]
+    kinds = [node.kind.lower() for node in after]
+    last = None
+    for node, kind in zip(after[::-1], kinds[::-1], strict=True):
+        if kind in _WEIGHTED:
+            last = _module(node)
+            break
+        if kind not in (*_SHAPES, *_IDENTITIES, *_POOLS, "mean"):
+            break
+    weighted = [node for node, kind in zip(after, kinds, strict=True) if kind in _WEIGHTED]
+    plain = all(kind in (*_SHAPES, *_IDENTITIES, *_POOLS, *_WEIGHTED, "mean") for kind in kinds)
+    if not plain or len(weighted) != 1 or not layout.is_map:
+        return None, last
+    return (_module(weighted[0]) if _is_average(graph, model, cut, layout, weighted[0]) else None), last
+
+
+def _is_average(graph: Graph, model: nn.Module, cut: Result, layout: Layout, layer: Node) -> bool:
+    """Whether logits are the average of a linear layer's map, tried out on a map."""
+    module = model.get_submodule(_module(layer) or "")
+    if not isinstance(module, (nn.Linear, nn.Conv2d)):
+        return False
+    parts = _parts(graph, cut, layout)
+    shape = graph.shape(cut)
+    maps = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(graph.device, graph.dtype)
+    with torch.no_grad(), untouched(model), evaluating(model):
+        results = {parts.cut: maps}
+        _run(parts.after, model, results, len(maps))
+        logits = results[parts.output]
+        averages = _maps(maps, layout).mean((2, 3))  # type: ignore[union-attr]
+        weight = module.weight.flatten(1)
+        if logits.dim() != 2 or weight.shape != (logits.shape[1], averages.shape[1]):
+            return False
+        expected = averages @ weight.mT + (0 if module.bias is None else module.bias)
+    return torch.allclose(logits, expected, rtol=0, atol=1e-2 * float(expected.abs().max()))
 
 
 def weights_of(head: nn.Module) -> tuple[str | None, str | None]:
-    """Names of the weights of class activation maps and of the last layer in the head of a user."""
-    root = _Root(head)
-    try:
-        nodes, cut = _find_cut(root, {"model"}, "")
-    except TypeError:  # code that cannot be followed
+    """The same of the head of a user."""
+    layers = (m for m in head.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
+    first = next(layers, None)
+    if first is None:
         return None, None
-    names = _linear(root, cut, _output(nodes)), _last(root, cut, _output(nodes))
-    linear, last = (None if name is None else "head" + name.removeprefix("model") for name in names)
-    return linear, last
-
-
-# --- following the code
-
-
-class _Proxy(fx.Proxy):
-    """Keeps ``+=`` apart from ``+``, which overwrites nothing."""
-
-    def __iadd__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
-
-
-class _Tracer(fx.Tracer):
-    """Follows the code of the opened modules only."""
-
-    def __init__(self, opened: set[str]) -> None:
-        super().__init__()
-        self.opened = opened | {""}
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name not in self.opened
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
-    def create_arg(self, a: Any) -> Any:
-        """A tensor that is used directly is found by its name, also where it stands in for a parameter."""
-        if isinstance(a, Tensor):
-            for name, own in (*self.root.named_parameters(), *self.root.named_buffers()):
-                if own is a:
-                    return self.create_node("get_attr", name, (), {})
-        return super().create_arg(a)
-
-
-def _trace(root: nn.Module, opened: set[str]) -> list[fx.Node]:
-    """The operations of the opened modules in their order, the input first, the output last."""
-    with _attributes_kept(root, opened):
-        try:
-            return list(_Tracer(opened).trace(root).nodes)
-        except Exception as error:  # whatever the code of the model does with a stand-in for an image
-            raise TypeError(f"model: torch.fx cannot trace it: {error}: {_REMEDY}") from error
-
-
-@contextmanager
-def _attributes_kept(root: nn.Module, opened: set[str]) -> Iterator[None]:
-    """Forward code may store results in its module: stand-ins for images do not stay there."""
-    modules = [root.get_submodule(name) for name in opened]
-    attributes = [dict(module.__dict__) for module in modules]
+    channels = first.in_features if isinstance(first, nn.Linear) else first.in_channels
+    tensor = first.weight
+    features = torch.randn(3, channels, 5, 4).to(tensor.device, tensor.dtype)
     try:
-        yield
-    finally:
-        for module, before in zip(modules, attributes, strict=True):
-            module.__dict__.clear()
-            module.__dict__.update(before)
-
-
-def _output(nodes: list[fx.Node]) -> fx.Node:
-    """The logits: the output of the model, or what it calls so."""
-    output: Any = nodes[-1].args[0]
-    if isinstance(output, fx.Node) and isinstance(output.target, type):  # a dataclass or named tuple
-        output = inspect.signature(output.target).bind(*output.args, **output.kwargs).arguments
-    output = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", output)
-    if not isinstance(output, fx.Node):
-        raise TypeError(f"model: expected logits as its output, or an object with logits, got {nodes[-1].args[0]}")
-    return output
-
-
-def _find_cut(root: nn.Module, opened: set[str], layer: str | None) -> tuple[list[fx.Node], fx.Node]:
-    """The operations, and the one that gives the feature map: that of a layer, or the input for ``""``.
-
-    Opens the modules that must be looked into to find it.
-    """
-    while True:
-        nodes = _trace(root, opened)
-        cut, container = _search(root, _output(nodes), _call(nodes, layer))
-        if container is not None:
-            try:
-                _trace(root, opened | {container})
-            except TypeError:
-                if cut is None:
-                    raise
-            else:
-                opened.add(container)
-                continue
-        if cut is None:
-            raise TypeError(f"model: expected logits made from pooled or flattened feature maps, got others: {_REMEDY}")
-        return nodes, cut
-
-
-def _call(nodes: list[fx.Node], layer: str | None) -> fx.Node | None:
-    if not layer:
-        return None if layer is None else nodes[0]
-    calls = [node for node in nodes if node.op == "call_module" and node.target == f"model.{layer}"]
-    if len(calls) != 1:
-        raise ValueError(f"layer: expected a module that is called once, got {layer}, called {len(calls)} times")
-    return calls[0]
-
-
-def _search(root: nn.Module, output: fx.Node, wanted: fx.Node | None) -> tuple[fx.Node | None, str | None]:
-    """Follows the logits back to the feature map, the wanted one or the last one.
-
-    Gives the feature map as far as it is known, and the name of a module that must be looked into to be sure.
-    """
-    cut, node = wanted, output
-    pooled = weighted = False
-    while node is not wanted:
-        kind, source = _kind(root, node), _source(node)
-        if source is not None and _is_of_vectors(root, node):
-            source = _source(source)
-        complete = pooled and weighted
-        if source is None or kind == "body" or (complete and kind != "pool"):
-            break
-        if kind == "container":
-            while node.op != "call_module":
-                node = node.all_input_nodes[0]
-            return cut, str(node.target)
-        if wanted is None and (kind in ("shape", "pool") or (kind == "linear" and pooled)):
-            cut = source
-        pooled, weighted = pooled or kind == "pool", weighted or kind == "linear"
-        node = source
-    return cut, None
-
-
-def _kind(root: nn.Module, node: fx.Node) -> str:
-    """What an operation is in a head: shape, pool, identity, linear, other; or body, or a container of operations."""
-    module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
-    if module is not None:
-        if isinstance(module, nn.Sequential) or not type(module).forward.__module__.startswith("torch.nn"):
-            return "container"
-        if isinstance(module, nn.Linear) or _is_pointwise(module):
-            return "linear"
-    elif node.target in (operator.getitem, getattr):
-        inner = node.all_input_nodes[0]
-        return "container" if inner.op == "call_module" and _kind(root, inner) == "container" else "other"
-    elif node.target is F.linear:
-        return "linear"
-    elif node.target in _REDUCTIONS:
-        return "pool" if _reduced(node) in ({2, 3}, {2}, {3}) else "other"
-    elif node.target is F.max_pool2d and len(node.all_input_nodes) > 1:  # a window of the size of the map
-        return "pool"
-    for kind, table in (("shape", _SHAPES), ("pool", _POOLS), ("identity", _IDENTITIES), ("body", _BODIES)):
-        types = tuple(entry for entry in table if isinstance(entry, type))
-        if node.target in table or isinstance(module, types):
-            return kind
-    return "other"
-
-
-def _reduced(node: fx.Node) -> set[int]:
-    """The dimensions of a map ``[B, D, h, w]`` that an operation such as the mean takes away."""
-    dims: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", ()))
-    return {d % 4 for d in ([dims] if isinstance(dims, int) else dims or ())}
-
-
-def _is_pointwise(module: nn.Module) -> bool:
-    return (
-        isinstance(module, nn.Conv2d)
-        and (module.kernel_size, module.stride, module.groups) == ((1, 1), (1, 1), 1)
-        and module.padding in ((0, 0), "valid", "same")
-    )
-
-
-def _source(node: fx.Node) -> fx.Node | None:
-    """The one result that an operation works on; None if there are several, or none."""
-    sources = [n for n in node.all_input_nodes if n.op != "get_attr" and not _is_size(n)]
-    return sources[0] if len(sources) == 1 else None
-
-
-def _is_size(node: fx.Node) -> bool:
-    """Whether a result is made of sizes of tensors, not of their values."""
-    if (node.op == "call_method" and node.target in ("size", "dim")) or (
-        node.target is getattr and node.args[1] in ("shape", "ndim")
-    ):
-        return True
-    return node.op == "call_function" and bool(node.all_input_nodes) and all(map(_is_size, node.all_input_nodes))
-
-
-def _between(cut: fx.Node, output: fx.Node) -> list[fx.Node]:
-    """The operations from the logits back to the feature map; without the latter if they are not a chain."""
-    chain: list[fx.Node] = []
-    node: fx.Node | None = output
-    while node is not None and node is not cut:
-        chain.append(node)
-        node = _source(node)
-    return chain if node is None else [*chain, cut]
-
-
-def _linear(root: nn.Module, cut: fx.Node, output: fx.Node) -> str | None:
-    """The name of the layer that is all of the head together with global average pooling."""
-    *chain, end = [*_between(cut, output)]
-    steps = [(node, _kind(root, node)) for node in chain]
-    essential = [(node, kind) for node, kind in steps if kind not in ("shape", "identity")]
-    if end is not cut or sorted(kind for _, kind in essential) != ["linear", "pool"]:
-        return None
-    named = {kind: node for node, kind in essential}
-    if named["linear"].op != "call_module" or not _is_global_average(root, named["pool"]):
-        return None
-    return str(named["linear"].target)
-
-
-def _is_global_average(root: nn.Module, node: fx.Node) -> bool:
-    source = _source(node)
-    assert source is not None
-    first = node.args[1] if len(node.args) > 1 else None
-    if node.op == "call_module":
-        module = root.get_submodule(str(node.target))
-        return isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1), [1, 1])
-    if node.target is F.adaptive_avg_pool2d:
-        return node.kwargs.get("output_size", first) in (1, (1, 1), [1, 1])
-    if node.target is F.avg_pool2d:
-        window = node.kwargs.get("kernel_size", first)
-        unpadded = len(node.args) < 4 and node.kwargs.get("padding", 0) in (0, (0, 0))
-        return unpadded and _spatial(window, source)
-    if node.target in (torch.mean, "mean"):
-        return _reduced(node) == {2, 3} or _is_of_vectors(root, node)
-    return False
-
-
-def _is_of_vectors(root: nn.Module, node: fx.Node) -> bool:
-    """Whether pooling works on the last dimension of a map ``[B, D, hw]`` whose locations have been made one."""
-    source = _source(node)
-    if node.target not in _REDUCTIONS or source is None:
-        return False
-    dims: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    return dims in (2, -1, (2,), (-1,), [2], [-1]) and _kind(root, source) == "shape"
-
-
-def _spatial(window: Any, source: fx.Node) -> bool:
-    """Whether a window is height and width of a map."""
-
-    def index(size: Any) -> Any:
-        if not isinstance(size, fx.Node) or size.all_input_nodes == []:
-            return None
-        if size.op == "call_method" and size.target == "size" and size.args[0] is source and len(size.args) == 2:
-            return size.args[1]
-        shape = size.args[0]
-        if size.target is operator.getitem and isinstance(shape, fx.Node) and shape.args[0] is source:
-            return size.args[1] if _is_size(shape) and (shape.target is getattr or len(shape.args) == 1) else None
-        return None
-
-    if isinstance(window, (tuple, list)):
-        return [index(size) for size in window] in ([2, 3], [-2, -1])
-    return index(window) in (slice(2, None), slice(-2, None), slice(2, 4))
-
-
-def _last(root: nn.Module, cut: fx.Node, output: fx.Node) -> str | None:
-    """The name of the last linear layer or convolution of the head, unless other operations than pooling follow."""
-    for node in _between(cut, output):
-        kind = _kind(root, node)
-        if kind == "linear" and node.op == "call_module":
-            return str(node.target)
-        if kind not in ("shape", "pool", "identity"):
-            return None
-    return None
-
-
-# --- making functions of the operations
-
-
-def _features_graph(nodes: list[fx.Node], cut: fx.Node) -> fx.Graph:
-    """All operations up to the feature map."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in nodes[: nodes.index(cut) + 1]:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(copies[cut])
-    return graph
-
-
-def _head_graph(nodes: list[fx.Node], cut: fx.Node, output: fx.Node, layer: str | None) -> fx.Graph:
-    """The operations on the feature map, in their order, with the constants that they need.
-
-    Where they take the batch size from an earlier result, it becomes that of the feature map.
-    """
-    graph = fx.Graph()
-    copies = {cut: graph.placeholder("features")}
-    constants: set[fx.Node] = set()
-
-    def copy(node: fx.Node) -> fx.Node:
-        if node not in copies:
-            batch = _is_batch_size(node)
-            copies[node] = graph.call_method("size", (copies[cut], 0)) if batch else graph.node_copy(node, copy)
-        return copies[node]
-
-    for node in nodes[:-1]:
-        if node.op != "placeholder" and constants.issuperset(node.all_input_nodes):
-            constants.add(node)
-    dependents, bypass = {cut}, None
-    for node in nodes[nodes.index(cut) + 1 : -1]:
-        others = set(node.all_input_nodes) - dependents - constants
-        if dependents.isdisjoint(node.all_input_nodes):
-            continue
-        if all(map(_is_batch_size, others)):
-            copy(node)
-            dependents.add(node)
-        else:
-            bypass = bypass or (node, others.pop())
-    if output not in dependents:
-        problem = f"{bypass[0]} also takes {bypass[1]}" if bypass else "they do not depend on it"
-        raise ValueError(f"layer: expected one that the logits depend on alone, got {layer or cut}: {problem}")
-    graph.output(copies[output])
-    return graph
-
-
-def _is_batch_size(node: fx.Node) -> bool:
-    if node.target is operator.getitem:
-        return _is_size(node) and node.args[1:] == (0,)
-    return node.op == "call_method" and node.target == "size" and node.args[1:] == (0,)
-
-
-def _compile(graph: fx.Graph) -> Callable[[nn.Module, Tensor], Tensor]:
-    """A function of the root and one result. It finds modules and parameters in the root each time that it runs."""
-    code = graph.python_code("self")
-    scope = dict(code.globals)
-    exec(code.src, scope)
-    return scope["forward"]
+        with evaluating(head):
+            one, two = (
+                record(head, f, leaf=is_leaf, atomic=_is_atomic) for f in (features, features.repeat(2, 1, 1, 1)[:3])
+            )
+            graph = common(one, two, head)
+        linear, last = weights(graph, head, IMAGES, Layout(("B", "C", "H", "W")))
+    except (TypeError, ValueError, RuntimeError, Different):  # code that cannot be followed
+        return None, None
+    return tuple(None if name is None else f"head.{name}".rstrip(".") for name in (linear, last))  # type: ignore[return-value]

@@ -1,0 +1,231 @@
+"""The operations of a network for batches of any size: what two recordings of it have in common."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from segattr.networks.record import IMAGES, Attribute, Call, Node, Recording, Result, mapped
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Stands for a multiple of the number of images among the arguments of an operation."""
+
+    factor: int
+
+
+class Different(Exception):
+    """Two recordings are not the same operations with the same arguments, or multiples of the number of images."""
+
+
+@dataclass
+class Graph:
+    """The operations of a network, in the order in which they run.
+
+    Args:
+        nodes: the operations.
+        calls: of modules whose code was followed.
+        outputs: of the network, with stand-ins for tensors.
+        axes: for each result, the axis along which images lie.
+        dependent: results that depend on the images.
+        size: of the images, if another size would mean other operations.
+        dtype, device: of the images.
+        modules: of the network, when it was read.
+        modes: training or evaluation, of each of them.
+        verified: sizes of images for which the operations have been compared with the network itself.
+    """
+
+    nodes: list[Node]
+    calls: list[Call]
+    outputs: Any
+    axes: dict[Result, int | None]
+    dependent: set[Result]
+    size: tuple[int, ...] | None
+    dtype: torch.dtype
+    device: torch.device
+    modules: list[nn.Module]
+    modes: list[bool]
+    verified: set[tuple[int, ...]] = field(default_factory=set)
+
+    def shape(self, result: Result) -> tuple[int, ...]:
+        """Of a result, for two images of the size that was recorded."""
+        return self.shapes[result]
+
+    def __post_init__(self) -> None:
+        self.made = {result: node for node in self.nodes for result in node.results()}
+        self.shapes = {r: node.shapes[r.index or 0] for r, node in self.made.items()}
+
+
+def common(one: Recording, two: Recording, model: nn.Module) -> Graph:
+    """The graph of which both are recordings, of two and of three images.
+
+    Raises:
+        Different: there is none.
+        TypeError: something in it is made of the images by other means than functions of torch.
+    """
+    counts = len(one.images), len(two.images)
+    if len(one.nodes) != len(two.nodes):
+        raise Different("the number of operations")
+    nodes, axes = [], {IMAGES: 0}
+    for a, b in zip(one.nodes, two.nodes, strict=True):
+        if (a.name, a.how, len(a.shapes), a.within) != (b.name, b.how, len(b.shapes), b.within):
+            raise Different(f"{a.place} and {b.place}")
+        try:
+            args, kwargs = _merged((a.args, a.kwargs), (b.args, b.kwargs), counts)
+        except Different as different:
+            raise Different(f"{a.place}: {different}") from None
+        except TypeError as error:
+            raise TypeError(f"model: {a.place} {error}") from None
+        nodes.append(Node(a.name, a.kind, a.target, a.how, args, kwargs, a.within, a.shapes, a.single))
+        for result, shape, other in zip(a.results(), a.shapes, b.shapes, strict=True):
+            axes[result] = _axis(shape, other, counts)
+    calls = []
+    for call, again in zip(one.calls, two.calls, strict=True):
+        args, kwargs = _merged((call.args, call.kwargs), (again.args, again.kwargs), counts)
+        calls.append(Call(call.path, args, kwargs, call.start, call.stop, call.outputs))
+    images = one.images
+    same = one.images.shape[2:] == two.images.shape[2:]
+    modules = list(model.modules())
+    graph = Graph(
+        nodes,
+        calls,
+        one.outputs,
+        axes,
+        _dependent(nodes),
+        tuple(images.shape[2:]) if same else None,
+        images.dtype,
+        images.device,
+        modules,
+        [module.training for module in modules],
+    )
+    graph.shapes[IMAGES] = tuple(images.shape)
+    return graph
+
+
+def run(node: Node, model: nn.Module, results: Mapping[Result, Any], images: int) -> Any:
+    """Runs an operation as the network does."""
+    args, kwargs = filled((node.args, node.kwargs), model, results, images)
+    if node.how == "module":
+        return model.get_submodule(node.target)(*args, **kwargs)
+    if node.how == "property":
+        return getattr(args[0], node.target)
+    if node.how == "method":
+        if node.kind == "setitem":
+            args[0][args[1]] = args[2]
+            return args[0]
+        return getattr(args[0], node.target)(*args[1:], **kwargs)
+    function = getattr(F, node.target) if isinstance(node.target, str) else node.target
+    return function(*args, **kwargs)
+
+
+def filled(arguments: Any, model: nn.Module, results: Mapping[Result, Any], images: int) -> Any:
+    """Arguments with what their stand-ins stand for."""
+
+    def fill(value: Any) -> Any:
+        if isinstance(value, Result):
+            return results[value]
+        if isinstance(value, Attribute):
+            return _attribute(model, value.path)
+        if isinstance(value, Batch):
+            return value.factor * images
+        return mapped(fill, value)
+
+    return fill(arguments)
+
+
+def store(node: Node, output: Any, results: dict[Result, Any]) -> None:
+    """Keeps what an operation gave under the names of its results."""
+    if node.single:
+        results[Result(node.name)] = output
+    else:
+        results |= {Result(node.name, i): tensor for i, tensor in enumerate(_flat(output))}
+
+
+def results_in(arguments: Any) -> list[Result]:
+    """The results among arguments, in order."""
+    found: list[Result] = []
+
+    def look(value: Any) -> Any:
+        if isinstance(value, Result):
+            found.append(value)
+        return mapped(look, value)
+
+    look(arguments)
+    return found
+
+
+def needed(nodes: list[Node], wanted: set[Result]) -> list[Node]:
+    """The operations that results depend on, in order."""
+    wanted, kept = set(wanted), []
+    for node in reversed(nodes):
+        if wanted.intersection(node.results()):
+            wanted.update(results_in((node.args, node.kwargs)))
+            kept.append(node)
+    return kept[::-1]
+
+
+def _flat(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    entries = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
+    return [tensor for entry in entries for tensor in _flat(entry)]
+
+
+def _attribute(model: nn.Module, path: str) -> Tensor:
+    module, _, name = path.rpartition(".")
+    return getattr(model.get_submodule(module), name)
+
+
+def _dependent(nodes: list[Node]) -> set[Result]:
+    dependent = {IMAGES}
+    for node in nodes:
+        if not dependent.isdisjoint(results_in((node.args, node.kwargs))):
+            dependent.update(node.results() or [Result(node.name)])
+    return dependent
+
+
+def _axis(shape: tuple[int, ...], other: tuple[int, ...], counts: tuple[int, int]) -> int | None:
+    """The axis along which images lie; smaller images have fewer pixels, so that no other axis grows."""
+    few, many = counts
+    if len(shape) == len(other):
+        for axis, (a, b) in enumerate(zip(shape, other, strict=True)):
+            if a and a % few == 0 and a // few * many == b:
+                return axis
+    return None
+
+
+def _merged(one: Any, two: Any, counts: tuple[int, int]) -> Any:
+    """Arguments of both recordings as one, with :class:`Batch` for multiples of the number of images."""
+    if isinstance(one, Tensor) and isinstance(two, Tensor):
+        if one.shape != two.shape or not torch.equal(one, two):
+            raise TypeError("takes a tensor that no function of torch made of the images, and another for other images")
+        return one
+    if type(one) is not type(two):
+        raise Different(f"{one} and {two}")
+    if isinstance(one, (tuple, list)):
+        if len(one) != len(two):
+            raise Different(f"{one} and {two}")
+        merged: Any = [_merged(a, b, counts) for a, b in zip(one, two, strict=True)]
+        return merged if isinstance(one, list) else tuple(merged)
+    if isinstance(one, dict):
+        if one.keys() != two.keys():
+            raise Different(f"{one} and {two}")
+        return {key: _merged(value, two[key], counts) for key, value in one.items()}
+    if isinstance(one, slice):
+        return slice(*_merged((one.start, one.stop, one.step), (two.start, two.stop, two.step), counts))
+    if _same(one, two):
+        return one
+    if isinstance(one, int) and one % counts[0] == 0 and one // counts[0] * counts[1] == two:
+        return Batch(one // counts[0])
+    raise Different(f"{one} and {two}")
+
+
+def _same(one: Any, two: Any) -> bool:
+    try:
+        return one is two or bool(one == two) or (one != one and two != two)
+    except (ValueError, TypeError, RuntimeError):  # arrays
+        return False

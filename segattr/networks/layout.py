@@ -1,0 +1,165 @@
+"""Where height and width of an image are in the results of a network: maps of either layout, and tokens."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from segattr.networks.graph import Graph, results_in
+from segattr.networks.record import IMAGES, Node, Result
+
+Axes = tuple[str, ...]  # "B" images, "C" channels, "H", "W", "N" tokens, "?" unknown
+
+_CHANNELS_FIRST = ("B", "C", "H", "W")
+# Operations that read four dimensions as images, channels, height and width.
+_OF_MAPS = frozenset(
+    ("conv2d", "convtranspose2d", "conv_transpose2d", "batchnorm2d", "interpolate", "upsample", "pixelshuffle")
+    + ("pixel_shuffle", "maxpool2d", "max_pool2d", "avgpool2d", "avg_pool2d", "adaptiveavgpool2d")
+    + ("adaptive_avg_pool2d", "adaptivemaxpool2d", "adaptive_max_pool2d", "lppool2d", "lp_pool2d")
+)
+_MOVES = ("permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims", "T", "mT")
+_RESHAPES = ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")
+_PRIMES = (2, 3, 5, 7, 11, 13, 17, 19)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Axes of a result; of tokens, the height and width of the map that they are, and how many come before those."""
+
+    axes: Axes
+    grid: tuple[int, int] = (0, 0)
+    prefix: int = 0
+
+    @property
+    def is_map(self) -> bool:
+        return sorted(self.axes) == sorted(_CHANNELS_FIRST)
+
+    @property
+    def is_tokens(self) -> bool:
+        return sorted(self.axes) == ["B", "C", "N"] and math.prod(self.grid) > 0
+
+
+def layouts(graph: Graph) -> dict[Result, Layout]:
+    """The layouts of the results that depend on the images, as far as they can be told."""
+    known: dict[Result, Layout] = {IMAGES: Layout(_CHANNELS_FIRST)}
+    for node in graph.nodes:
+        for result in node.results():
+            if result in graph.dependent:
+                known[result] = _layout(node, graph, graph.shape(result), known)
+    return known
+
+
+def _layout(node: Node, graph: Graph, shape: tuple[int, ...], known: dict[Result, Layout]) -> Layout:
+    sources = [r for r in results_in((node.args, node.kwargs)) if r in known]
+    if node.kind.lower() in _OF_MAPS and len(shape) == 4:
+        return Layout(_CHANNELS_FIRST)
+    if len(sources) == 1:
+        found = _of_one(node, known[sources[0]], graph.shape(sources[0]), shape)
+        if found is not None:
+            return found
+    if node.kind == "cat":
+        return _joined(node, graph, known, shape)
+    for source in sources:
+        if graph.shape(source) == shape and "?" not in known[source].axes:
+            return known[source]
+    return Layout(("?",) * len(shape))
+
+
+def _of_one(node: Node, source: Layout, before: tuple[int, ...], shape: tuple[int, ...]) -> Layout | None:
+    kind = node.kind.lower()
+    if node.kind in _MOVES and len(before) == len(shape):
+        return Layout(tuple(source.axes[i] for i in _order(node, len(before))), source.grid, source.prefix)
+    if kind in _RESHAPES:
+        return _reshaped(source, before, shape)
+    if kind == "linear" and before[:-1] == shape[:-1]:
+        return Layout((*source.axes[:-1], "C"), source.grid, source.prefix)
+    if kind == "getitem":
+        return _indexed(source, node.args[1], before, shape)
+    if kind in ("mean", "sum", "amax") and len(before) > len(shape):
+        return None
+    return source if before == shape else None
+
+
+def _order(node: Node, dims: int) -> list[int]:
+    """Where each axis of the result of a permutation was before."""
+    stand_in = torch.empty(_PRIMES[:dims], device="meta")
+    arguments = [stand_in if isinstance(a, Result) else a for a in node.args]
+    if node.how == "property":
+        moved = getattr(stand_in, node.target)
+    elif node.how == "method":
+        moved = getattr(stand_in, node.target)(*arguments[1:], **node.kwargs)
+    else:
+        moved = node.target(*arguments, **node.kwargs)
+    return [_PRIMES.index(n) for n in moved.shape]
+
+
+def _reshaped(source: Layout, before: Sequence[int], shape: Sequence[int]) -> Layout:
+    """Axes that keep their size keep their name; height and width together are tokens, and back."""
+    axes: list[str] = []
+    grid, i, j = source.grid, 0, 0
+    while i < len(before) or j < len(shape):
+        a, b = i, j
+        left, right = (before[i] if i < len(before) else 1), (shape[j] if j < len(shape) else 1)
+        i, j = min(i + 1, len(before)), min(j + 1, len(shape))
+        while left != right:
+            if left < right and i < len(before):
+                left, i = left * before[i], i + 1
+            elif j < len(shape):
+                right, j = right * shape[j], j + 1
+            else:
+                return Layout(("?",) * len(shape))
+        names, count = source.axes[a:i], j - b
+        real = [name for name, n in zip(names, before[a:i], strict=True) if n > 1 or len(names) == 1]
+        if count == len(names):
+            axes += names
+        elif count == 1 and len(real) == 1:
+            axes += real
+        elif list(names) == ["H", "W"] and count == 1:
+            axes, grid = [*axes, "N"], (before[a], before[a + 1])
+        elif list(names) == ["N"] and count == 2 and source.prefix == 0 and tuple(shape[b:j]) == grid:
+            axes += ["H", "W"]
+        else:
+            axes += ["?"] * count
+    return Layout(tuple(axes), grid, source.prefix)
+
+
+def _indexed(source: Layout, index: Any, before: Sequence[int], shape: Sequence[int]) -> Layout | None:
+    """Slices keep axes, numbers take them away."""
+    entries = list(index) if isinstance(index, tuple) else [index]
+    if Ellipsis in entries:
+        place = entries.index(Ellipsis)
+        entries[place : place + 1] = [slice(None)] * (len(before) - len(entries) + 1)
+    entries += [slice(None)] * (len(before) - len(entries))
+    axes, prefix = [], source.prefix
+    for name, entry, length in zip(source.axes, entries, before, strict=False):
+        if isinstance(entry, slice):
+            axes.append(name)
+            if name == "N":
+                start, stop, step = entry.indices(length)
+                if step != 1 or stop != length:  # only what comes before the map
+                    return Layout(("?",) * len(shape))
+                prefix = prefix - start
+        elif not isinstance(entry, int):
+            return None
+    if len(axes) != len(shape) or prefix < 0:
+        return None
+    return Layout(tuple(axes), source.grid, prefix)
+
+
+def _joined(node: Node, graph: Graph, known: dict[Result, Layout], shape: tuple[int, ...]) -> Layout:
+    """Tokens with others before them."""
+    parts = node.args[0]
+    prefix = 0
+    for part in parts:
+        layout = known.get(part) if isinstance(part, Result) else None
+        if layout is not None and (layout.is_map or layout.is_tokens):
+            axis = layout.axes.index("N") if layout.is_tokens else -1
+            along = next((i for i, n in enumerate(shape) if n != graph.shape(part)[i]), axis)
+            if along == axis and part is parts[-1]:
+                return Layout(layout.axes, layout.grid, layout.prefix + prefix)
+            return layout if along != axis else Layout(("?",) * len(shape))
+        if isinstance(part, Result):
+            prefix += graph.shape(part)[1] if len(graph.shape(part)) > 1 else 0
+    return Layout(("?",) * len(shape))

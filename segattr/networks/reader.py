@@ -1,0 +1,191 @@
+"""Reads the code of a network: one graph for images of any size where it can be, else one for each size."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from segattr.networks.graph import Different, Graph, common
+from segattr.networks.modes import evaluating
+from segattr.networks.record import IMAGES, logits_of, record, untouched
+from segloss.common.checks import shape_text
+
+# Sizes that most networks take, each with an odd one that tells whether operations depend on the size.
+_SIZES: dict[tuple[int, ...], tuple[int, int]] = {
+    (128, 128): (107, 93),
+    (224, 224): (203, 189),
+    (32, 32): (27, 31),
+    (256, 256): (235, 221),
+}
+_SIZES |= {(n, n): (n - 5, n - 11) for n in (28, 64, 299, 384, 448, 512)}
+_SIZE_HINTS = ("pretrained_cfg.input_size", "config.image_size", "image_size", "img_size", "patch_embed.img_size")
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}  # of the largest output; lower precision: .1
+
+
+class Reader:
+    """The graphs of a network, kept for as long as its modules are what they were.
+
+    Args:
+        model: takes images ``[B, C, H, W]``.
+        leaf: modules that are one operation each.
+        atomic: names of functions that are one operation each though written in Python.
+        replay: gives the logits of images by a graph, which are compared with those of the network.
+        example: images that the network takes; None to try some.
+        evaluate: read it in evaluation mode, whatever mode it is in.
+
+    Raises:
+        TypeError: a network whose code cannot be followed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        leaf: Callable[[nn.Module], bool],
+        atomic: Callable[[str], bool],
+        replay: Callable[[Graph, Tensor], Tensor],
+        example: Tensor | None = None,
+        evaluate: bool = False,
+    ) -> None:
+        self.model, self.leaf, self.atomic = model, leaf, atomic
+        self.replay, self.evaluate = replay, evaluate
+        self.graphs: list[Graph] = []
+        self.first = self._first(example)
+
+    def graph(self, images: Tensor) -> Graph:
+        """The graph for images. Under ``torch.compile`` one that was read before.
+
+        Raises:
+            TypeError: a network whose code cannot be followed.
+        """
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            self._forget_replaced()
+        for graph in self.graphs:
+            if self._fits(graph, images) and (compiling or self._verified(graph, images)):
+                return graph
+        if compiling:
+            raise RuntimeError(f"x: expected a size that was run before compilation, got {shape_text(images.shape)}")
+        return self._read(tuple(images.shape[1:]), images.dtype, images.device, any_size=not self.graphs)
+
+    def again(self, dtype: torch.dtype, device: torch.device) -> Graph:
+        """The graph for images as those of the first one, in the mode that the network is in now."""
+        shape = self.first.shape(IMAGES)[1:]
+        return self.graph(_noise(1, shape, dtype, device))
+
+    def _fits(self, graph: Graph, images: Tensor) -> bool:
+        if graph.dtype != images.dtype or graph.device != images.device:
+            return False
+        if not self.evaluate and graph.modes != [module.training for module in self.model.modules()]:
+            return False
+        return graph.size is None or graph.size == tuple(images.shape[2:])
+
+    def _forget_replaced(self) -> None:
+        modules = list(self.model.modules())
+        self.graphs = [
+            graph
+            for graph in self.graphs
+            if len(graph.modules) == len(modules) and all(map(lambda a, b: a is b, graph.modules, modules))
+        ]
+
+    def _first(self, example: Tensor | None) -> Graph:
+        """Of the example, or of the first size that the network takes."""
+        if example is not None:
+            return self._read(tuple(example.shape[1:]), example.dtype, example.device)
+        tensors = (t for t in (*self.model.parameters(), *self.model.buffers()) if t.is_floating_point())
+        tensor = next(tensors, torch.empty(0))
+        refusal = None
+        for shape in _shapes(self.model):
+            try:
+                with self._mode(), untouched(self.model), torch.no_grad():
+                    self.model(_noise(2, shape, tensor.dtype, tensor.device))
+            except Exception as error:  # whatever the network says to images that it does not take
+                refusal = refusal or f"not {shape_text(shape)}: {error}"
+                continue
+            return self._read(shape, tensor.dtype, tensor.device)
+        raise TypeError(f"model: expected one that takes images, {refusal}; pass example=, an image that it takes")
+
+    def _read(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, any_size: bool = True) -> Graph:
+        """The graph of images of this shape, or of any size."""
+        with self._mode():
+            one = self._record(2, shape, dtype, device)
+            sizes = [(shape[0], *_SIZES.get(shape[1:], shape[1:]))] if any_size else []
+            for other in (*sizes, shape):
+                try:
+                    two = self._record(3, other, dtype, device)
+                    graph = common(one, two, self.model)
+                except TypeError:
+                    raise
+                except Exception as error:  # of the network, for a size that it does not take
+                    problem = error
+                    continue
+                self.graphs.insert(0, graph)
+                if not self._equal(graph, two.images, two.values):
+                    self.graphs.remove(graph)
+                    problem = Different("the operations that were followed give other logits than the network")
+                    continue
+                return graph
+        raise TypeError(f"model: its code cannot be followed, runs of it differ in {problem}")
+
+    def _record(self, count: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
+        images = _noise(count, shape, dtype, device)
+        return record(self.model, images, leaf=self.leaf, atomic=self.atomic)
+
+    def _verified(self, graph: Graph, images: Tensor) -> bool:
+        """Whether the graph gives the logits of the network, for images of this size."""
+        size = tuple(images.shape[2:])
+        if size in graph.verified:
+            return True
+        with self._mode(), torch.no_grad():
+            image = images[:1].detach()
+            with untouched(self.model):
+                torch.manual_seed(0)
+                values = logits_of(self.model(image))
+            return self._equal(graph, image, values)
+
+    def _equal(self, graph: Graph, images: Tensor, values: Tensor) -> bool:
+        with torch.no_grad(), untouched(self.model):
+            torch.manual_seed(0)
+            found = self.replay(graph, images)
+        if not isinstance(values, Tensor) or found.shape != values.shape:
+            return False
+        near = _TOLERANCE.get(values.dtype, 0.1) * float(values.abs().nan_to_num().max()) if values.numel() else 0
+        equal = torch.allclose(found, values, rtol=0, atol=near, equal_nan=True)
+        if equal:
+            graph.verified.add(tuple(images.shape[2:]))
+        return equal
+
+    def _mode(self) -> contextlib.AbstractContextManager[None]:
+        return evaluating(self.model) if self.evaluate else contextlib.nullcontext()
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside what torch.compile, averaging of weights, or use of several devices, wraps it in."""
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)):
+        return unwrapped(model.module)
+    compiled = getattr(model, "_orig_mod", None)
+    return unwrapped(compiled) if isinstance(compiled, nn.Module) else model
+
+
+def _noise(count: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(count)
+    return torch.randn(count, *shape, generator=generator).to(device, dtype)
+
+
+def _shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
+    """``(C, H, W)`` that the network may take: sizes that it names, and usual ones."""
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    channels = 3 if first is None else first.in_channels
+    yield (channels, 128, 128)
+    for hint in _SIZE_HINTS:
+        value: Any = model
+        for name in hint.split("."):
+            value = value.get(name) if isinstance(value, dict) else getattr(value, name, None)
+        if isinstance(value, int):
+            value = (value, value)
+        if isinstance(value, (tuple, list)) and len(value) in (2, 3) and all(isinstance(n, int) for n in value):
+            yield (channels, *value[-2:])
+    for size in _SIZES:
+        yield (channels, *size)
