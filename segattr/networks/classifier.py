@@ -52,10 +52,8 @@ class Classifier(nn.Module):
         super().__init__()
         self.model: nn.Module | None = None  # what it was split from
         self.features, self.head = features, head
-        self._linear: str | None = None  # names of modules, which may be replaced by others
-        self._last: str | None = None
-        if isinstance(head, nn.Module):
-            self._linear, self._last = weights_of(head)
+        self._cut: Cut | None = None
+        self._weights: tuple[str | None, str | None] | None = None
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[B, K]`` of images ``[B, C, H, W]``."""
@@ -69,7 +67,8 @@ class Classifier(nn.Module):
         A linear layer, or convolution 1x1, that together with global average pooling is all of the head, apart from
         dropout. None if the head is something else, or a function.
         """
-        return None if self._linear is None else self.get_submodule(self._linear)  # type: ignore[return-value]
+        path = self._paths()[0]
+        return None if path is None else self.get_submodule(path)  # type: ignore[return-value]
 
     @property
     def num_classes(self) -> int:
@@ -78,10 +77,24 @@ class Classifier(nn.Module):
         Raises:
             ValueError: the head does not end in a linear layer or convolution: only its logits tell.
         """
-        if self._last is None:
+        path = self._paths()[1]
+        if path is None:
             raise ValueError("num_classes: expected a head that ends in a linear layer or convolution, got another one")
-        last = self.get_submodule(self._last)
+        last = self.get_submodule(path)
         return last.out_features if isinstance(last, nn.Linear) else last.out_channels  # type: ignore[return-value]
+
+    def _paths(self) -> tuple[str | None, str | None]:
+        """Of :attr:`linear` and of the last layer: names, as the modules may be replaced by others."""
+        if self._weights is None:
+            if self._cut is not None:
+                linear, last = self._cut.weights()
+                prefix = "model."
+            else:
+                linear, last = weights_of(self.head) if isinstance(self.head, nn.Module) else (None, None)
+                prefix = "head."
+            linear, last = (None if n is None else f"{prefix}{n}".rstrip(".") for n in (linear, last))
+            self._weights = linear, last
+        return self._weights
 
 
 def split(model: nn.Module, layer: str | nn.Module | None = None, *, example: Tensor | None = None) -> Classifier:
@@ -123,7 +136,7 @@ def split(model: nn.Module, layer: str | nn.Module | None = None, *, example: Te
     clf = Classifier(cut.features, cut.head)
     clf.model = model
     clf.training = model.training
-    clf._linear, clf._last = (None if name is None else f"model.{name}" for name in cut.weights())
+    clf._cut = cut
     return clf
 
 

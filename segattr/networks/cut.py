@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from segattr.networks.graph import Different, Graph, common, needed, results_in, run, store
+from segattr.networks.graph import Different, Graph, common, dependents, needed, results_in, run, store
 from segattr.networks.layout import Layout, layouts
 from segattr.networks.modes import evaluating
 from segattr.networks.reader import Reader
@@ -61,7 +61,6 @@ class Cut:
 
     def __init__(self, model: nn.Module, layer: str | None, example: Tensor | None) -> None:
         self.model, self.layer, self.example = model, layer, example
-        self.kept: list[Parts] = []
         self.reader = Reader(model, leaf=is_leaf, atomic=_is_atomic, replay=self._replayed, example=example)
 
     def __reduce__(self) -> Any:  # read again in a copy or another process
@@ -84,22 +83,19 @@ class Cut:
     def weights(self) -> tuple[str | None, str | None]:
         """Names of the layer whose weights give class activation maps, and of the last layer with weights."""
         with evaluating(self.model):
-            parts = self._parts(self.reader.again(self.reader.first.dtype, self.reader.first.device))
+            parts = self._parts(self.reader.again())
         return weights(parts.graph, self.model, parts.place, parts.layout)
 
     def _parts(self, graph: Graph) -> Parts:
-        for parts in self.kept:
-            if parts.graph is graph:
-                return parts
-        self.kept = [parts for parts in self.kept if parts.graph in self.reader.graphs]
-        self.kept.append(_cut(graph, self.model, self.layer))
-        return self.kept[-1]
+        if graph.plan is None:
+            graph.plan = _cut(graph, self.model, self.layer)
+        return graph.plan
 
     def _for_head(self, features: Tensor) -> Parts:
         modes = [module.training for module in self.model.modules()]
         graphs = [g for g in self.reader.graphs if (g.dtype, g.device) == (features.dtype, features.device)]
         if not any(g.modes == modes for g in graphs):
-            graphs.insert(0, self.reader.again(features.dtype, features.device))
+            graphs.insert(0, self.reader.again())
         for graph in sorted(graphs, key=lambda g: g.modes != modes):
             parts = self._parts(graph)
             if parts.fits(features):
@@ -122,8 +118,19 @@ def _cut(graph: Graph, model: nn.Module, layer: str | None) -> Parts:
         raise TypeError(f"model: expected logits as its output, or an object with logits, got {graph.outputs}")
     points = _bottlenecks(graph)
     known = layouts(graph)
-    cut = _last_map(graph, model, points, known) if layer is None else _named(graph, layer, points)
-    return _parts(graph, cut, known[cut])
+    if layer is not None:
+        cut = _named(graph, layer, points, known)
+    elif known[graph.outputs].is_map:
+        cut = _before_classes(graph, points, known)
+    else:
+        cut = _last_map(graph, model, points, known)
+    if known[cut].is_tokens and graph.size is None:  # the shape of their map is that of this size
+        graph.size = graph.shape(IMAGES)[2:]
+    parts = _parts(graph, cut, known[cut])
+    for node in (*parts.before, *parts.after):
+        if node.how == "value" or (node.kind == "nonzero" and node.how != "module"):
+            raise TypeError(f"model: its code cannot be followed: {node.place} reads numbers of the image: {_REMEDY}")
+    return parts
 
 
 def _parts(graph: Graph, cut: Result, layout: Layout) -> Parts:
@@ -132,9 +139,20 @@ def _parts(graph: Graph, cut: Result, layout: Layout) -> Parts:
     nodes, renamed = _collapsed(graph, cut)
     inner, output = renamed.get(cut, cut), renamed.get(graph.outputs, graph.outputs)
     place = next((i for i, node in enumerate(nodes) if inner in node.results()), -1)
-    after = needed([node for i, node in enumerate(nodes) if i > place or not _takes_images(node, graph)], {output})
-    parts = Parts(graph, inner, layout, size, needed(nodes[: place + 1], {inner}), after)
+    of_images = dependents(nodes)
+    before = nodes[: place + 1]  # also what the feature map does not need, which may draw random numbers
+    after = needed([node for node in before if of_images.isdisjoint(node.results())], _constants_of(nodes[place + 1 :]))
+    made = {inner}.union(*(node.results() for node in after))
+    for node in nodes[place + 1 :]:
+        if made.issuperset(results_in((node.args, node.kwargs))):
+            after.append(node)
+            made.update(node.results())
+    parts = Parts(graph, inner, layout, size, before, after)
     return replace(parts, output=output, place=cut)
+
+
+def _constants_of(nodes: list[Node]) -> set[Result]:
+    return {result for node in nodes for result in results_in((node.args, node.kwargs))}
 
 
 def _bottlenecks(graph: Graph) -> list[Result]:
@@ -157,9 +175,26 @@ def _last_map(graph: Graph, model: nn.Module, points: list[Result], known: dict[
             continue
         if layout.is_map:
             return _before_head(graph, model, point, known)
-        if _is_felt(graph, model, point, layout):
+        reshaped = graph.made[point].kind in _SHAPES and layout.prefix == 0
+        if not reshaped and _is_felt(graph, model, point, layout):
             return point
     raise TypeError(f"model: expected logits made from a feature map of more than one pixel, got none: {_REMEDY}")
+
+
+def _before_classes(graph: Graph, points: list[Result], known: dict[Result, Layout]) -> Result:
+    """Of a network whose output is a map: what the last layer with weights takes, which makes classes of it."""
+    weighted = [
+        n for n in needed(graph.nodes, {graph.outputs}) if n.kind.lower() in _WEIGHTED and _is_of_images(n, graph)
+    ]
+    place = graph.nodes.index(weighted[-1]) if weighted else 0
+    for point in points[:-1]:
+        if graph.nodes.index(graph.made[point]) < place and known[point].is_map:
+            return point
+    raise TypeError(f"model: expected class maps that a layer makes of a feature map, got others: {_REMEDY}")
+
+
+def _is_of_images(node: Node, graph: Graph) -> bool:
+    return not graph.dependent.isdisjoint(node.results())
 
 
 def _pixels(shape: tuple[int, ...], layout: Layout) -> int:
@@ -190,7 +225,7 @@ def _before_head(graph: Graph, model: nn.Module, last: Result, known: dict[Resul
     """Back from the last map over what belongs to the head: pooling, powers, and a last convolution 1x1."""
     node = graph.made[last]
     after = graph.nodes[graph.nodes.index(node) + 1 :]
-    weighted = any(n.kind.lower() in _WEIGHTED for n in after if not graph.dependent.isdisjoint(n.results()))
+    weighted = any(n.kind.lower() in _WEIGHTED for n in after if _is_of_images(n, graph))
     cut = place = last
     while place != IMAGES:
         node = graph.made[place]
@@ -228,7 +263,7 @@ def _module(node: Node) -> str | None:
     return node.path or (node.within[-1] if node.within else None)
 
 
-def _named(graph: Graph, layer: str, points: list[Result]) -> Result:
+def _named(graph: Graph, layer: str, points: list[Result], known: dict[Result, Layout]) -> Result:
     """The output of the module of this name."""
     outputs: list[list[Any]] = [node.results() for node in graph.nodes if node.path == layer]
     outputs += [call.outputs for call in graph.calls if call.path == layer]
@@ -240,7 +275,7 @@ def _named(graph: Graph, layer: str, points: list[Result]) -> Result:
     if found not in points:
         problem = _bypass(graph, found)
         raise ValueError(f"layer: expected one that the logits depend on alone, got {layer}: {problem}")
-    layout = layouts(graph)[found]
+    layout = known[found]
     if not layout.is_map and not layout.is_tokens:
         got = shape_text(graph.shape(found))
         raise ValueError(f"layer: expected one that gives a feature map [B, D, h, w], got {got}: {_REMEDY}")
@@ -270,7 +305,8 @@ def _collapsed(graph: Graph, cut: Result) -> tuple[list[Node], dict[Result, Resu
         for result in results_in((node.args, node.kwargs)):
             users.setdefault(result, []).append(i)
     chosen, end = {}, -1
-    for call in sorted(graph.calls, key=lambda call: (call.start, -call.stop)):
+    calls = sorted(enumerate(graph.calls), key=lambda entry: (entry[1].start, -entry[0]))  # the outermost first
+    for _, call in calls:
         one_side = call.stop <= place + 1 or call.start > place
         if call.path and call.start >= end and call.stop > call.start and one_side:
             inner = {r for node in graph.nodes[call.start : call.stop] for r in node.results()}
@@ -301,10 +337,6 @@ def _collapsed(graph: Graph, cut: Result) -> tuple[list[Node], dict[Result, Resu
             nodes.append(replace(node, args=args, kwargs=kwargs))
             i += 1
     return nodes, renamed
-
-
-def _takes_images(node: Node, graph: Graph) -> bool:
-    return bool(results_in((node.args, node.kwargs)))
 
 
 def _run(nodes: list[Node], model: nn.Module, results: dict[Result, Any], images: int) -> None:
@@ -349,7 +381,7 @@ def _is_atomic(kind: str) -> bool:
 
 def weights(graph: Graph, model: nn.Module, cut: Result, layout: Layout) -> tuple[str | None, str | None]:
     """Names of the layer whose weights give class activation maps, and of the last layer with weights."""
-    after = [n for n in needed(graph.nodes, {graph.outputs}) if not graph.dependent.isdisjoint(n.results())]
+    after = [n for n in needed(graph.nodes, {graph.outputs}) if _is_of_images(n, graph)]
     if cut in graph.made:
         after = after[after.index(graph.made[cut]) + 1 :]
     kinds = [node.kind.lower() for node in after]
@@ -402,7 +434,6 @@ def weights_of(head: nn.Module) -> tuple[str | None, str | None]:
                 record(head, f, leaf=is_leaf, atomic=_is_atomic) for f in (features, features.repeat(2, 1, 1, 1)[:3])
             )
             graph = common(one, two, head)
-        linear, last = weights(graph, head, IMAGES, Layout(("B", "C", "H", "W")))
+        return weights(graph, head, IMAGES, Layout(("B", "C", "H", "W")))
     except (TypeError, ValueError, RuntimeError, Different):  # code that cannot be followed
         return None, None
-    return tuple(None if name is None else f"head.{name}".rstrip(".") for name in (linear, last))  # type: ignore[return-value]

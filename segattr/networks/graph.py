@@ -19,7 +19,16 @@ class Batch:
 
 
 class Different(Exception):
-    """Two recordings are not the same operations with the same arguments, or multiples of the number of images."""
+    """Two recordings are not the same operations with the same arguments, or multiples of the number of images.
+
+    Args:
+        problem: what differs.
+        within: paths of the modules around the first difference, the innermost last.
+    """
+
+    def __init__(self, problem: str, within: tuple[str, ...] = ()) -> None:
+        super().__init__(problem)
+        self.within = within
 
 
 @dataclass
@@ -37,6 +46,7 @@ class Graph:
         modules: of the network, when it was read.
         modes: training or evaluation, of each of them.
         verified: sizes of images for which the operations have been compared with the network itself.
+        plan: what is made of it, once.
     """
 
     nodes: list[Node]
@@ -50,6 +60,7 @@ class Graph:
     modules: list[nn.Module]
     modes: list[bool]
     verified: set[tuple[int, ...]] = field(default_factory=set)
+    plan: Any = None
 
     def shape(self, result: Result) -> tuple[int, ...]:
         """Of a result, for two images of the size that was recorded."""
@@ -68,21 +79,22 @@ def common(one: Recording, two: Recording, model: nn.Module) -> Graph:
         TypeError: something in it is made of the images by other means than functions of torch.
     """
     counts = len(one.images), len(two.images)
-    if len(one.nodes) != len(two.nodes):
-        raise Different("the number of operations")
-    nodes, axes = [], {IMAGES: 0}
-    for a, b in zip(one.nodes, two.nodes, strict=True):
+    nodes: list[Node] = []
+    axes: dict[Result, int | None] = {IMAGES: 0}
+    for a, b in zip(one.nodes, two.nodes, strict=False):
         if (a.name, a.how, len(a.shapes), a.within) != (b.name, b.how, len(b.shapes), b.within):
-            raise Different(f"{a.place} and {b.place}")
+            raise Different(f"{a.place} and {b.place}", _shared(a.within, b.within))
         try:
             args, kwargs = _merged((a.args, a.kwargs), (b.args, b.kwargs), counts)
         except Different as different:
-            raise Different(f"{a.place}: {different}") from None
+            raise Different(f"{a.place}: {different}", a.within) from None
         except TypeError as error:
             raise TypeError(f"model: {a.place} {error}") from None
         nodes.append(Node(a.name, a.kind, a.target, a.how, args, kwargs, a.within, a.shapes, a.single))
         for result, shape, other in zip(a.results(), a.shapes, b.shapes, strict=True):
             axes[result] = _axis(shape, other, counts)
+    if len(one.nodes) != len(two.nodes):
+        raise Different("the number of operations")
     calls = []
     for call, again in zip(one.calls, two.calls, strict=True):
         args, kwargs = _merged((call.args, call.kwargs), (again.args, again.kwargs), counts)
@@ -95,7 +107,7 @@ def common(one: Recording, two: Recording, model: nn.Module) -> Graph:
         calls,
         one.outputs,
         axes,
-        _dependent(nodes),
+        dependents(nodes),
         tuple(images.shape[2:]) if same else None,
         images.dtype,
         images.device,
@@ -180,7 +192,8 @@ def _attribute(model: nn.Module, path: str) -> Tensor:
     return getattr(model.get_submodule(module), name)
 
 
-def _dependent(nodes: list[Node]) -> set[Result]:
+def dependents(nodes: list[Node]) -> set[Result]:
+    """The results that depend on the images."""
     dependent = {IMAGES}
     for node in nodes:
         if not dependent.isdisjoint(results_in((node.args, node.kwargs))):
@@ -222,6 +235,10 @@ def _merged(one: Any, two: Any, counts: tuple[int, int]) -> Any:
     if isinstance(one, int) and one % counts[0] == 0 and one // counts[0] * counts[1] == two:
         return Batch(one // counts[0])
     raise Different(f"{one} and {two}")
+
+
+def _shared(one: tuple[str, ...], two: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(a for a, b in zip(one, two, strict=False) if a == b)
 
 
 def _same(one: Any, two: Any) -> bool:

@@ -19,7 +19,7 @@ _SIZES: dict[tuple[int, ...], tuple[int, int]] = {
     (32, 32): (27, 31),
     (256, 256): (235, 221),
 }
-_SIZES |= {(n, n): (n - 5, n - 11) for n in (28, 64, 299, 384, 448, 512)}
+_SIZES |= {(n, n): (n - 5, n - 11) for n in (28, 64, 256, 299, 384, 448, 512)}
 _SIZE_HINTS = ("pretrained_cfg.input_size", "config.image_size", "image_size", "img_size", "patch_embed.img_size")
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}  # of the largest output; lower precision: .1
 
@@ -32,8 +32,9 @@ class Reader:
         leaf: modules that are one operation each.
         atomic: names of functions that are one operation each though written in Python.
         replay: gives the logits of images by a graph, which are compared with those of the network.
-        example: images that the network takes; None to try some.
+        example: images that the network takes; None to try some sizes, and to wait for the first images otherwise.
         evaluate: read it in evaluation mode, whatever mode it is in.
+        compare: compare a graph with the network for each size of images, not only for those that it was read with.
 
     Raises:
         TypeError: a network whose code cannot be followed.
@@ -48,11 +49,13 @@ class Reader:
         replay: Callable[[Graph, Tensor], Tensor],
         example: Tensor | None = None,
         evaluate: bool = False,
+        compare: bool = False,
     ) -> None:
         self.model, self.leaf, self.atomic = model, leaf, atomic
-        self.replay, self.evaluate = replay, evaluate
+        self.replay, self.evaluate, self.compare = replay, evaluate, compare
         self.graphs: list[Graph] = []
-        self.first = self._first(example)
+        self.whole: set[str] = set()  # modules whose code cannot be followed
+        self._first(example)
 
     def graph(self, images: Tensor) -> Graph:
         """The graph for images. Under ``torch.compile`` one that was read before.
@@ -70,10 +73,12 @@ class Reader:
             raise RuntimeError(f"x: expected a size that was run before compilation, got {shape_text(images.shape)}")
         return self._read(tuple(images.shape[1:]), images.dtype, images.device, any_size=not self.graphs)
 
-    def again(self, dtype: torch.dtype, device: torch.device) -> Graph:
-        """The graph for images as those of the first one, in the mode that the network is in now."""
-        shape = self.first.shape(IMAGES)[1:]
-        return self.graph(_noise(1, shape, dtype, device))
+    def again(self) -> Graph:
+        """The graph for images as those that were read last, in the mode that the network is in now."""
+        if not self.graphs:
+            raise ValueError("example: expected an image, as none of the usual sizes is one that the network takes")
+        last = self.graphs[0]
+        return self.graph(_noise(1, last.shape(IMAGES)[1:], last.dtype, last.device))
 
     def _fits(self, graph: Graph, images: Tensor) -> bool:
         if graph.dtype != images.dtype or graph.device != images.device:
@@ -90,53 +95,70 @@ class Reader:
             if len(graph.modules) == len(modules) and all(map(lambda a, b: a is b, graph.modules, modules))
         ]
 
-    def _first(self, example: Tensor | None) -> Graph:
-        """Of the example, or of the first size that the network takes."""
+    def _first(self, example: Tensor | None) -> None:
+        """Reads the network on the example, or on the first size that it takes."""
         if example is not None:
-            return self._read(tuple(example.shape[1:]), example.dtype, example.device)
+            self._read(tuple(example.shape[1:]), example.dtype, example.device)
         tensors = (t for t in (*self.model.parameters(), *self.model.buffers()) if t.is_floating_point())
         tensor = next(tensors, torch.empty(0))
-        refusal = None
         for shape in _shapes(self.model):
             try:
                 with self._mode(), untouched(self.model), torch.no_grad():
                     self.model(_noise(2, shape, tensor.dtype, tensor.device))
-            except Exception as error:  # whatever the network says to images that it does not take
-                refusal = refusal or f"not {shape_text(shape)}: {error}"
+            except Exception:  # whatever the network says to images that it does not take
                 continue
-            return self._read(shape, tensor.dtype, tensor.device)
-        raise TypeError(f"model: expected one that takes images, {refusal}; pass example=, an image that it takes")
+            self._read(shape, tensor.dtype, tensor.device)
+            return
 
     def _read(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, any_size: bool = True) -> Graph:
-        """The graph of images of this shape, or of any size."""
+        """The graph of images of this shape, or of any size where two sizes give the same."""
+        other = (shape[0], *_SIZES.get(shape[1:], shape[1:])) if any_size else shape
+        while True:
+            try:
+                graph, images, logits = self._recorded_twice(shape, other, dtype, device)
+            except Different as different:
+                if other != shape:
+                    other = shape
+                elif not self._take_whole(different):
+                    raise TypeError(f"model: its code cannot be followed, runs of it differ: {different}") from None
+                continue
+            if self._equal(graph, images, logits):
+                self.graphs.insert(0, graph)
+                return graph
+            if other == shape:
+                raise TypeError("model: its code cannot be followed: what was seen of it gives other logits")
+            other = shape
+
+    def _recorded_twice(
+        self, shape: tuple[int, ...], other: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> tuple[Graph, Tensor, Tensor]:
         with self._mode():
             one = self._record(2, shape, dtype, device)
-            sizes = [(shape[0], *_SIZES.get(shape[1:], shape[1:]))] if any_size else []
-            for other in (*sizes, shape):
-                try:
-                    two = self._record(3, other, dtype, device)
-                    graph = common(one, two, self.model)
-                except TypeError:
+            try:
+                two = self._record(3, other, dtype, device)
+            except Exception as error:  # whatever the network says to a size that it does not take
+                if other == shape:
                     raise
-                except Exception as error:  # of the network, for a size that it does not take
-                    problem = error
-                    continue
-                self.graphs.insert(0, graph)
-                if not self._equal(graph, two.images, two.values):
-                    self.graphs.remove(graph)
-                    problem = Different("the operations that were followed give other logits than the network")
-                    continue
-                return graph
-        raise TypeError(f"model: its code cannot be followed, runs of it differ in {problem}")
+                raise Different(str(error)) from error
+            return common(one, two, self.model), two.images, two.values
+
+    def _take_whole(self, different: Different) -> bool:
+        """A module whose code depends on the images becomes one operation: the innermost that is none yet."""
+        for path in different.within[::-1]:
+            if path and path not in self.whole:
+                self.whole.add(path)
+                return True
+        return False
 
     def _record(self, count: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
         images = _noise(count, shape, dtype, device)
-        return record(self.model, images, leaf=self.leaf, atomic=self.atomic)
+        whole = {self.model.get_submodule(path) for path in self.whole}
+        return record(self.model, images, leaf=lambda m: m in whole or self.leaf(m), atomic=self.atomic)
 
     def _verified(self, graph: Graph, images: Tensor) -> bool:
         """Whether the graph gives the logits of the network, for images of this size."""
         size = tuple(images.shape[2:])
-        if size in graph.verified:
+        if not self.compare or size in graph.verified:
             return True
         with self._mode(), torch.no_grad():
             image = images[:1].detach()

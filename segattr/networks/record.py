@@ -282,7 +282,8 @@ class _Recorder(TorchFunctionMode):
             made = [changed[0]]  # of an assignment, which gives nothing
         single = isinstance(result, Tensor) or bool(changed)
         shapes = tuple(tuple(tensor.shape) for tensor in made)
-        node = Node(name, kind, target, how, *arguments, tuple(self.within), shapes, single)
+        args, kwargs = arguments
+        node = Node(name, kind, target, how, args, kwargs, tuple(self.within), shapes, single)
         self.nodes.append(node)
         old = {id(tensor): self.stand_in(tensor) for tensor in changed}
         for tensor, stand_in in zip(made, node.results(), strict=True):
@@ -309,8 +310,8 @@ class _Recorder(TorchFunctionMode):
             if _geometry(other) == _geometry(changed):
                 self._learn(other, new)
             elif _overlap(other, changed):
-                arguments = ((stand_in, new, *_geometry(other), *_geometry(changed)), {})
-                self._add("overwritten", "function", overwritten, arguments, other, [])
+                views = (stand_in, new, *_geometry(other), *_geometry(changed))
+                self._add("overwritten", "function", overwritten, (views, {}), other, [])
 
     def _fresh(self, base: str) -> str:
         count = self.used.get(base, 0)
@@ -349,7 +350,7 @@ def overwritten(
 
 
 def _geometry(tensor: Tensor) -> tuple[Any, Any, int]:
-    return tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
+    return tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())
 
 
 def _overlap(one: Tensor, other: Tensor) -> bool:

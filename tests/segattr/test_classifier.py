@@ -153,6 +153,9 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str | None]] = {
     "mean": (Mean, (6, 9, 7), "out"),
     "transformers": (Transformers, (6, 9, 7), "classifier.1"),
     "functional": (FunctionalHead, (6, 7, 5), None),
+    "channels last": (lambda: ChannelsLast(), (6, 9, 7), "out"),
+    "one location": (lambda: OneLocation(), (6, 9, 7), None),
+    "all convolutions": (body, (5, 9, 7), None),
 }
 TORCHVISION = {
     "resnet18": "fc",
@@ -200,7 +203,7 @@ def test_both_parts_are_the_model_in_both_modes(name: str) -> None:
     assert_same(model, clf, x)
     assert clf.features(x).shape == (2, *shape)
     assert clf.linear is (None if linear is None else model.get_submodule(linear))
-    if name != "functional":
+    if name not in ("functional", "one location", "all convolutions"):
         assert clf.num_classes == 4
 
 
@@ -373,6 +376,17 @@ class Branches(nn.Module):
         return self.out(self.trunk(x).mean((2, 3)))
 
 
+class Small(nn.Module):
+    """Its last map has one pixel, and the one before is the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.stack([x.amax((2, 3)), x.amin((2, 3))]).sum(0))
+
+
 class ChannelsLast(nn.Module):
     """Its maps are ``[B, h, w, D]``."""
 
@@ -384,7 +398,7 @@ class ChannelsLast(nn.Module):
         return self.out(self.trunk(x).permute(0, 2, 3, 1).mean((1, 2)))
 
 
-class Tokens(nn.Module):
+class OneLocation(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.trunk, self.out = body(), nn.Linear(6, 4)
@@ -397,15 +411,8 @@ class Tokens(nn.Module):
     ("model", "layer", "error", "message"),
     [
         ("resnet18", None, TypeError, "model: expected a torch.nn.Module, got str"),
-        (Branches(), None, TypeError, r"model: torch.fx cannot trace it: .*build Classifier\(features, head\)"),
-        (
-            Tokens(),
-            None,
-            TypeError,
-            "model: expected logits made from pooled or flattened feature maps.*name the layer",
-        ),
-        (ChannelsLast(), None, TypeError, "model: expected logits made from pooled or flattened feature maps"),
-        (body(), None, TypeError, "model: expected logits made from pooled or flattened feature maps"),
+        (Branches(), None, TypeError, "model: its code cannot be followed"),
+        (Small(), None, TypeError, "model: expected logits made from a feature map .*name the layer"),
         (resnet_basic(), 4, TypeError, "layer: expected the name of a submodule or a module, got int"),
         (resnet_basic(), "layer9", ValueError, "layer: expected a submodule such as conv1, bn1, .*got layer9"),
         (resnet_basic(), "", ValueError, "layer: expected a submodule such as conv1"),
