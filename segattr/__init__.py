@@ -4,8 +4,9 @@ from segattr import lrp, metrics, plot, refine
 from segattr.advcam import advcam
 from segattr.bbam import Detector, adaptive_stride, bbam, detector_from_torchvision, positive_proposals
 from segattr.bottleneck import gndrp, rib
-from segattr.cam import cam, grad_cam, multiscale, normalize
+from segattr.cam import cam, multiscale, normalize
 from segattr.ficklenet import StochasticConv2d, ficklenet
+from segattr.gradients import grad_cam
 from segattr.networks.classifier import Classifier, split
 
 __all__ = [

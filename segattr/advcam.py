@@ -1,13 +1,15 @@
 """AdvCAM: class activation maps summed while the image climbs towards its class."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from segattr.cam import Maps, Pairs, check_maps, feature_maps, head_gradient, head_logits, normalize_each
-from segattr.networks.classes import Classes
+from segattr.cam import check_maps, normalize_each
+from segattr.networks.classes import Classes, Maps, Pairs
 from segattr.networks.classifier import Classifier, as_classifier, check_images, undisturbed
+from segattr.networks.features import Features, count_classes, feature_maps, head_gradient, head_logits
 from segloss.common.checks import check_bool, check_int, check_number
 from segloss.common.reduction import LARGEST, wide_dtype
 
@@ -96,15 +98,15 @@ def advcam(
         check_number("chunk", chunk, least=1)
     if literal and reference:
         raise ValueError("literal: expected False with reference=True, got True")
-    classifier = as_classifier(clf)
+    classifier = as_classifier(clf, images)
     if reference and classifier.linear is None:
         raise ValueError("reference: expected False for a head other than global average pooling and one linear layer")
     climb = _Climb(classifier, steps, step_size, threshold, penalty, suppress, literal, reference)
 
     def maps() -> Maps:
-        pairs = Pairs.of(classes, len(images), _count_classes(classifier, images), images.device)
+        pairs = Pairs.of(classes, len(images), count_classes(classifier, images), images.device)
         if not len(pairs.classes):
-            features = feature_maps(classifier, images.detach())
+            features = feature_maps(classifier, images.detach()).maps
             return pairs.arrange(_wide(features).new_zeros(0, *features.shape[2:]))
         size = int(chunk or len(pairs.classes))  # also of NumPy
         parts = zip(pairs.images.split(size), pairs.classes.split(size), strict=True)
@@ -137,33 +139,34 @@ class _Climb:
             x = x.detach().requires_grad_(remaining > 0)
             features = feature_maps(self.clf, x.flatten(0, 1))
             # The gradient of the objective is taken in two parts, so that the network is passed through once.
-            leaf = features.detach().requires_grad_()
-            r, score = self._pair(leaf, classes) if self.reference else self._single(leaf, x.flatten(0, 1), classes)
+            leaves = [tensor.detach().requires_grad_() for tensor in features if tensor is not None]
+            leaf = Features(leaves[0], leaves[1] if len(leaves) > 1 else None)
+            r, score = (
+                self._pair(leaf.maps, classes) if self.reference else self._single(leaf, x.flatten(0, 1), classes)
+            )
             total = total + r.detach()
             if remaining:
                 first = r.detach() if first is None else first
-                (gradient,) = torch.autograd.grad((score - self.penalty * self._deviation(r, first)).sum(), leaf)
-                x = self._step(x.detach(), _gradient(features, x, gradient), start)
+                objective = (score - self.penalty * self._deviation(r, first)).sum()
+                x = self._step(x.detach(), _gradient(features, x, torch.autograd.grad(objective, leaves)), start)
         return total
 
-    def _single(self, features: Tensor, images: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    def _single(self, features: Features, images: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
         """Maps ``[N, h, w]``, and scores ``[N]``: the objective without its penalty."""
         logits = head_logits(self.clf, features, images)
         own = logits.gather(1, classes[:, None])[:, 0]
-        linear = self.clf.linear
-        if linear is not None:
-            weight = linear.weight.flatten(1)[classes]
+        if self.clf.linear is not None:
+            weight = self.clf.class_weight()[classes]
         else:
-            weight = head_gradient(own.sum(), features, retain_graph=True).sum((2, 3))
-        maps = torch.einsum("nd,ndhw->nhw", _wide(weight), _wide(features))
+            weight = head_gradient(own.sum(), features.maps, retain_graph=True).sum((2, 3))
+        maps = torch.einsum("nd,ndhw->nhw", _wide(weight), _wide(features.maps))
         check_maps(maps)
         r = normalize_each(maps, "max" if self.literal else "relu")
         return r, _wide(2 * own - logits.sum(1) if self.suppress else own)
 
     def _pair(self, features: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
         """As the released code: of an image and its mirror image, which are next to each other in the batch."""
-        assert self.clf.linear is not None
-        weight = _wide(self.clf.linear.weight.flatten(1))
+        weight = _wide(self.clf.class_weight())
         cams = torch.einsum("kd,npdhw->npkhw", weight, _wide(features).unflatten(0, (-1, 2)))
         own = cams[torch.arange(len(cams), device=classes.device), :, classes]
         # Grad-CAM of the sum of the map's ReLU. Its gradient, the weight where the map is positive, is summed over
@@ -192,18 +195,11 @@ class _Climb:
         )
 
 
-def _count_classes(clf: Classifier, images: Tensor) -> int:
-    try:
-        return clf.num_classes
-    except ValueError:  # only its logits tell
-        with torch.no_grad():
-            return head_logits(clf, feature_maps(clf, images), images).shape[1]
-
-
-def _gradient(features: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
-    if not features.requires_grad:
+def _gradient(features: Features, x: Tensor, gradients: Sequence[Tensor]) -> Tensor:
+    if not features.maps.requires_grad:
         raise ValueError("clf: expected features that autograd can follow to the image, got detached ones")
-    return torch.autograd.grad(features, x, gradient)[0]
+    outputs = [tensor for tensor in features if tensor is not None]
+    return torch.autograd.grad(outputs, x, gradients)[0]
 
 
 def _wide(values: Tensor) -> Tensor:

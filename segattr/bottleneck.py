@@ -13,7 +13,9 @@ from torch.func import functional_call
 from segattr.cam import normalize_each
 from segattr.networks.classes import Classes, check_classes
 from segattr.networks.classifier import Classifier, as_classifier, check_images, taking
+from segattr.networks.features import Features, checked_features, count_classes, head_gradient, head_logits
 from segattr.networks.modes import evaluating
+from segattr.networks.record import attributes_kept
 from segloss.bottleneck import rib_margin
 from segloss.common.checks import (
     check_bool,
@@ -133,8 +135,9 @@ def rib(
     them, ``Classifier(rest, head)``, takes their output for ``images`` and companions, which is then computed once.
 
     Args:
-        clf: a :class:`Classifier` or a model that :func:`split` takes. Its head must be linear after global average
-            pooling.
+        clf: a :class:`Classifier` or a model that :func:`split` takes. Where its head is not linear after global
+            average pooling, the weights of the maps are those of :func:`grad_cam`, summed over locations instead of
+            averaged, in each step anew; they are constants in the backward pass, and logits have no bias.
         images: x, ``[B, C, H, W]``.
         tags: 1 where a class is present in the image, 0 elsewhere, ``[B, K]``. An image without tags has no loss of
             its own.
@@ -167,7 +170,7 @@ def rib(
     Raises:
         TypeError: an argument of another type than above, companions that are not pairs of tensors or have another
             dtype than the images.
-        ValueError: a classifier whose head is not linear after pooling, shapes or devices that do not fit each other,
+        ValueError: shapes or devices that do not fit each other,
             tags other than 0 and 1, NaN or infinite images, companions for fewer than ``steps`` steps, negative
             ``steps``, ``lr`` of 0 or less, a ``margin`` outside ±1e30, an unknown ``pool`` or ``norm``, ``frozen``
             modules that are not of the classifier, or that leave nothing to train; maps that are NaN or infinite, or
@@ -189,30 +192,30 @@ def rib(
         >>> rib(net, images[:2], tags[:2], companions=others).shape
         torch.Size([2, 4, 7, 7])
     """
-    clf = as_classifier(clf)
-    if clf.linear is None:
-        raise ValueError("clf: expected a head of global average pooling and one linear layer, got another one")
     check_images(images)
-    check_tags(tags, images, "images", classes=clf.num_classes)
+    clf = as_classifier(clf, images)
+    with evaluating(clf):
+        count = count_classes(clf, images)
+    check_tags(tags, images, "images", classes=count)
     check_int("steps", steps)
     check_number("steps", steps, least=0)
     check_number("lr", lr, above=0, most=torch.finfo(images.dtype).max / 10)  # also for the last layer
     check_number("margin", margin, least=-LARGEST, most=LARGEST)
     check_choice("pool", pool, ("gndrp", "gap"))
     check_number("threshold", threshold)
-    wanted = None if classes is None else check_classes(classes, len(images), clf.num_classes)
+    wanted = None if classes is None else check_classes(classes, len(images), count)
     fixed = _parameters_of(frozen, clf)
     check_choice("norm", norm, ("raw", "relu", "relu_max", "minmax", "max"))
     check_bool("stop", stop)
     check_bool("reference", reference)
-    batches = _source(companions, steps, images, clf.num_classes)
+    batches = _source(companions, steps, images, count)
 
     region = partial(gndrp, threshold=threshold, divide_by="all" if reference else "region")
     model = _ClassMaps(clf, (lambda maps: region(maps, maps)) if pool == "gndrp" else (lambda maps: maps.mean((2, 3))))
     loss = partial(rib_margin, margin=LARGEST if reference else margin, reduction="sum")
     limit = margin if stop else None
     autocast = torch.autocast(images.device.type, enabled=False)
-    with evaluating(clf), autocast, torch.inference_mode(False), torch.enable_grad():
+    with evaluating(clf), attributes_kept(clf), autocast, torch.inference_mode(False), torch.enable_grad():
         with taking("images", images):
             maps = [] if len(images) else [model(images)[0].detach()]
         for image, tag in zip(images.detach(), tags, strict=True):
@@ -236,9 +239,12 @@ class _ClassMaps(nn.Module):
         self.clf, self.pool = clf, pool
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = checked_features(self.clf, self.clf.features(images))
         linear = self.clf.linear
-        assert linear is not None
-        maps = F.conv2d(self.clf.features(images), linear.weight.flatten(1)[:, :, None, None])
+        if linear is None:
+            maps = torch.einsum("kbd,bdhw->bkhw", _class_weights(self.clf, features, images), features.maps)
+        else:
+            maps = F.conv2d(features.maps, self.clf.class_weight()[:, :, None, None])
         require(
             "clf",
             maps,
@@ -249,7 +255,17 @@ class _ClassMaps(nn.Module):
             ),
         )
         logits = self.pool(maps)
-        return maps, logits if linear.bias is None else logits + linear.bias
+        return maps, logits if linear is None or linear.bias is None else logits + linear.bias
+
+
+def _class_weights(clf: Classifier, features: Features, images: Tensor) -> Tensor:
+    """Grad-CAM's weights of each image, ``[K, B, D]``, constants: what a linear layer after pooling has itself."""
+    with torch.enable_grad():
+        leaf = features.maps.detach().requires_grad_()
+        logits = head_logits(clf, Features(leaf, features.rest), images)
+        units = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
+        each = units[:, None].expand(-1, len(images), -1)
+        return head_gradient(logits, leaf, grad_outputs=each, is_grads_batched=True).sum((3, 4))
 
 
 class _Copy:
@@ -257,8 +273,7 @@ class _Copy:
 
     def __init__(self, model: _ClassMaps, fixed: set[int], lr: float, reference: bool) -> None:
         self.model, self.reference = model, reference
-        assert model.clf.linear is not None
-        last = set(map(id, model.clf.linear.parameters()))
+        last = set(map(id, model.clf.linear.parameters())) if model.clf.linear is not None else set()
         self.state = {name: buffer.clone() for name, buffer in model.named_buffers()}
         groups: list[dict[str, Any]] = [{"params": []}, {"params": []}]
         for name, parameter in model.named_parameters():

@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from segattr.networks.cut import Cut, weights_of
 from segattr.networks.reader import unwrapped
+from segattr.networks.record import attributes_kept
 from segloss.common.checks import check_finite, check_floating, shape_text
 
 ClassWeights: TypeAlias = nn.Linear | nn.Conv2d
@@ -31,8 +32,10 @@ class Classifier(nn.Module):
     are in.
 
     Args:
-        features: takes images ``[B, C, H, W]``, gives the last feature maps ``[B, D, h, w]``.
-        head: takes feature maps, gives logits ``[B, K]``.
+        features: takes images ``[B, C, H, W]``, gives the last feature maps ``[B, D, h, w]``; or a pair of them and of
+            what else the head needs, such as the tokens ``[B, P, D]`` that a transformer has beside those of the map.
+        head: takes feature maps, and the second of the pair if there is one; gives logits ``[B, K]``, or ``[B]`` of a
+            single class, or ``[B, K, H', W']`` of a segmentation network.
 
     Raises:
         TypeError: parts that cannot be called.
@@ -70,6 +73,21 @@ class Classifier(nn.Module):
         path = self._paths()[0]
         return None if path is None else self.get_submodule(path)  # type: ignore[return-value]
 
+    def class_weight(self) -> Tensor:
+        """The weight of :attr:`linear`, ``[K, D]``, as the layer computes it in each call: pruned or normalised, say.
+
+        Raises:
+            ValueError: the head is not global average pooling and one linear layer.
+        """
+        linear = self.linear
+        if linear is None:
+            raise ValueError("linear: expected a head of global average pooling and one linear layer, got another one")
+        if linear._forward_pre_hooks:  # which may make it of other parameters
+            width = linear.in_features if isinstance(linear, nn.Linear) else linear.in_channels
+            start = next(linear.parameters()).new_zeros(1, width)
+            linear(start if isinstance(linear, nn.Linear) else start[:, :, None, None])
+        return linear.weight.flatten(1)
+
     @property
     def num_classes(self) -> int:
         """Number of classes K.
@@ -100,28 +118,33 @@ class Classifier(nn.Module):
 def split(model: nn.Module, layer: str | nn.Module | None = None, *, example: Tensor | None = None) -> Classifier:
     r"""Splits a classifier at its last feature map, without copying or changing it.
 
-    The forward code of the model is followed by torch.fx from the logits back: through linear layers, flattening and
-    pooling, to the feature map that they are made of. Only modules on that path are looked into, so that
-    everything else may hold any code. A last convolution 1x1 before or after global pooling belongs to the head.
-    ResNet, VGG, DenseNet, EfficientNet and their kind, ``nn.Sequential`` and hand-written networks are split
-    as they are. The branches that the looked-into code takes for the mode of the model, training or evaluation, are
-    those of the mode at each call. So are hooks of these modules: they meet a stand-in for the image, when the code is
-    followed; hooks of all other modules run in each call.
+    The model runs on a few random images while its operations are recorded, and is followed from the logits back to
+    the last map of more than one pixel that they are made of alone: through linear layers and pooling of any kind.
+    Modules on either side of the cut are called as they are, with their hooks, and may hold any code. A last
+    convolution 1x1 before or after global pooling belongs to the head, and so do the powers of a generalised mean.
+    Maps that the network keeps channels-last are turned. Of transformers that read a class token the map is the input
+    of the last block, behind which the logits do not depend on it; the tokens before it travel as the second part of
+    a pair. Of segmentation networks it is the input of the last layer, which makes classes of it. What the code does
+    for the mode of the model, training or evaluation, and for the size of the images, is what it does at each call.
 
     Args:
         model: takes images ``[B, C, H, W]``, gives logits ``[B, K]``, or an object with ``logits``. Further arguments
-            must have defaults. Of a network compiled by ``torch.compile``, or wrapped in ``DataParallel`` or
-            ``DistributedDataParallel``, the network inside is split; names of layers are those in it.
+            must have defaults. Of a network compiled by ``torch.compile``, or wrapped in ``DataParallel``,
+            ``DistributedDataParallel`` or ``AveragedModel``, the network inside is split; names of layers are those
+            in it.
         layer: name of the submodule, or the submodule itself, whose output is the feature map; the last one if None.
             Everything behind it must depend on that output alone: the end of a residual block, not its middle.
+        example: images that the model takes, ``[B, C, H, W]``: for networks that take none of the usual sizes. Without
+            it such a network is read when the first images come.
 
     Returns:
         A :class:`Classifier` with ``model`` as submodule; ``split(model)(x)`` equals ``model(x)``, or its logits.
 
     Raises:
-        TypeError: a ``model`` that is no module or cannot be traced, whose logits are not made from one feature map;
-            a ``layer`` of another type.
-        ValueError: a ``layer`` that is not in the model, is not called once, or is bypassed by something.
+        TypeError: a ``model`` that is no module or whose code cannot be followed, whose logits are not made from one
+            feature map; a ``layer`` of another type, an ``example`` that is not floating point.
+        ValueError: a ``layer`` that is not in the model, is not called once, is bypassed by something, or gives no map;
+            an ``example`` of another shape.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
@@ -131,6 +154,8 @@ def split(model: nn.Module, layer: str | nn.Module | None = None, *, example: Te
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if example is not None:
+        check_images(example, "example")
     model = unwrapped(model)
     cut = Cut(model, None if layer is None else _path(model, layer), example)
     clf = Classifier(cut.features, cut.head)
@@ -140,14 +165,18 @@ def split(model: nn.Module, layer: str | nn.Module | None = None, *, example: Te
     return clf
 
 
-def as_classifier(clf: nn.Module, layer: str | nn.Module | None = None) -> Classifier:
+def as_classifier(clf: nn.Module, images: Tensor, layer: str | nn.Module | None = None) -> Classifier:
     """A classifier as it is, any other network split at its last feature map; both split at a layer if there is one."""
     if not isinstance(clf, nn.Module):
         raise TypeError(f"clf: expected a Classifier, or a network that split understands, got {type(clf).__name__}")
     clf = unwrapped(clf)
     if isinstance(clf, Classifier):
-        return clf if layer is None else split(clf.model or clf, layer)
-    return split(clf, layer)
+        if layer is None:
+            return clf
+        clf = clf.model or clf
+    found = split(clf, layer)
+    # In a network that takes none of the usual sizes, it is these images that tell.
+    return split(clf, layer, example=images) if found._cut is not None and not found._cut.reader.graphs else found
 
 
 def undisturbed(network: Callable[..., Any], function: Callable[[], Any], *, constant: bool = False) -> Any:
@@ -164,7 +193,7 @@ def undisturbed(network: Callable[..., Any], function: Callable[[], Any], *, con
         state |= {name: parameter.detach() for name, parameter in caller.named_parameters()}
     elsewhere = torch.accelerator.current_accelerator() or torch.device("cpu")  # functions do not tell
     device = next((tensor.device for tensor in state.values()), elsewhere)
-    with torch.autocast(device.type, enabled=False):
+    with torch.autocast(device.type, enabled=False), attributes_kept(caller):
         return functional_call(caller, state, (function,))
 
 
@@ -201,14 +230,14 @@ class _Caller(nn.Module):
         return function()
 
 
-def check_images(images: object) -> None:
-    check_floating("images", images)
+def check_images(images: object, name: str = "images") -> None:
+    check_floating(name, images)
     assert isinstance(images, Tensor)
     if images.dim() != 4:
-        raise ValueError(f"images: expected [B, C, H, W], got {shape_text(images.shape)}")
+        raise ValueError(f"{name}: expected [B, C, H, W], got {shape_text(images.shape)}")
     if 0 in images.shape[1:]:
-        raise ValueError(f"images: expected at least one channel and one pixel, got {shape_text(images.shape)}")
-    check_finite("images", images)
+        raise ValueError(f"{name}: expected at least one channel and one pixel, got {shape_text(images.shape)}")
+    check_finite(name, images)
 
 
 def _path(model: nn.Module, layer: str | nn.Module) -> str:

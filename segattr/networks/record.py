@@ -144,20 +144,38 @@ def logits_of(output: Any) -> Any:
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Attributes, containers and buffers of the modules, and random numbers, are afterwards as they were before."""
-    modules = list(model.modules())
-    attributes = [dict(module.__dict__) for module in modules]
-    contents = [(value, _copy(value)) for own in attributes for value in own.values() if _is_container(value)]
+    """Attributes, containers and buffers of the modules, and random numbers, are afterwards as they were before.
+
+    Within it there is no autocast.
+    """
     devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.is_cuda}
     numbers = random.getstate()
     try:
-        with torch.random.fork_rng([device.index for device in devices]):
-            for module in modules:
+        with attributes_kept(model), torch.random.fork_rng([device.index for device in devices]), _full_precision():
+            for module in model.modules():
                 for name, buffer in module._buffers.items():
                     module._buffers[name] = None if buffer is None else buffer.clone()
             yield
     finally:
         random.setstate(numbers)
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    device = torch.accelerator.current_accelerator()
+    with torch.autocast("cpu", enabled=False), torch.autocast(device.type if device else "cpu", enabled=False):
+        yield
+
+
+@contextmanager
+def attributes_kept(model: nn.Module) -> Iterator[None]:
+    """What forward code and hooks store in a module, or append to a container in it, does not stay there."""
+    modules = list(model.modules())
+    attributes = [dict(module.__dict__) for module in modules]
+    contents = [(value, value.copy()) for own in attributes for value in own.values() if _is_container(value)]
+    try:
+        yield
+    finally:
         for value, before in contents:
             value.clear()
             value.extend(before) if isinstance(value, list) else value.update(before)
@@ -168,10 +186,6 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 def _is_container(value: object) -> bool:
     return isinstance(value, (list, dict, set))
-
-
-def _copy(value: Any) -> Any:
-    return value.copy()
 
 
 @contextmanager

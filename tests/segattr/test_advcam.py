@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from segattr.advcam import advcam
-from segattr.cam import cam, grad_cam, multiscale, normalize
+from segattr.cam import cam, multiscale, normalize
+from segattr.gradients import grad_cam
 from segattr.networks.classifier import Classifier, split
 from tests.segattr.lrp_nets import randomise, resnet_basic
 from tests.segattr.test_cam import assert_untouched, deep_head, net, snapshot
@@ -171,6 +172,8 @@ def test_the_model_is_untouched(variant: str, training: bool) -> None:
 def test_passes_through_the_network() -> None:
     """One forward for each map; no gradient of a parameter, no backward after the last map."""
     model, forward, backward = small(), [0], [0]
+    clf = split(model)
+    assert clf.linear is not None
     model.get_submodule("0").register_forward_hook(lambda *args: forward.__setitem__(0, forward[0] + 1))
 
     class Count(torch.autograd.Function):
@@ -186,7 +189,7 @@ def test_passes_through_the_network() -> None:
     model.get_submodule("1").register_forward_hook(lambda module, args, output: Count.apply(output))
     weights: list[bool] = []
     model.get_submodule("3").register_forward_pre_hook(lambda module, args: weights.append(module.weight.requires_grad))
-    advcam(model, images(), steps=5)
+    advcam(clf, images(), steps=5)
     assert (forward[0], backward[0]) == (6, 5)
     assert not any(weights)
 

@@ -14,7 +14,8 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor, nn
 
 from segattr.advcam import advcam
-from segattr.cam import cam, grad_cam, multiscale, normalize
+from segattr.cam import cam, multiscale, normalize
+from segattr.gradients import grad_cam
 from segattr.networks.classifier import Classifier, split
 from segloss import max_normalize
 from tests.segattr.lrp_nets import randomise, resnet_basic, vgg_bn
@@ -398,7 +399,7 @@ def test_parts_that_do_not_fit_each_other(method: Callable[..., Any]) -> None:
             "clf: expected a tensor of logits from its head, got dict",
         ),
         (
-            lambda x: grad_cam(Classifier(lambda x: (x, x), nn.Flatten()), x),
+            lambda x: grad_cam(Classifier(lambda x: (x, x, x), nn.Flatten()), x),
             TypeError,
             "clf: expected a tensor of features, got tuple",
         ),
