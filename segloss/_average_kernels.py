@@ -27,6 +27,15 @@ kernel = triton.jit(do_not_specialize=["classes", "splits"])
 
 
 @triton.jit
+def _share(classes, image_stride, class_stride, splits, CLASSES: tl.constexpr):
+    """A program's image and its number there; the classes, which of them exist, and where their logits start."""
+    image = (tl.program_id(0) // splits).to(tl.int64)
+    k = tl.arange(0, CLASSES)
+    offsets = image * image_stride + k.to(tl.int64) * class_stride
+    return image, tl.program_id(0) % splits, k, k < classes, offsets
+
+
+@triton.jit
 def _load(logits, valid, n, offsets, present, pixels, stride, valid_stride, WIDE: tl.constexpr, VALID: tl.constexpr):
     """A block of pixels n: which count, the largest logit of each, and the logits relative to it or -inf."""
     seen = n < pixels
@@ -67,12 +76,8 @@ def _forward(
     BLOCK: tl.constexpr,
 ):
     """Peaks and inverses of some of the pixels, and the tops and totals of each class over them."""
-    image = (tl.program_id(0) // splits).to(tl.int64)
-    split = tl.program_id(0) % splits
+    image, split, k, present, offsets = _share(classes, image_stride, class_stride, splits, CLASSES)
     wide = totals.dtype.element_ty
-    k = tl.arange(0, CLASSES)
-    present = k < classes
-    offsets = image * image_stride + k.to(tl.int64) * class_stride
     valid += image * valid_image_stride
     peaks += image * pixels
     inverses += image * pixels
@@ -122,12 +127,8 @@ def _forward_vanished(
     BLOCK: tl.constexpr,
 ):
     """The totals once more, relative to the tops, for images with classes that have vanished."""
-    image = (tl.program_id(0) // splits).to(tl.int64)
-    split = tl.program_id(0) % splits
+    image, split, k, present, offsets = _share(classes, image_stride, class_stride, splits, CLASSES)
     wide = totals.dtype.element_ty
-    k = tl.arange(0, CLASSES)
-    present = k < classes
-    offsets = image * image_stride + k.to(tl.int64) * class_stride
     valid += image * valid_image_stride
     highest = tl.load(top + image * classes + k, mask=present, other=0.0)
     end = tl.where(tl.min(highest, 0) < _VANISHED, pixels, 0)
@@ -168,12 +169,8 @@ def _backward(
     BLOCK: tl.constexpr,
 ):
     """The gradient at some of the pixels."""
-    image = (tl.program_id(0) // splits).to(tl.int64)
-    split = tl.program_id(0) % splits
+    image, split, k, present, offsets = _share(classes, image_stride, class_stride, splits, CLASSES)
     wide = totals.dtype.element_ty
-    k = tl.arange(0, CLASSES)
-    present = k < classes
-    offsets = k.to(tl.int64) * class_stride + image * image_stride
     targets = (image * classes + k) * pixels
     top = tl.load(tops + image * classes + k, mask=present, other=0.0)
     total = tl.load(totals + image * classes + k, mask=present, other=0.0)

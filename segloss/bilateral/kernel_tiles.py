@@ -67,6 +67,22 @@ def matrix(pointer, number, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return pointer + number.to(tl.int64) * (ROWS * COLUMNS) + place
 
 
+@triton.jit
+def placed(row, order, order_stride, pixels, tiles, TILE: tl.constexpr):
+    """The image of a tile, its pixels, and which of these are real: the others are padding."""
+    image = (row // tiles).to(tl.int64)
+    place = row % tiles * TILE + tl.arange(0, TILE)
+    real = place < pixels
+    return image, tl.load(order + image * order_stride + place, mask=real, other=0), real
+
+
+@triton.jit
+def listed(entries, counts, first, tiles):
+    """The tile of a program, and the addresses of its list and of the two counts of that."""
+    line = tl.program_id(0)
+    return first + line, entries + line.to(tl.int64) * tiles, counts + 2 * line
+
+
 @kernel
 def _morton(
     features,
@@ -119,12 +135,9 @@ def _cut(
 ):
     """All that :class:`Tiles` holds of one tile."""
     row = tl.program_id(0)
-    image = (row // tiles).to(tl.int64)
+    image, pixel, real = placed(row, order, order_stride, pixels, tiles, TILE)
     tile = row % tiles
-    place = tile * TILE + tl.arange(0, TILE)
-    real = place < pixels
     count = tl.minimum(TILE, pixels - tile * TILE)
-    pixel = tl.load(order + image * order_stride + place, mask=real, other=0)
     square = tl.zeros([TILE], points.dtype.element_ty)
     total = tl.zeros([TILE], points.dtype.element_ty)
     for d in range(DIMS):
@@ -235,11 +248,9 @@ def _list(
     BLOCK: tl.constexpr,
 ):
     """The rows that a tile meets: from the front those near enough for products, from the back the others."""
-    line = tl.program_id(0)
-    row = first + line
+    row, entries, counts = listed(entries, counts, first, tiles)
     image = (row // tiles).to(tl.int64)
     tile = row % tiles
-    entries += line.to(tl.int64) * tiles
     own_count = tl.minimum(TILE, pixels - tile * TILE)
     own_threshold = tl.load(threshold + row)
     own_norm = tl.load(norm + row)
@@ -261,8 +272,8 @@ def _list(
         tl.store(entries + tiles - back - tl.cumsum(far_kept, 0), rows, mask=far_kept > 0)
         front += tl.sum(near_kept, 0)
         back += tl.sum(far_kept, 0)
-    tl.store(counts + 2 * line, front)
-    tl.store(counts + 2 * line + 1, back)
+    tl.store(counts, front)
+    tl.store(counts + 1, back)
 
 
 def product_columns(features: Tensor) -> int:

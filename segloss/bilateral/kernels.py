@@ -11,7 +11,8 @@ cores and is as accurate as the dtype.
 # Kernels are untyped.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,8 +25,10 @@ from segloss.bilateral.kernel_tiles import (
     Tiles,
     cut,
     kernel,
+    listed,
     lists,
     matrix,
+    placed,
     product_columns,
     vector,
 )
@@ -50,6 +53,14 @@ _GUIDE = {0: Config(32, 2, 1), 80: Config(32, 2, 2), 90: Config(64, 4, 2)}
 _FULL = Config(32, 4, 1)
 
 
+@triton.jit
+def _channels(block, image, pixel, real, pixels, channels, BLOCK: tl.constexpr):
+    """Offsets of a block of the channels of the pixels of a tile in ``[B, K, N]``, and which of them are real."""
+    channel = block * BLOCK + tl.arange(0, BLOCK)
+    offsets = (image * channels + channel)[None, :] * pixels + pixel[:, None]
+    return offsets, real[:, None] & (channel < channels)[None, :]
+
+
 @kernel
 def _split(
     values,
@@ -68,23 +79,18 @@ def _split(
 ):
     """Values of a tile in two half-precision limbs, relative to their largest, of each channel or of all (SHARED)."""
     row = tl.program_id(0)
-    image = (row // tiles).to(tl.int64)
-    place = (row % tiles) * TILE + tl.arange(0, TILE)
-    real = place < pixels
-    pixel = tl.load(order + image * order_stride + place, mask=real, other=0)
+    image, pixel, real = placed(row, order, order_stride, pixels, tiles, TILE)
     if SHARED:
         most = tl.zeros([BLOCK], tl.float32)
         for block in range(BLOCKS):
-            channel = block * BLOCK + tl.arange(0, BLOCK)
-            source = (image * channels + channel)[None, :] * pixels + pixel[:, None]
-            v = tl.load(values + source, mask=real[:, None] & (channel < channels)[None, :], other=0.0)
+            source, mask = _channels(block, image, pixel, real, pixels, channels, BLOCK)
+            v = tl.load(values + source, mask=mask, other=0.0)
             most = tl.maximum(most, tl.max(tl.abs(v), 0))
         shared = tl.max(most, 0)
         tl.store(scale + row, tl.where(shared > _TINY, shared, 0.0))
     for block in range(BLOCKS):
-        channel = block * BLOCK + tl.arange(0, BLOCK)
-        source = (image * channels + channel)[None, :] * pixels + pixel[:, None]
-        v = tl.load(values + source, mask=real[:, None] & (channel < channels)[None, :], other=0.0)
+        source, mask = _channels(block, image, pixel, real, pixels, channels, BLOCK)
+        v = tl.load(values + source, mask=mask, other=0.0)
         number = row.to(tl.int64) * BLOCKS + block
         if SHARED:
             largest = tl.zeros([BLOCK], tl.float32) + shared
@@ -153,18 +159,16 @@ def _filter(
     BLOCKS: tl.constexpr,
 ):
     """A block of channels of a tile, filtered on tensor cores."""
-    line = tl.program_id(0)
+    row, entries, counts = listed(entries, counts, first, tiles)
     block = tl.program_id(1)
-    row = first + line
-    entries += line.to(tl.int64) * tiles
     q = tl.load(matrix(query, row, TILE, COLUMNS))
     half_q = tl.load(vector(half, row, TILE))
     result = tl.zeros([TILE, BLOCK], tl.float32)
-    for n in range(tl.load(counts + 2 * line)):
+    for n in range(tl.load(counts)):
         other = tl.load(entries + n)
         _, weights = _near_weights(q, half_q, key, half, other, TILE, COLUMNS)
         result += _weighted_sum(weights, upper, lower, scale, other, block, TILE, BLOCK, BLOCKS)
-    for n in range(tl.load(counts + 2 * line + 1)):
+    for n in range(tl.load(counts + 1)):
         other = tl.load(entries + tiles - 1 - n)
         weights = _far_weights(points, row, other, DIMS, TILE)
         result += _weighted_sum(weights, upper, lower, scale, other, block, TILE, BLOCK, BLOCKS)
@@ -186,13 +190,9 @@ def _store(
     BLOCK: tl.constexpr,
 ):
     """Writes a block of the channels of a tile to its pixels."""
-    image = (row // tiles).to(tl.int64)
-    place = row % tiles * TILE + tl.arange(0, TILE)
-    real = place < pixels
-    pixel = tl.load(order + image * order_stride + place, mask=real, other=0)
-    channel = block * BLOCK + tl.arange(0, BLOCK)
-    target = (image * channels + channel)[None, :] * pixels + pixel[:, None]
-    tl.store(out + target, result, mask=real[:, None] & (channel < channels)[None, :])
+    image, pixel, real = placed(row, order, order_stride, pixels, tiles, TILE)
+    target, mask = _channels(block, image, pixel, real, pixels, channels, BLOCK)
+    tl.store(out + target, result, mask=mask)
 
 
 @triton.jit
@@ -275,13 +275,11 @@ def _guide(
     BLOCKS: tl.constexpr,
 ):
     """The guide gradient of a tile on tensor cores."""
-    line = tl.program_id(0)
-    row = first + line
-    entries += line.to(tl.int64) * tiles
+    row, entries, counts = listed(entries, counts, first, tiles)
     q = tl.load(matrix(query, row, TILE, COLUMNS))
     half_q = tl.load(vector(half, row, TILE))
     sums = tl.zeros([TILE, COLUMNS], tl.float32)
-    for n in range(tl.load(counts + 2 * line)):
+    for n in range(tl.load(counts)):
         other = tl.load(entries + n)
         k, weights = _near_weights(q, half_q, key, half, other, TILE, COLUMNS)
         slopes, scale = _slopes(g_upper, g_lower, g_scale, v_upper, v_lower, v_scale, row, other, TILE, BLOCK, BLOCKS)
@@ -290,7 +288,7 @@ def _guide(
         part = tl.dot((factors - limb.to(tl.float32)).to(tl.float16), k)
         sums += tl.dot(limb, k, part) * scale
     pull = tl.zeros([TILE, WIDTH], tl.float32)
-    for n in range(tl.load(counts + 2 * line + 1)):
+    for n in range(tl.load(counts + 1)):
         other = tl.load(entries + tiles - 1 - n)
         slopes, scale = _slopes(g_upper, g_lower, g_scale, v_upper, v_lower, v_scale, row, other, TILE, BLOCK, BLOCKS)
         factors = slopes * _far_weights(points, row, other, DIMS, TILE) * scale
@@ -331,15 +329,13 @@ def _filter_full(
     BLOCK: tl.constexpr,
 ):
     """A block of channels of a tile, filtered in full precision."""
-    line = tl.program_id(0)
+    row, entries, counts = listed(entries, counts, first, tiles)
     block = tl.program_id(1)
-    row = first + line
-    entries += line.to(tl.int64) * tiles
     inside = tl.arange(0, TILE)
     channel = block * BLOCK + tl.arange(0, BLOCK)
     result = tl.zeros([TILE, BLOCK], points.dtype.element_ty)
-    front = tl.load(counts + 2 * line)
-    for n in range(front + tl.load(counts + 2 * line + 1)):
+    front = tl.load(counts)
+    for n in range(front + tl.load(counts + 1)):
         other = _entry(entries, n, front, tiles)
         weights = _far_weights(points, row, other, DIMS, TILE)
         source = (other.to(tl.int64) * channels + channel)[None, :] * TILE + inside[:, None]
@@ -367,12 +363,10 @@ def _guide_full(
     TILE: tl.constexpr,
 ):
     """The guide gradient of a tile in full precision."""
-    line = tl.program_id(0)
-    row = first + line
-    entries += line.to(tl.int64) * tiles
+    row, entries, counts = listed(entries, counts, first, tiles)
     pull = tl.zeros([TILE, WIDTH], points.dtype.element_ty)
-    front = tl.load(counts + 2 * line)
-    for n in range(front + tl.load(counts + 2 * line + 1)):
+    front = tl.load(counts)
+    for n in range(front + tl.load(counts + 1)):
         other = _entry(entries, n, front, tiles)
         factors = tl.zeros([TILE, TILE], points.dtype.element_ty)
         for channel in range(channels):
@@ -438,34 +432,47 @@ def _capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def _launch(
+    run: Any,
+    inputs: Iterable[Tensor],
+    tiles: Tiles,
+    tolerance: float,
+    config: Config,
+    out: Tensor,
+    *sizes: int,
+    blocks: int = 1,
+    **settings: int,
+) -> None:
+    """Runs a kernel over the lists of all tiles; ``inputs`` are its arguments before these, ``sizes`` the last ones."""
+    place = (tiles.order, tiles.order.stride(0), out)
+    sizes = (tiles.order.shape[1], tiles.number, *sizes)
+    settings |= {"DIMS": tiles.points.shape[1], "TILE": tiles.size}
+    settings |= {"num_warps": config.warps, "num_stages": config.stages}
+    for first, *met in lists(tiles, tolerance):
+        run[(len(met[0]), blocks)](*inputs, *met, *place, first, *sizes, **settings)
+
+
 def gaussian_filter(values: Tensor, features: Tensor, tolerance: float) -> Tensor:
     """``values [B, K, N]`` times the kernel of ``features [B, D, N]``, as in ``blocksparse.py``; float32 or float64."""
     if values.numel() == 0:
         return torch.zeros_like(values, memory_format=torch.contiguous_format)
     values, features = values.contiguous(), features.contiguous()
-    (_, channels, pixels), dims = values.shape, features.shape[1]
+    channels = values.shape[1]
     out = torch.empty_like(values)
     config, columns = _config(_FILTER, features), product_columns(features)
     with launching_on(values.device):
         tiles = cut(features, tolerance, config.tile)
-        place = (tiles.order, tiles.order.stride(0), out)
-        sizes = (pixels, tiles.number, channels)
-        settings = {"DIMS": dims, "TILE": tiles.size, "num_warps": config.warps, "num_stages": config.stages}
         if columns:
             block = _block(channels, 64)
             blocks = triton.cdiv(channels, block)
-            points = (tiles.query, tiles.key, tiles.half, tiles.points)
             split = _split_values(values, tiles, block, shared=False)
-            settings |= {"COLUMNS": columns, "BLOCK": block, "BLOCKS": blocks}
-            for first, *met in lists(tiles, tolerance):
-                _filter[(len(met[0]), blocks)](*points, *split, *met, *place, first, *sizes, **settings)
+            inputs = (tiles.query, tiles.key, tiles.half, tiles.points, *split)
+            settings = {"COLUMNS": columns, "BLOCK": block, "BLOCKS": blocks}
+            _launch(_filter, inputs, tiles, tolerance, config, out, channels, blocks=blocks, **settings)
         else:
-            arranged = _arrange_values(values, tiles)
             blocks = triton.cdiv(channels, _FULL_BLOCK)
-            for first, *met in lists(tiles, tolerance):
-                _filter_full[(len(met[0]), blocks)](
-                    tiles.points, arranged, *met, *place, first, *sizes, BLOCK=_FULL_BLOCK, **settings
-                )
+            full = (tiles.points, _arrange_values(values, tiles))
+            _launch(_filter_full, full, tiles, tolerance, config, out, channels, blocks=blocks, BLOCK=_FULL_BLOCK)
     return out
 
 
@@ -477,24 +484,18 @@ def guide_gradient(grad: Tensor, values: Tensor, features: Tensor, tolerance: fl
     if values.numel() == 0:
         return torch.zeros_like(features, memory_format=torch.contiguous_format)
     grad, values, features = grad.contiguous(), values.contiguous(), features.contiguous()
-    (_, channels, pixels), dims = values.shape, features.shape[1]
+    channels, width = values.shape[1], triton.next_power_of_2(features.shape[1])
     out = torch.empty_like(features)
     config, columns = _config(_GUIDE, features), product_columns(features)
     with launching_on(values.device):
         tiles = cut(features, tolerance, config.tile)
-        place = (tiles.order, tiles.order.stride(0), out)
-        sizes = (pixels, tiles.number)
-        settings = {"DIMS": dims, "TILE": tiles.size, "num_warps": config.warps, "num_stages": config.stages}
-        settings["WIDTH"] = triton.next_power_of_2(dims)
         if columns:
             block = _block(channels, 32)
-            points = (tiles.query, tiles.key, tiles.half, tiles.points)
             split = [t for v in (grad, values) for t in _split_values(v, tiles, block, shared=True)]
-            settings |= {"COLUMNS": columns, "BLOCK": block, "BLOCKS": triton.cdiv(channels, block)}
-            for first, *met in lists(tiles, tolerance):
-                _guide[(len(met[0]),)](*points, *split, *met, *place, first, *sizes, **settings)
+            inputs = (tiles.query, tiles.key, tiles.half, tiles.points, *split)
+            settings = {"WIDTH": width, "COLUMNS": columns, "BLOCK": block, "BLOCKS": triton.cdiv(channels, block)}
+            _launch(_guide, inputs, tiles, tolerance, config, out, **settings)
         else:
-            arranged = [_arrange_values(v, tiles) for v in (grad, values)]
-            for first, *met in lists(tiles, tolerance):
-                _guide_full[(len(met[0]),)](tiles.points, *arranged, *met, *place, first, *sizes, channels, **settings)
+            full = (tiles.points, *(_arrange_values(v, tiles) for v in (grad, values)))
+            _launch(_guide_full, full, tiles, tolerance, config, out, channels, WIDTH=width)
     return out
