@@ -15,6 +15,7 @@ from segloss.common.checks import (
     check_choice,
     check_finite,
     check_floating,
+    check_fractions,
     check_has_values,
     check_ignore_index,
     check_integer,
@@ -302,12 +303,7 @@ def path_affinity(boundary: Tensor, *, radius: float = 10) -> Tensor:
     """
     _check_boundary("boundary", boundary)
     check_has_values("boundary", boundary)
-    require(
-        "boundary",
-        boundary,
-        lambda: ((boundary >= 0) & (boundary <= 1)).all(),
-        lambda: "expected values from 0 to 1, got values outside",
-    )
+    check_fractions("boundary", boundary)
     _check_radius(radius)
     values, ranks = _ranked(boundary)
     offsets = disc(radius, *boundary.shape[2:])

@@ -20,6 +20,7 @@ from segloss.common.checks import (
     check_bool,
     check_choice,
     check_floating,
+    check_fractions,
     check_ignore_index,
     check_int,
     check_integer,
@@ -125,10 +126,7 @@ def potts_crf(
     _check_gate(gate, logits)
     _check_settings(form, scale_factor, normalize)
     check_sigma("sigma_xy", sigma_xy, image)
-    dtype = torch.promote_types(wide_dtype(logits), wide_dtype(image))
-    probability = _probability(logits.to(dtype), from_logits)
-    guide = image.to(dtype)
-    mask = _mask(valid, probability)
+    probability, guide, mask = _prepare(logits, image, valid, from_logits)
     if scale_factor != 1:
         probability, guide, mask = _shrink(probability, guide, mask, scale_factor)
         gate = None if gate is None else F.interpolate(gate[:, None], scale_factor=scale_factor)[:, 0]
@@ -142,7 +140,7 @@ def potts_crf(
         energy = PairwiseEnergy.apply(values, flat_mask, features, plan, quadratic, from_logits, value_only)[0]
     else:
         partner = -values if form == "quadratic" else flat_mask - values
-        weighted = gate.detach().to(dtype).flatten(1)[:, None] * partner
+        weighted = gate.detach().to(values.dtype).flatten(1)[:, None] * partner
         energy = (weighted * Bilateral.apply(values, features, plan)[0]).sum((1, 2))
     if normalize is not None:
         pixels = mask.sum((1, 2, 3)).clamp(min=1)
@@ -307,13 +305,12 @@ def grid_potts(
     """
     _check(logits, image, valid, from_logits, reduction)
     check_choice("connectivity", connectivity, tuple(_OFFSETS))
-    dtype = torch.promote_types(wide_dtype(logits), wide_dtype(image))
-    mask = _mask(valid, logits.to(dtype))
-    inside = mask * _probability(logits.to(dtype), from_logits)
+    probability, guide, mask = _prepare(logits, image, valid, from_logits)
+    inside = mask * probability
     outside = mask - inside
-    guide = guide_colour(image.to(dtype), sigma_rgb)
+    colour = guide_colour(guide, sigma_rgb)
     energy = inside.new_zeros(len(inside))
-    for (i, j), (s, t), (not_s, not_t) in neighbours((guide, inside, outside), _OFFSETS[connectivity]):
+    for (i, j), (s, t), (not_s, not_t) in neighbours((colour, inside, outside), _OFFSETS[connectivity]):
         weight = torch.exp((i - j).square().sum(1) / -2)
         energy = energy + (weight * (not_s * t + s * not_t).sum(1)).sum((1, 2))
     return reduce(energy, reduction)
@@ -413,10 +410,8 @@ def windowed_potts(
     _check(logits, image, valid, from_logits, reduction)
     _check_radius(radius)
     check_choice("normalize", normalize, _NORMALIZATIONS)
-    dtype = torch.promote_types(wide_dtype(logits), wide_dtype(image))
-    probability = _probability(logits.to(dtype), from_logits)
-    mask = _mask(valid, probability)
-    features = guide_features(image.to(dtype), sigma_rgb, sigma_xy).unflatten(2, image.shape[2:])
+    probability, guide, mask = _prepare(logits, image, valid, from_logits)
+    features = guide_features(guide, sigma_rgb, sigma_xy).unflatten(2, image.shape[2:])
     radius = min(int(radius), max(image.shape[2:]))
     energy = WindowedEnergy.apply(mask * probability, mask, features, radius)[0]
     if normalize is not None:
@@ -530,12 +525,7 @@ def _check_gate(gate: Tensor | None, logits: Tensor) -> None:
         return
     check_floating("gate", gate)
     check_like("gate", gate, (logits.shape[0], *logits.shape[2:]), "logits", logits)
-    require(
-        "gate",
-        gate,
-        lambda: ((gate >= 0) & (gate <= 1)).all(),
-        lambda: "expected weights from 0 to 1, got values outside or NaN",
-    )
+    check_fractions("gate", gate, "weights")
 
 
 def _check_settings(form: str, scale_factor: float, normalize: str | None) -> None:
@@ -571,9 +561,12 @@ def _probability(logits: Tensor, from_logits: bool) -> Tensor:
     return torch.softmax(logits, 1) if from_logits else logits
 
 
-def _mask(valid: Tensor | None, like: Tensor) -> Tensor:
-    """1 at valid pixels, ``[B, 1, H, W]``."""
-    return torch.ones_like(like[:, :1]) if valid is None else valid[:, None].to(like.dtype)
+def _prepare(logits: Tensor, image: Tensor, valid: Tensor | None, from_logits: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Probabilities, image and mask ``[B, 1, H, W]``, 1 at valid pixels, in the dtype that the loss is computed in."""
+    dtype = torch.promote_types(wide_dtype(logits), wide_dtype(image))
+    probability = _probability(logits.to(dtype), from_logits)
+    mask = torch.ones_like(probability[:, :1]) if valid is None else valid[:, None].to(dtype)
+    return probability, image.to(dtype), mask
 
 
 def _shrink(probability: Tensor, image: Tensor, mask: Tensor, factor: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,6 +16,7 @@ from segloss.common.checks import (
     check_number,
     check_scores,
     check_tags,
+    check_two_classes,
     require,
     shape_text,
 )
@@ -385,11 +386,8 @@ def _check_settings(samples: int, posterior: Posterior, mode: Mode = "sample") -
 
 
 def _check_classes(posterior: Posterior, scores: Tensor) -> None:
-    if posterior == "multinomial" and scores.shape[1] < 2:
-        raise ValueError(
-            f"scores: expected at least 2 classes, the background among them, got {shape_text(scores.shape)}: "
-            "the softmax of a single class is constant"
-        )
+    if posterior == "multinomial":
+        check_two_classes("scores", scores, "the softmax of a single class is constant", background=True)
 
 
 def _check_indices(indices: Tensor, scores: Tensor) -> None:

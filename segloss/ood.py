@@ -13,6 +13,7 @@ from segloss.common.checks import (
     check_choice,
     check_finite,
     check_floating,
+    check_fractions,
     check_generator,
     check_has_values,
     check_image_logits,
@@ -21,7 +22,6 @@ from segloss.common.checks import (
     check_number,
     check_real,
     check_tags,
-    require,
     shape_text,
 )
 from segloss.common.reduction import Reduction, check_reduction, reduce, wide_dtype, widen
@@ -411,12 +411,7 @@ def rank_hard_ood(probabilities: Tensor, *, threshold: float = 0.5) -> list[Tens
     check_floating("probabilities", probabilities)
     if probabilities.dim() not in (1, 2):
         raise ValueError(f"probabilities: expected [N] or [N, C], got {shape_text(probabilities.shape)}")
-    require(
-        "probabilities",
-        probabilities,
-        lambda: ((probabilities >= 0) & (probabilities <= 1)).all(),
-        lambda: "expected values from 0 to 1, got values outside or NaN",
-    )
+    check_fractions("probabilities", probabilities)
     check_number("threshold", threshold, least=0, most=1)
     check_has_values("probabilities", probabilities)
     ranked, order = probabilities.sort(dim=0, descending=True, stable=True)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from segloss.common.checks import (
     check_floating,
+    check_fractions,
     check_ignore_index,
     check_int,
     check_integer,
@@ -200,12 +201,7 @@ def boundary_constraint(
         _check_seeds(seeds, logits)
     check_reduction(reduction)
     _check_clip(clip)
-    require(
-        "refined",
-        refined,
-        lambda: ((refined >= 0) & (refined <= 1 + 1e-3)).all(),
-        lambda: "expected probabilities from 0 to 1, got values outside or NaN",
-    )
+    check_fractions("refined", refined, "probabilities", 1e-3)
     log_prediction = _log_softmax(logits, 0.0)
     target = refined.detach().to(log_prediction.dtype)
     present = target > 0

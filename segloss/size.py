@@ -1,7 +1,6 @@
 """Size targets: supervise a segmentation network with the approximate sizes of its classes in each image."""
 
 import math
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +9,7 @@ from segloss._average import log_average
 from segloss.common.checks import (
     check_choice,
     check_floating,
+    check_fractions,
     check_generator,
     check_has_values,
     check_ignore_index,
@@ -617,15 +617,6 @@ def _check_bounds(lower: float | Tensor | None, upper: float | Tensor | None, lo
             check_floating(name, bound)
             if logits is not None and bound.dim() > 0:
                 check_like(name, bound, logits.shape[1:2] if bound.dim() == 1 else logits.shape[:2], "logits", logits)
-            require(
-                name,
-                bound,
-                partial(_are_fractions, bound),
-                lambda: "expected fractions from 0 to 1, got values outside or NaN",
-            )
+            check_fractions(name, bound, "fractions")
         elif bound is not None:
             check_number(name, bound, least=0, most=1)
-
-
-def _are_fractions(bound: Tensor) -> Tensor:
-    return ((bound >= 0) & (bound <= 1)).all()

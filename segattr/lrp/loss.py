@@ -13,6 +13,7 @@ from segloss.common.checks import (
     check_like,
     check_number,
     check_tags,
+    check_two_classes,
     shape_text,
 )
 from segloss.common.reduction import LARGEST, widen
@@ -135,11 +136,7 @@ def _check(heatmaps: Tensor, scores: Tensor, labels: Tensor, tags: Tensor) -> No
     check_floating("heatmaps", heatmaps)
     if heatmaps.dim() != 4:
         raise ValueError(f"heatmaps: expected [B, K, H, W], got {shape_text(heatmaps.shape)}")
-    if heatmaps.shape[1] < 2:
-        raise ValueError(
-            f"heatmaps: expected at least 2 classes, the background among them, got {shape_text(heatmaps.shape)}: "
-            "the softmax of a single class is constant"
-        )
+    check_two_classes("heatmaps", heatmaps, "the softmax of a single class is constant", background=True)
     check_finite("heatmaps", heatmaps)
     check_floating("scores", scores)
     check_like("scores", scores, heatmaps.shape[:2], "heatmaps", heatmaps)

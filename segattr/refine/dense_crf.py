@@ -12,6 +12,7 @@ from segloss.bilateral import PreparedFilter, check_guide, make_plan
 from segloss.common.checks import (
     check_choice,
     check_floating,
+    check_fractions,
     check_has_values,
     check_ignore_index,
     check_int,
@@ -21,6 +22,7 @@ from segloss.common.checks import (
     check_number,
     check_real,
     check_tags,
+    check_two_classes,
     require,
     shape_text,
 )
@@ -314,17 +316,9 @@ def _check_probabilities(probabilities: Tensor) -> None:
     check_floating("probabilities", probabilities)
     if probabilities.dim() != 4:
         raise ValueError(f"probabilities: expected [B, K, H, W], got {shape_text(probabilities.shape)}")
-    if probabilities.shape[1] < 2:
-        raise ValueError(
-            f"probabilities: expected at least 2 classes, got {shape_text(probabilities.shape)}: "
-            "a single class is certain everywhere; add a background class"
-        )
-    require(
-        "probabilities",
-        probabilities,
-        lambda: ((probabilities >= 0) & (probabilities <= 1 + _ROUNDING)).all(),
-        lambda: "expected probabilities from 0 to 1, got values outside or NaN",
-    )
+    problem = "a single class is certain everywhere; add a background class"
+    check_two_classes("probabilities", probabilities, problem)
+    check_fractions("probabilities", probabilities, "probabilities", _ROUNDING)
 
 
 def _check_valid(valid: Tensor | None, probabilities: Tensor) -> None:

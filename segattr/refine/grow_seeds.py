@@ -6,6 +6,7 @@ from torch import Tensor
 
 from segloss.common.checks import (
     check_floating,
+    check_fractions,
     check_has_values,
     check_ignore_index,
     check_integer,
@@ -131,9 +132,4 @@ def _check_probabilities(probabilities: object) -> None:
             "probabilities: expected [B, K, H, W] with at least 2 classes, background first, and one pixel, "
             f"got {shape_text(probabilities.shape)}"
         )
-    require(
-        "probabilities",
-        probabilities,
-        lambda: ((probabilities >= 0) & (probabilities <= 1 + 1e-3)).all(),
-        lambda: "expected probabilities from 0 to 1, got values outside or NaN",
-    )
+    check_fractions("probabilities", probabilities, "probabilities", 1e-3)

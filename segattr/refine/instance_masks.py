@@ -11,6 +11,7 @@ from segloss.common.checks import (
     check_choice,
     check_finite,
     check_floating,
+    check_fractions,
     check_has_values,
     check_ignore_index,
     check_integer,
@@ -273,12 +274,7 @@ def _check_maps(bbams: object) -> None:
     assert isinstance(bbams, Tensor)
     if bbams.dim() != 3 or 0 in bbams.shape[1:]:
         raise ValueError(f"bbams: expected [n, H, W] with at least one pixel, got {shape_text(bbams.shape)}")
-    require(
-        "bbams",
-        bbams,
-        lambda: ((bbams >= 0) & (bbams <= 1)).all(),
-        lambda: "expected values from 0 to 1, got values outside or NaN",
-    )
+    check_fractions("bbams", bbams)
 
 
 def _check_image(image: object, bbams: Tensor) -> None:

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from segloss.common.checks import (
     check_finite,
     check_floating,
+    check_fractions,
     check_has_values,
     check_int,
     check_like,
@@ -199,9 +200,4 @@ def _check_boundary(boundary: object, maps: Tensor) -> None:
     check_floating("boundary", boundary)
     assert isinstance(boundary, Tensor)
     check_like("boundary", boundary, (len(maps), 1, *maps.shape[2:]), "maps", maps)
-    require(
-        "boundary",
-        boundary,
-        lambda: ((boundary >= 0) & (boundary <= 1)).all(),
-        lambda: "expected values from 0 to 1, got values outside",
-    )
+    check_fractions("boundary", boundary)

@@ -123,6 +123,23 @@ def check_finite(name: str, value: Tensor, most: float = math.inf) -> None:
         require(name, value, fits, problem)
 
 
+def check_fractions(name: str, value: Tensor, kind: str = "values", slack: float = 0) -> None:
+    """Values from 0 to 1, or up to ``slack`` above, as rounded probabilities are; NaN is none."""
+    require(
+        name,
+        value,
+        lambda: ((value >= 0) & (value <= 1 + slack)).all(),
+        lambda: f"expected {kind} from 0 to 1, got values outside or NaN",
+    )
+
+
+def check_two_classes(name: str, maps: Tensor, problem: str, *, background: bool = False) -> None:
+    """``maps [B, K, ...]`` must have K >= 2; ``problem`` is that of a single class."""
+    if maps.shape[1] < 2:
+        classes = "classes, the background among them" if background else "classes"
+        raise ValueError(f"{name}: expected at least 2 {classes}, got {shape_text(maps.shape)}: {problem}")
+
+
 def check_logits(logits: object, *, flat: bool = False) -> None:
     """Finite, floating point, at least 2 classes: ``[B, K, *spatial]``, or ``[B, K, H, W]`` if they must be flat."""
     check_floating("logits", logits)
@@ -130,11 +147,7 @@ def check_logits(logits: object, *, flat: bool = False) -> None:
     if not (logits.dim() == 4 if flat else logits.dim() >= 3):
         expected = "[B, K, H, W]" if flat else "[B, K, *spatial]"
         raise ValueError(f"logits: expected {expected}, got {shape_text(logits.shape)}")
-    if logits.shape[1] < 2:
-        raise ValueError(
-            f"logits: expected at least 2 classes, got {shape_text(logits.shape)}: "
-            "the softmax of a single class is constant; add a background class"
-        )
+    check_two_classes("logits", logits, "the softmax of a single class is constant; add a background class")
     check_finite("logits", logits)
 
 
