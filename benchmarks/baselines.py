@@ -12,6 +12,10 @@ from segloss.bilateral import guide_features
 
 Batch = tuple[Tensor, Tensor]  # images and tags
 
+# Of AdvCAM: a step in the image, and the share of a map's largest value above which changes cost.
+_STEP_SIZE = 0.08
+_THRESHOLD = 0.5
+
 
 def naive_size_kl(logits: Tensor, sizes: Tensor) -> Tensor:
     """softmax -> mean -> log, left to autograd; infinite where a class underflows."""
@@ -114,14 +118,7 @@ def batched_heatmaps(model: nn.Module, images: Tensor, create_graph: bool) -> tu
 
 
 def released_advcam(
-    features: nn.Module,
-    linear: nn.Linear,
-    image: Tensor,
-    classes: Sequence[int],
-    steps: int = 27,
-    step_size: float = 0.08,
-    threshold: float = 0.5,
-    penalty: float = 7.0,
+    features: nn.Module, linear: nn.Linear, image: Tensor, classes: Sequence[int], steps: int
 ) -> Tensor:
     """AdvCAM with the costs of the authors' procedure: maps ``[K, h, w]`` of ``image [1, C, H, W]``.
 
@@ -147,28 +144,19 @@ def released_advcam(
             first = r.detach() if first is None else first
             total = total + r.detach()
             logits = cams.relu().mean((2, 3)).sum(0)
-            deviation = ((r > threshold * r.max()) * (r - first).abs()).sum()
+            deviation = ((r > _THRESHOLD * r.max()) * (r - first).abs()).sum()
             features.zero_grad()
             linear.zero_grad()
             x.grad = None
-            (2 * logits[c] - logits.sum() - penalty * deviation).backward()
-            x = _climbed(x, step_size, x)
+            (2 * logits[c] - logits.sum() - 7 * deviation).backward()
+            x = _climbed(x, x)
         maps.append(total)
     features.zero_grad()
     linear.zero_grad()
     return torch.stack(maps)
 
 
-def plain_advcam(
-    features: nn.Module,
-    linear: nn.Linear,
-    image: Tensor,
-    classes: Sequence[int],
-    steps: int = 27,
-    step_size: float = 0.08,
-    threshold: float = 0.5,
-    penalty: float = 3.0,
-) -> Tensor:
+def plain_advcam(features: nn.Module, linear: nn.Linear, image: Tensor, classes: Sequence[int], steps: int) -> Tensor:
     """AdvCAM as the library defines it, one class at a time with ``backward()``, which reaches the parameters, too."""
     maps = []
     for c in classes:
@@ -182,18 +170,18 @@ def plain_advcam(
             total = total + r.detach()
             if step < steps:
                 logits = linear(maps_of_features.mean((2, 3)))[0]
-                deviation = ((r > threshold * r.max()) * (r - first).abs()).mean()
-                (2 * logits[c] - logits.sum() - penalty * deviation).backward()
-                x = _climbed(x, step_size, image)
+                deviation = ((r > _THRESHOLD * r.max()) * (r - first).abs()).mean()
+                (2 * logits[c] - logits.sum() - 3 * deviation).backward()
+                x = _climbed(x, image)
         maps.append(total)
     features.zero_grad()
     linear.zero_grad()
     return torch.cat(maps)
 
 
-def _climbed(x: Tensor, step_size: float, limits: Tensor) -> Tensor:
+def _climbed(x: Tensor, limits: Tensor) -> Tensor:
     assert x.grad is not None
-    return (x + step_size * x.grad / x.grad.abs().max()).detach().clamp(limits.min(), limits.max())
+    return (x + _STEP_SIZE * x.grad / x.grad.abs().max()).detach().clamp(limits.min(), limits.max())
 
 
 def sequential_grad_cam(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,6 +90,18 @@ def indices_for(scores: Tensor) -> Tensor:
     return torch.randint(0, scores.shape[2] * scores.shape[3], (*scores.shape[:2], 5))
 
 
+def _tagged(arrays: dict[str, Tensor]) -> Inputs:
+    return {"tags": arrays["tags"]}
+
+
+def _labelled(arrays: dict[str, Tensor]) -> Inputs:
+    return {"labels": arrays["labels"]}
+
+
+def _coloured(arrays: dict[str, Tensor]) -> Inputs:
+    return {"image": arrays["image"], "tags": arrays["labels"]}
+
+
 def _drawn(arrays: dict[str, Tensor]) -> Inputs:
     return {"tags": arrays["labels"], "indices": arrays["indices"]}
 
@@ -111,6 +124,25 @@ def _clustered(arrays: dict[str, Tensor]) -> Inputs:
     return {"tags": arrays["labels"], "centres": arrays["centers_in"], "ood": arrays["centers_ood"], "top": top}
 
 
+def _without_labels(inputs: Inputs) -> Inputs:
+    return {"labels": torch.full_like(inputs["labels"], 255)}
+
+
+def _without_tags(inputs: Inputs) -> Inputs:
+    return {**inputs, "tags": torch.zeros_like(inputs["tags"])}
+
+
+def _without_seeds(inputs: Inputs) -> Inputs:
+    return {**inputs, "seeds": torch.zeros_like(inputs["seeds"])}
+
+
+# What the losses of score maps, of neighbouring pixels and of the distance to centres register alike.
+of_scores = partial(Loss, masked=False, argument="scores", layout=r"\[B, C, H, W\]", softmax=False)
+of_neighbours = partial(Loss, masked=False, of_the_batch=True, softmax=False, per_image=False)
+of_features = partial(of_neighbours, argument="features", layout=r"\[B, D, H, W\]")
+of_boundary = partial(of_neighbours, argument="boundary_logits", layout=r"\[B, 1, H, W\]", shape=(2, 1, 5, 4))
+of_centres = partial(Loss, masked=False, argument="features", layout=r"\[B, D\].*", shape=(2, 8), softmax=False)
+
 LOSSES = [
     Loss(
         segloss.size_kl,
@@ -131,20 +163,20 @@ LOSSES = [
         segloss.log_barrier,
         segloss.LogBarrier,
         lambda x: {"tags": tags_for(x)},
-        golden=(Golden("losses/log_barrier", lambda a: {"tags": a["tags"]}),),
+        golden=(Golden("losses/log_barrier", _tagged),),
     ),
     Loss(
         segloss.suppression,
         segloss.Suppression,
         lambda x: {"tags": tags_for(x)},
-        golden=(Golden("losses/log_barrier", lambda a: {"tags": a["tags"]}, "loss_suppress", "grad_suppress"),),
+        golden=(Golden("losses/log_barrier", _tagged, "loss_suppress", "grad_suppress"),),
     ),
     Loss(
         segloss.flat_barrier,
         segloss.FlatBarrier,
         lambda x: {"tags": tags_for(x)},
         settings={"floor": 0.21},
-        golden=(Golden("losses/flat_barrier", lambda a: {"tags": a["tags"]}),),
+        golden=(Golden("losses/flat_barrier", _tagged),),
     ),
     Loss(
         segloss.flat_barrier,
@@ -178,7 +210,7 @@ LOSSES = [
         ),
         masked=False,
         of_the_batch=True,
-        ignorable=lambda inputs: {"labels": torch.full_like(inputs["labels"], 255)},
+        ignorable=_without_labels,
     ),
     Loss(
         segloss.balanced_seeding,
@@ -189,7 +221,7 @@ LOSSES = [
             Golden("losses/dsrg_seed", lambda a: {"seeds": a["seeds"]}, "loss_floor", "grad_floor", {"floor": 1e-4}),
         ),
         masked=False,
-        ignorable=lambda inputs: {"seeds": torch.zeros_like(inputs["seeds"])},
+        ignorable=_without_seeds,
     ),
     Loss(
         segloss.boundary_constraint,
@@ -218,7 +250,7 @@ LOSSES = [
         segloss.BoundaryConstraint,
         lambda x: {"refined": refined_for(x), "seeds": torch.rand(x.shape) < 0.3},
         masked=False,
-        ignorable=lambda inputs: {**inputs, "seeds": torch.zeros_like(inputs["seeds"])},
+        ignorable=_without_seeds,
         name="boundary_constraint_seeds",
     ),
     Loss(
@@ -248,30 +280,22 @@ LOSSES = [
         lambda x: {"image": image_for(x)},
         settings={"sigma_xy": 3.0, "sigma_rgb": 0.5, "radius": 2, "normalize": "pairs"},
     ),
-    Loss(
+    of_scores(
         segloss.importance_sampling,
         segloss.ImportanceSampling,
         lambda x: {"tags": tags_for(x), "indices": indices_for(x)},
         golden=(Golden("losses/isl", _drawn),),
-        masked=False,
-        argument="scores",
-        layout=r"\[B, C, H, W\]",
-        softmax=False,
     ),
-    Loss(
+    of_scores(
         segloss.importance_sampling,
         segloss.ImportanceSampling,
         lambda x: {"tags": tags_for(x)},
         settings={"mode": "expected"},
         golden=(Golden("losses/isl", lambda a: {"tags": a["labels"]}, "loss_expected", "grad_expected"),),
-        masked=False,
         name="importance_sampling_expected",
-        argument="scores",
-        layout=r"\[B, C, H, W\]",
-        softmax=False,
         detached=True,
     ),
-    Loss(
+    of_scores(
         segloss.importance_sampling,
         segloss.ImportanceSampling,
         lambda x: {"tags": tags_for(x), "indices": indices_for(x)},
@@ -280,12 +304,10 @@ LOSSES = [
             Golden("losses/isl", _drawn, "loss_multinomial", "grad_multinomial"),
             Golden("losses/isl", _drawn, "loss_multinomial_eps", "grad_multinomial_eps", {"floor": 1e-3}),
         ),
-        masked=False,
         name="importance_sampling_multinomial",
-        argument="scores",
-        layout=r"\[B, C, H, W\]",
+        softmax=True,
     ),
-    Loss(
+    of_scores(
         segloss.importance_classification,
         segloss.ImportanceClassification,
         lambda x: {"tags": tags_for(x), "indices": indices_for(x)},
@@ -293,86 +315,48 @@ LOSSES = [
             Golden("losses/combined_cls", _drawn),
             Golden("losses/combined_cls", _drawn, "loss_sum", "grad_sum", {"pooling": "sum"}),
         ),
-        masked=False,
-        argument="scores",
-        layout=r"\[B, C, H, W\]",
-        softmax=False,
     ),
-    Loss(
+    of_scores(
         segloss.importance_classification,
         segloss.ImportanceClassification,
         lambda x: {"tags": tags_for(x), "indices": indices_for(x)},
         settings={"pooling": "max", "posterior": "multinomial", "weight": 0.6},
-        masked=False,
         name="importance_classification_max",
-        argument="scores",
-        layout=r"\[B, C, H, W\]",
+        softmax=True,
     ),
-    Loss(
+    of_scores(
         segloss.feature_similarity,
         segloss.FeatureSimilarity,
         lambda x: {"image": image_for(x), "tags": tags_for(x)},
         golden=(
-            Golden("losses/fsl", lambda a: {"image": a["image"], "tags": a["labels"]}, "loss_r", "grad_r", {}),
-            Golden(
-                "losses/fsl",
-                lambda a: {"image": a["image"], "tags": a["labels"]},
-                "loss_b",
-                "grad_b",
-                {"gate": "sigmoid"},
-            ),
-            Golden(
-                "losses/fsl", lambda a: {"image": a["image"], "tags": a["labels"]}, "loss_s", "grad_s", {"gate": "raw"}
-            ),
+            Golden("losses/fsl", _coloured, "loss_r", "grad_r", {}),
+            Golden("losses/fsl", _coloured, "loss_b", "grad_b", {"gate": "sigmoid"}),
+            Golden("losses/fsl", _coloured, "loss_s", "grad_s", {"gate": "raw"}),
             Golden("losses/fsl", lambda a: {"image": a["image"]}, "loss_a", "grad_a", {"gate": "softmax"}),
+            Golden("losses/fsl", _coloured, "loss_r_window_square4", "grad_r_window_square4", {"window": 4}),
             Golden(
                 "losses/fsl",
-                lambda a: {"image": a["image"], "tags": a["labels"]},
-                "loss_r_window_square4",
-                "grad_r_window_square4",
-                {"window": 4},
-            ),
-            Golden(
-                "losses/fsl",
-                lambda a: {"image": a["image"], "tags": a["labels"]},
+                _coloured,
                 "loss_r_window_disc4",
                 "grad_r_window_disc4",
                 {"window": 4, "window_shape": "disc"},
             ),
-            Golden(
-                "losses/fsl",
-                lambda a: {"image": a["image"], "tags": a["labels"]},
-                "loss_r_with_bg",
-                "grad_r_with_bg",
-                {"background": True},
-            ),
+            Golden("losses/fsl", _coloured, "loss_r_with_bg", "grad_r_with_bg", {"background": True}),
         ),
-        masked=False,
-        ignorable=lambda inputs: {**inputs, "tags": torch.zeros_like(inputs["tags"])},
-        argument="scores",
-        layout=r"\[B, C, H, W\]",
-        softmax=False,
+        ignorable=_without_tags,
     ),
-    Loss(
+    of_scores(
         segloss.feature_similarity,
         segloss.FeatureSimilarity,
         lambda x: {"image": image_for(x), "tags": tags_for(x)},
         settings={"gate": "sigmoid", "sigma": 1.5, "mu": 1.0, "window": 3, "background": True},
-        masked=False,
-        argument="scores",
-        layout=r"\[B, C, H, W\]",
-        softmax=False,
         name="feature_similarity_sigmoid_window",
     ),
-    Loss(
+    of_scores(
         segloss.feature_similarity,
         segloss.FeatureSimilarity,
         lambda x: {"image": image_for(x)},
         settings={"gate": "raw"},
-        masked=False,
-        argument="scores",
-        layout=r"\[B, C, H, W\]",
-        softmax=False,
         name="feature_similarity_raw",
     ),
     Loss(
@@ -385,12 +369,12 @@ LOSSES = [
             Golden("losses/rib_margin", _ribbed, "loss_sum", "grad_sum", {"reduction": "sum"}),
         ),
         masked=False,
-        ignorable=lambda inputs: {"tags": torch.zeros_like(inputs["tags"])},
+        ignorable=_without_tags,
         layout=r"\[B, C\].*",
         shape=(2, 4),
         softmax=False,
     ),
-    Loss(
+    of_centres(
         segloss.ood_distance,
         segloss.OODClusters,
         lambda x: {"tags": torch.rand(len(x), 4) < 0.5},
@@ -399,113 +383,55 @@ LOSSES = [
             Golden("losses/wood_ld", _clustered),
             Golden("losses/wood_ld", _clustered, "loss_squared", "grad_squared", {"squared": True}),
         ),
-        masked=False,
-        argument="features",
-        layout=r"\[B, D\].*",
-        shape=(2, 8),
-        softmax=False,
     ),
-    Loss(
+    of_centres(
         segloss.ood_distance,
         segloss.OODClusters,
         lambda x: {"tags": torch.rand(len(x), 4) < 0.5},
         settings={"centres": torch.eye(4, 8), "ood": torch.eye(8).roll(3, 0) + 0.5, "scope": "batch", "squared": True},
-        masked=False,
         of_the_batch=True,
         name="ood_distance_batch",
-        argument="features",
-        layout=r"\[B, D\].*",
-        shape=(2, 8),
-        softmax=False,
         per_image=False,
     ),
-    Loss(
+    of_features(
         segloss.affinity_loss,
         segloss.AffinityLoss,
         lambda x: {"labels": pseudo_labels_for(x)},
         settings={"radius": 2.5},
-        golden=(Golden("losses/affinity", lambda a: {"labels": a["labels"]}, settings={"radius": 5.0}),),
-        masked=False,
-        of_the_batch=True,
-        ignorable=lambda inputs: {"labels": torch.full_like(inputs["labels"], 255)},
-        argument="features",
-        layout=r"\[B, D, H, W\]",
-        softmax=False,
-        per_image=False,
+        golden=(Golden("losses/affinity", _labelled, settings={"radius": 5.0}),),
+        ignorable=_without_labels,
     ),
-    Loss(
+    of_features(
         segloss.affinity_loss,
         segloss.AffinityLoss,
         lambda x: {"labels": pseudo_labels_for(x)},
         settings={"radius": 2.0, "distance": "mean", "crop": True},
         golden=(
             Golden(
-                "losses/affinity",
-                lambda a: {"labels": a["labels"]},
-                "loss_balanced_mean",
-                "grad_balanced_mean",
-                {"radius": 5.0, "crop": False},
+                "losses/affinity", _labelled, "loss_balanced_mean", "grad_balanced_mean", {"radius": 5.0, "crop": False}
             ),
-            Golden(
-                "losses/affinity",
-                lambda a: {"labels": a["labels"]},
-                "loss_balanced_mean_crop",
-                "grad_balanced_mean_crop",
-                {"radius": 5.0},
-            ),
+            Golden("losses/affinity", _labelled, "loss_balanced_mean_crop", "grad_balanced_mean_crop", {"radius": 5.0}),
         ),
-        masked=False,
-        of_the_batch=True,
         name="affinity_loss_mean",
-        argument="features",
-        layout=r"\[B, D, H, W\]",
-        softmax=False,
-        per_image=False,
     ),
-    Loss(
+    of_boundary(
         segloss.path_affinity_loss,
         segloss.PathAffinityLoss,
         lambda x: {"labels": pseudo_labels_for(x)},
         settings={"radius": 3.0},
-        golden=(Golden("losses/irnet_affinity", lambda a: {"labels": a["labels"]}, settings={"radius": 5.0}),),
-        masked=False,
-        of_the_batch=True,
-        ignorable=lambda inputs: {"labels": torch.full_like(inputs["labels"], 255)},
-        argument="boundary_logits",
-        layout=r"\[B, 1, H, W\]",
-        shape=(2, 1, 5, 4),
-        softmax=False,
-        per_image=False,
+        golden=(Golden("losses/irnet_affinity", _labelled, settings={"radius": 5.0}),),
+        ignorable=_without_labels,
     ),
-    Loss(
+    of_boundary(
         segloss.path_affinity_loss,
         segloss.PathAffinityLoss,
         lambda x: {"labels": pseudo_labels_for(x)},
         settings={"radius": 2.0, "crop": True, "eps": 1e-5},
         golden=(
-            Golden(
-                "losses/irnet_affinity",
-                lambda a: {"labels": a["labels"]},
-                "loss_eps",
-                "grad_eps",
-                {"radius": 5.0, "crop": False},
-            ),
-            Golden(
-                "losses/irnet_affinity",
-                lambda a: {"labels": a["labels"]},
-                "loss_eps_crop",
-                "grad_eps_crop",
-                {"radius": 5.0},
-            ),
+            Golden("losses/irnet_affinity", _labelled, "loss_eps", "grad_eps", {"radius": 5.0, "crop": False}),
+            Golden("losses/irnet_affinity", _labelled, "loss_eps_crop", "grad_eps_crop", {"radius": 5.0}),
         ),
-        masked=False,
-        of_the_batch=True,
         name="path_affinity_loss_eps",
-        argument="boundary_logits",
-        layout=r"\[B, 1, H, W\]",
-        shape=(2, 1, 5, 4),
-        softmax=False,
-        per_image=False,
     ),
 ]
 
