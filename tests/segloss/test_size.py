@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import segloss
-from segloss import _average, _checks
+from segloss import _average
+from segloss.common import checks
 
 seeds = st.integers(0, 2**16)
 
@@ -356,7 +357,7 @@ def test_values_are_checked_on_accelerators_only_on_request() -> None:
     accelerator = SimpleNamespace(device=SimpleNamespace(type="cuda"), is_meta=False)
 
     def look() -> None:
-        _checks.require("x", accelerator, lambda: torch.tensor(False), lambda: "was looked at")
+        checks.require("x", accelerator, lambda: torch.tensor(False), lambda: "was looked at")
 
     look()
     segloss.check_values(True)
