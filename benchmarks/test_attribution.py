@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision_cpu  # noqa: F401  (before torchvision)
+from parts import torchvision_cpu  # noqa: F401  (before torchvision)
 from torch import Tensor, nn
 from torchvision.models import resnet18
 

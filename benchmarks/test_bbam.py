@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from detector import faster_rcnn
+from parts.detector import faster_rcnn
 from torch import Tensor
 
 from benchmarks.memory import peak_bytes

@@ -18,7 +18,7 @@ from importlib import import_module
 
 import pytest
 import torch
-import torchvision_cpu  # noqa: F401  (before torchvision)
+from parts import torchvision_cpu  # noqa: F401  (before torchvision)
 from torch import Tensor, nn
 from torchvision import models
 

@@ -16,15 +16,15 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
-import storage
 import torch
-from command import output_folder, parse
 from data.files import check_complete, check_sizes
 from data.folder import Folder
 from data.sample import DataError, Images, class_sizes, object_error
 from data.source import Options
 from data.voc import VOC
-from storage import StorageError
+from engine import storage
+from engine.command import output_folder, parse
+from engine.storage import StorageError
 from torch import Tensor
 
 from segattr.plot import size_grid

@@ -9,12 +9,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import engine
 import torch
 import torch.nn.functional as F
-from command import check_least, output_folder, run
+from engine.command import check_least, output_folder, run
+from engine.processes import Device, pick_device
+from engine.training import seed_everything
 from matplotlib.figure import Figure
-from processes import Device, pick_device
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -187,7 +187,7 @@ class Outcome(NamedTuple):
 
 def experiment(config: Config) -> tuple[Outcome, Toys, Tensor]:
     """Also gives the test images and their maps at each k."""
-    engine.seed_everything(config.seed)
+    seed_everything(config.seed)
     training, test = (Toys(*(tensor.to(pick_device(config.device)) for tensor in data)) for data in load(config))
     clf = train(config, training)
     summed, at_k, gradients = fine_tune(config, clf, test, training)

@@ -11,18 +11,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import engine
 import torch
 import torch.nn.functional as F
-from box_pictures import draw_objects, draw_positions, high_positions
-from command import check_least, run
 from data.augment import Fit
 from data.sample import VOID, Batch, Images, Stacked
 from data.scenes import CLASSES, Scene, Scenes, stack
 from data.source import EVALUATED
-from detector import train_detector
-from network import EncoderDecoder
-from processes import count, pick_device
+from engine import training
+from engine.command import check_least, run
+from engine.processes import count, pick_device
+from parts.box_pictures import draw_objects, draw_positions, high_positions
+from parts.detector import train_detector
+from parts.network import EncoderDecoder
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN
 from tqdm import tqdm
@@ -34,7 +34,7 @@ from segloss import partial_cross_entropy
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(engine.Options):
+class Config(training.Options):
     """Trains a detector on boxes, makes masks of its BBAMs, and trains segmentation networks on these.
 
     Prints the quality of the masks of training scenes and of the networks, draws objects and where the heads look.
@@ -177,7 +177,7 @@ def train_network(images: Images, test: Images, name: str, config: Config, *, gr
 
     With seed growing, more and more of these take part: those of which the network itself has become sure.
     """
-    engine.seed_everything(config.seed)  # the same start for all
+    training.seed_everything(config.seed)  # the same start for all
     model = EncoderDecoder(len(CLASSES)).to(pick_device(config.device))
 
     def loss(logits: Tensor, batch: Batch) -> Tensor:
@@ -186,7 +186,7 @@ def train_network(images: Images, test: Images, name: str, config: Config, *, gr
         sure = grow_seeds(batch["labels"], logits.detach().float().softmax(1), foreground=SURE, background=SURE)
         return partial_cross_entropy(logits, sure, ignore_index=VOID)
 
-    engine.train(
+    training.train(
         model,
         loss,
         config.stream(images, Fit(config.size, mirror=True)),
@@ -196,7 +196,7 @@ def train_network(images: Images, test: Images, name: str, config: Config, *, gr
         options=config,
         counts={"known": lambda batch: (batch["labels"] != VOID).sum()},
     )
-    return 100 * float(engine.evaluate(model, test, workers=config.workers).nanmean())
+    return 100 * float(training.evaluate(model, test, workers=config.workers).nanmean())
 
 
 class Outcome(NamedTuple):
@@ -207,7 +207,7 @@ class Outcome(NamedTuple):
 
 
 def experiment(config: Config, test: Images) -> Outcome:
-    engine.seed_everything(config.seed)
+    training.seed_everything(config.seed)
     annotated = Scenes("train", config.scenes, size=config.size, seed=config.seed)
     model = train_detector(annotated, config.detector_steps, config)
     scenes = [annotated[i] for i in range(config.labelled)]
@@ -243,7 +243,7 @@ def table(runs: Sequence[dict[str, Quality]]) -> str:
 
 
 def main(config: Config) -> None:
-    folder = engine.start(config)
+    folder = training.start(config)
     scenes = stack(Scenes(config.split, EVALUATED, size=config.size))
     test = Stacked(CLASSES, scenes.image, scenes.labels)
     seeds = range(config.seed, config.seed + config.repeats)

@@ -12,17 +12,18 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import deeplab
-import engine
-import processes
 import pseudo_labels
 import torch
-from command import run
 from data.sample import Annotated, Batch, Images, collate
-from localise import Located, Method, Whole
-from network import tag_loss
-from per_image import read
-from processes import pick_device
+from engine import processes, training
+from engine.command import run
+from engine.per_image import read
+from engine.processes import pick_device
+from parts import deeplab
+from parts.localise import Located, Method, Whole
+from parts.network import tag_loss
+from parts.supervisions import crf, size
+from parts.tag_classifier import Part, train_classifiers
 from pseudo_labels import (
     CRF_MASKS,
     LABELS,
@@ -42,8 +43,6 @@ from pseudo_labels import (
     predict,
     threshold_maps,
 )
-from supervisions import crf, size
-from tag_classifier import Part, train_classifiers
 from torch import Tensor, nn
 
 
@@ -95,7 +94,7 @@ WALK, CRF = "+ random walk", "+ dense CRF"
 
 
 class Training(NamedTuple):
-    losses: list[engine.Loss]
+    losses: list[training.Loss]
     labels: str = WALK + LABELS
     sizes: str = WALK + CRF_MASKS  # from which the targets are
 
@@ -131,8 +130,8 @@ def train_networks(images: Images, data: Mapping[str, Images], config: Config) -
         config: of the command line.
     """
 
-    def fit(model: nn.Module, name: str, own: Images, losses: Sequence[engine.Loss], steps: int) -> nn.Module:
-        engine.train(
+    def fit(model: nn.Module, name: str, own: Images, losses: Sequence[training.Loss], steps: int) -> nn.Module:
+        training.train(
             model,
             lambda logits, batch: torch.stack([loss(logits, batch) for loss in losses]).sum(),
             config.stream(own, config.fit(mirror=True)),
@@ -144,16 +143,16 @@ def train_networks(images: Images, data: Mapping[str, Images], config: Config) -
         )
         return model
 
-    engine.seed_everything(config.seed)
+    training.seed_everything(config.seed)
     start = deeplab.build(config.network, len(images.classes), config.weights).to(pick_device(config.device))
     fit(start, "start", images, [tags], config.pretrain_steps)
-    for name, training in NETWORKS.items():
-        yield name, fit(copy.deepcopy(start), name, data[name], training.losses, config.steps)
+    for name, recipe in NETWORKS.items():
+        yield name, fit(copy.deepcopy(start), name, data[name], recipe.losses, config.steps)
 
 
 def experiment(config: Config, folder: Path) -> tuple[Stages, dict[str, Tensor]]:
     """Qualities by stage, and the rows of the picture."""
-    engine.seed_everything(config.seed)
+    training.seed_everything(config.seed)
     images, test, candidates = config.images("train"), config.images("evaluate"), config.out_of_distribution()
     steps = (config.pretrain_steps, config.classifier_steps)
     classifiers = train_classifiers(images, candidates, *steps, config, without=("W-OoD + GAP",))
@@ -177,12 +176,11 @@ def experiment(config: Config, folder: Path) -> tuple[Stages, dict[str, Tensor]]
     known = {key: Relabelled(whole, [own[key] for own in made]) for key in (labels, masks)}
     known["truth"] = Relabelled(whole, [whole.labels(i).as_subclass(Tensor).byte() for i in range(len(whole))])
     data = {
-        name: Annotated(known[training.labels], targets=known[training.sizes].sizes())
-        for name, training in NETWORKS.items()
+        name: Annotated(known[recipe.labels], targets=known[recipe.sizes].sizes()) for name, recipe in NETWORKS.items()
     }
     networks: dict[str, Quality] = {}
     for name, model in train_networks(images, data, config):
-        with engine.inference(model), torch.no_grad():
+        with training.inference(model), torch.no_grad():
             networks |= assess(test, {name: math.nan}, partial(predict, model=model, name=name), config)
             rows |= predict(shown, model, name)
     return {"masks of training images": maps, "networks": networks}, rows

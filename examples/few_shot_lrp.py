@@ -6,20 +6,20 @@ import statistics
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import engine
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision_cpu  # noqa: F401  (before torchvision)
-from command import check_least, run
 from data.augment import Crop
 from data.sample import VOID, Batch, Images, Sample, collate, complete
 from data.source import Options
 from data.stream import Prepared
+from engine import training
+from engine.command import check_least, run
+from engine.processes import pick_device, rank, say, total
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from processes import pick_device, rank, say, total
-from report import draw_rows
+from parts import torchvision_cpu  # noqa: F401  (before torchvision)
+from parts.report import draw_rows
 from torch import Tensor, nn
 from torchvision import models, tv_tensors
 
@@ -159,8 +159,8 @@ class Hide:
 def f1(model: nn.Module, data: Images, config: Config) -> float:
     """F1 score of the tags of the foreground, mean over the classes; a tag is predicted where its score is above 0."""
     counts = torch.zeros(2, len(data.classes), device=next(model.parameters()).device)
-    with engine.inference(model):
-        for batch in engine.share(data, config.fit(), 50, config.workers):
+    with training.inference(model):
+        for batch in training.share(data, config.fit(), 50, config.workers):
             output = model(batch["image"].to(counts.device))
             found = (output[0] if isinstance(output, tuple) else output) > 0
             tags = batch["tags"].to(counts.device).bool()
@@ -183,7 +183,7 @@ class Outcome(NamedTuple):
 def pretrain(config: Config, images: Images) -> Normalised:
     """A classifier trained on tags; the background, which is everywhere, has no weight."""
     model = Normalised(classifier(config, len(images.classes))).to(pick_device(config.device))
-    engine.train(
+    training.train(
         model,
         lambda scores, batch: F.binary_cross_entropy_with_logits(scores[:, 1:], batch["tags"][:, 1:].to(scores.dtype)),
         config.stream(images, config.augment(len(images.classes))),
@@ -215,15 +215,15 @@ def experiment(
 
     def evaluate(model: nn.Module) -> Tensor:
         look(model)
-        return engine.evaluate(Maps(model), test, augment=config.fit(), workers=config.workers)
+        return training.evaluate(Maps(model), test, augment=config.fit(), workers=config.workers)
 
     def look(model: nn.Module) -> None:
-        with torch.no_grad(), engine.inference(model):
+        with torch.no_grad(), training.inference(model):
             heat = model(image)[1].cpu()
         shown.append((heat.argmax(1), heat))
 
     look(model)
-    engine.train(
+    training.train(
         model,
         loss,
         config.stream(FewMasks(images, masked, others=method.tags), config.augment(len(images.classes))),
@@ -234,7 +234,7 @@ def experiment(
         evaluate=evaluate,
         evaluations=3,
     )
-    iou = engine.evaluate(Maps(model), test, augment=config.fit(), workers=config.workers).nanmean().item()
+    iou = training.evaluate(Maps(model), test, augment=config.fit(), workers=config.workers).nanmean().item()
     return Outcome(iou, f1(model, test, config), shown)
 
 
@@ -275,13 +275,13 @@ def picture(shown: Batch, outcomes: dict[str, Outcome], path: Path) -> None:
 
 
 def main(config: Config) -> None:
-    folder = engine.start(config)
+    folder = training.start(config)
     test = config.images("evaluate")
     outcomes: dict[tuple[str, int], list[Outcome]] = {}
     before = []
     for seed in range(config.seed, config.seed + config.repeats):
         run_config = dataclasses.replace(config, seed=seed)
-        engine.seed_everything(seed)
+        training.seed_everything(seed)
         images = run_config.images("train")
         pretrained = pretrain(run_config, images)
         before.append(f1(pretrained, test, config))

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from command import check_least, output_folder, run
 from data.scenes import Scenes, Split
+from engine.command import check_least, output_folder, run
+from engine.processes import Device, pick_device
 from matplotlib.figure import Figure
-from processes import Device, pick_device
 from torch import Tensor
 from tqdm import tqdm
 

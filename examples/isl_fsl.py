@@ -6,17 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import engine
 import torch
 import torch.nn.functional as F
-from command import check_least, run
 from data.sample import VOID, Batch
 from data.source import Options
 from data.stream import Prepared, loader
+from engine import training
+from engine.command import check_least, run
+from engine.processes import pick_device, rank, say
 from matplotlib.figure import Figure
-from network import block
-from processes import pick_device, rank, say
-from report import draw_rows
+from parts.network import block
+from parts.report import draw_rows
 from torch import Tensor, nn
 
 import segloss
@@ -92,7 +92,7 @@ class Outcome(NamedTuple):
 @torch.no_grad()
 def assess(model: nn.Module, test: Batch, seconds: float) -> Outcome:
     """J and F over the data set of the CAMs of the classes present, at the background threshold of the best mean J."""
-    with engine.inference(model):
+    with training.inference(model):
         scores = torch.cat([model(part) for part in test["image"].split(50)])
     maps = segloss.max_normalize(F.interpolate(scores, size=test["labels"].shape[1:], mode="bilinear"))
     maps = maps * present(test)[:, :, None, None]
@@ -128,7 +128,7 @@ def picture(test: Batch, outcomes: dict[str, Outcome], path: Path) -> None:
 
 
 def main(config: Config) -> None:
-    folder = engine.start(config)
+    folder = training.start(config)
     device, images = pick_device(config.device), config.images("evaluate")
     keys = [(0, i) for i in range(min(EVALUATED, len(images)))]
     test = next(iter(loader(Prepared(images, config.fit()), [keys], config.workers)))
@@ -137,7 +137,7 @@ def main(config: Config) -> None:
 
     def fit(model: nn.Module, name: str, loss: Loss, steps: int, lr: float) -> Outcome:
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-2)
-        progress = engine.train(model, loss, batches, optimizer, steps=steps, name=name, options=config)
+        progress = training.train(model, loss, batches, optimizer, steps=steps, name=name, options=config)
         return assess(model, test, progress.seconds)
 
     start = Classifier(len(images.classes) - 1).to(device)

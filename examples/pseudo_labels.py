@@ -9,21 +9,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import engine
 import torch
 import torch.nn.functional as F
-import torchvision_cpu  # noqa: F401  (before torchvision)
-from command import check_least, run
 from data.sample import VOID, Batch, Images, Sample, Stacked, collate
 from data.scenes import CLASSES, Scenes, stack
 from data.source import EVALUATED, Options
-from localise import METHODS, WALKED, Located, Method, Whole, attribute, digest
+from engine import training
+from engine.command import check_least, run
+from engine.per_image import each_image, read
+from engine.processes import gather, pick_device, rank, say, total
 from matplotlib.figure import Figure
-from network import EncoderDecoder
-from per_image import each_image, read
-from processes import gather, pick_device, rank, say, total
-from report import draw_rows
-from tag_classifier import Part, TagClassifier, present, train_classifiers
+from parts import torchvision_cpu  # noqa: F401  (before torchvision)
+from parts.localise import METHODS, WALKED, Located, Method, Whole, attribute, digest
+from parts.network import EncoderDecoder
+from parts.report import draw_rows
+from parts.tag_classifier import Part, TagClassifier, present, train_classifiers
 from torch import Tensor, nn
 from torchvision import tv_tensors
 
@@ -172,7 +172,7 @@ def assess(
     sweeps = {name: ThresholdSweep(count - 1, thresholds=[0.5], device=device) for name in thresholds}
     contours = {name: JAndF(count - 1, device=device) for name in thresholds}
     pixels = {name: torch.zeros(2, dtype=torch.int64, device=device) for name in thresholds}
-    for batch in engine.share(data, config.fit(), 50, config.workers):
+    for batch in training.share(data, config.fit(), 50, config.workers):
         labels, classes = batch["labels"].to(device), torch.arange(1, count, device=device).view(-1, 1, 1)
         for name, masks in predict(batch).items():
             masks = masks.to(device)
@@ -204,7 +204,7 @@ def best_thresholds(data: Images, names: Iterable[str], config: Config) -> dict[
     """Background score of the best mIoU of each method's maps."""
     device = pick_device(config.device)
     sweeps = {name: ThresholdSweep(len(data.classes) - 1, device=device) for name in names}
-    for batch in engine.share(data, config.fit(), 50, config.workers):
+    for batch in training.share(data, config.fit(), 50, config.workers):
         for name, sweep in sweeps.items():
             sweep.update(batch[name].to(device), batch["labels"].to(device), tags=present(batch).to(device))
     for sweep in sweeps.values():
@@ -224,9 +224,9 @@ def labelled(batch: Batch) -> Tensor:
 
 def train_network(images: Images, name: str, config: Config) -> EncoderDecoder:
     """A segmentation network trained on the labels of images; what has none is left out."""
-    engine.seed_everything(config.seed)  # the same start for all
+    training.seed_everything(config.seed)  # the same start for all
     model = EncoderDecoder(len(images.classes)).to(pick_device(config.device))
-    engine.train(
+    training.train(
         model,
         cross_entropy,
         config.stream(images, config.fit(mirror=True)),
@@ -241,7 +241,7 @@ def train_network(images: Images, name: str, config: Config) -> EncoderDecoder:
 
 def settings_of(config: Config, classifiers: Mapping[str, TagClassifier]) -> dict[str, Any]:
     """What maps and masks depend on, for :func:`each_image`."""
-    options = {key: str(value) for key, value in vars(config).items() if key not in engine.FREE}
+    options = {key: str(value) for key, value in vars(config).items() if key not in training.FREE}
     return options | {name: digest(model) for name, model in classifiers.items()}
 
 
@@ -257,7 +257,7 @@ def make_maps(
     for name, model in classifiers.items():
         needed = [kind for method in methods.values() if method.classifier == name for kind in method.maps]
         if kinds := list(dict.fromkeys(kind.removesuffix(WALKED) for kind in needed)):
-            with engine.inference(model):
+            with training.inference(model):
                 work = attribute(model, kinds, images, config.seed)
                 each_image(work, images, folder / name, settings=settings, name=f"maps of {name}")
 
@@ -281,7 +281,7 @@ Stages = dict[str, dict[str, Quality]]
 
 def experiment(config: Config, folder: Path) -> tuple[Stages, dict[str, Tensor]]:
     """Qualities by stage and method, and the rows of the picture."""
-    engine.seed_everything(config.seed)
+    training.seed_everything(config.seed)
     images, test, candidates = config.images("train"), config.images("evaluate"), config.out_of_distribution()
     classifiers = train_classifiers(images, candidates, config.pretrain_steps, config.classifier_steps, config)
     whole = Part(Whole(images, config.fit()), range(min(config.maps or len(images), len(images))))
@@ -309,7 +309,7 @@ def experiment(config: Config, folder: Path) -> tuple[Stages, dict[str, Tensor]]
     stages["networks"] = {}
     for name, targets in trained_on.items():
         network = train_network(Relabelled(whole, targets), name, config)
-        with engine.inference(network):
+        with training.inference(network):
             stages["networks"] |= assess(test, {name: math.nan}, partial(predict, model=network, name=name), config)
 
     shown = collate([refined[i] for i in range(min(SHOWN, len(refined)))])
@@ -371,7 +371,7 @@ def compare(
         table: of the qualities of the runs.
         picture: file name, in the folder of the results.
     """
-    folder = engine.start(config)
+    folder = training.start(config)
     if not config.resume and rank() == 0:
         shutil.rmtree(folder / "maps", ignore_errors=True)  # of an earlier run
     gather(None)

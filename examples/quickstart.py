@@ -7,17 +7,17 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import engine
 import torch
 import torch.nn.functional as F
-from command import check_least, run
 from data.files import read_sizes
 from data.sample import VOID, Annotated, Batch, DataError, Images, collate
 from data.source import Options
 from data.stream import Prepared
-from network import EncoderDecoder, tag_loss
-from processes import pick_device, rank, say
-from report import Outcome, picture, table
+from engine import training
+from engine.command import check_least, run
+from engine.processes import pick_device, rank, say
+from parts.network import EncoderDecoder, tag_loss
+from parts.report import Outcome, picture, table
 from torch import Tensor
 
 import segloss
@@ -100,11 +100,11 @@ def training_images(config: Config) -> Images:
 
 def experiment(config: Config, test: Images, shown: Batch) -> dict[str, Outcome]:
     """Pretrains on tags, then trains with each supervision: the same weights to begin with, the same batches."""
-    engine.seed_everything(config.seed)
+    training.seed_everything(config.seed)
     device, images = pick_device(config.device), training_images(config)
     batches = config.stream(images, config.fit(mirror=True))
-    evaluate = partial(engine.evaluate, data=test, augment=config.fit(), workers=config.workers)
-    fit = partial(engine.train, batches=batches, options=config)
+    evaluate = partial(training.evaluate, data=test, augment=config.fit(), workers=config.workers)
+    fit = partial(training.train, batches=batches, options=config)
 
     def optimizer(model: EncoderDecoder) -> torch.optim.Optimizer:
         return torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=1e-2)
@@ -129,14 +129,14 @@ def experiment(config: Config, test: Images, shown: Batch) -> dict[str, Outcome]
             counts={"labelled": lambda batch: (batch["labels"] != VOID).sum()},
             evaluate=evaluate,
         )
-        with torch.no_grad(), engine.inference(model):
+        with torch.no_grad(), training.inference(model):
             predictions = model(shown["image"].to(device)).argmax(1).cpu()
         outcomes[name] = Outcome(evaluate(model).cpu(), progress.seconds, progress.curve, predictions)
     return outcomes
 
 
 def main(config: Config) -> None:
-    folder = engine.start(config)
+    folder = training.start(config)
     test = config.images("evaluate")
     shown = collate([Prepared(test, config.fit())[0, i] for i in range(min(SHOWN, len(test)))])
     seeds = range(config.seed, config.seed + config.repeats)

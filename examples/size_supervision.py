@@ -19,24 +19,23 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
-import deeplab
-import engine
-import processes
 import torch
-from command import check_least, run
 from data.files import read_sizes
 from data.sample import VOID, Annotated, Batch, DataError, Images, collate, object_error
 from data.source import Options
 from data.stream import Prepared
-from localise import Whole
+from engine import processes, training
+from engine.command import check_least, run
+from engine.processes import pick_device, rank, say
 from matplotlib.figure import Figure
-from network import tag_loss
-from processes import pick_device, rank, say
-from report import draw_rows
-from scribbles import Scribbled, all_scribbles
-from subset import Subset
-from supervisions import counts, total_loss
-from sweeps import SWEEPS, TABLE, Result, Sweep, Trial, plot, table
+from parts import deeplab
+from parts.localise import Whole
+from parts.network import tag_loss
+from parts.report import draw_rows
+from parts.scribbles import Scribbled, all_scribbles
+from parts.subset import Subset
+from parts.supervisions import counts, total_loss
+from parts.sweeps import SWEEPS, TABLE, Result, Sweep, Trial, plot, table
 from torch import Tensor, nn
 
 import segloss
@@ -189,8 +188,8 @@ def background_and_dice(model: nn.Module, data: Images, config: Config) -> tuple
     """
     device = pick_device(config.device)
     sums = torch.zeros(4, device=device, dtype=torch.float64)
-    with engine.inference(model):
-        for batch in engine.share(data, config.fit(), 50, config.workers):
+    with training.inference(model):
+        for batch in training.share(data, config.fit(), 50, config.workers):
             found, labels = model(batch["image"].to(device)).argmax(1), batch["labels"].to(device)
             known, truth = labels != VOID, labels == 1
             found = found.where(known, VOID)
@@ -204,11 +203,11 @@ def background_and_dice(model: nn.Module, data: Images, config: Config) -> tuple
 
 def experiment(config: Config, test: Images, shown: Batch) -> list[Result]:
     """Pretrains on tags, then trains with each supervision: the same weights to begin with, the same batches."""
-    engine.seed_everything(config.seed)
+    training.seed_everything(config.seed)
     device, images = pick_device(config.device), config.images("train")
     annotator = Annotator(images, config)
-    fit = partial(engine.train, options=config)
-    evaluate = partial(engine.evaluate, augment=config.fit(), workers=config.workers)
+    fit = partial(training.train, options=config)
+    evaluate = partial(training.evaluate, augment=config.fit(), workers=config.workers)
 
     pretrained = deeplab.build(config.network, len(images.classes), config.weights).to(device)
     if config.pretrain_steps:
@@ -232,7 +231,7 @@ def experiment(config: Config, test: Images, shown: Batch) -> list[Result]:
             name=f"{trial.name}, seed {config.seed}",
             counts=counts(trial.terms),
         )
-        with torch.no_grad(), engine.inference(model):
+        with torch.no_grad(), training.inference(model):
             predictions = model(shown["image"].to(device)).argmax(1).cpu()
         on_training = bool(config.plan and config.plan.on_training)
         background, dice = background_and_dice(model, test, config)
@@ -250,7 +249,7 @@ def experiment(config: Config, test: Images, shown: Batch) -> list[Result]:
 
 
 def main(config: Config) -> None:
-    folder = engine.start(config)
+    folder = training.start(config)
     test = config.images("evaluate")
     shown = collate([Prepared(test, config.fit())[0, i] for i in range(min(SHOWN, len(test)))])
     seeds = range(config.seed, config.seed + config.repeats)

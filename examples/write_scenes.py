@@ -4,9 +4,9 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from command import check_least, parse
 from data.scenes import Scenes
 from data.write_voc import write_voc
+from engine.command import check_least, parse
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import engine
 import numpy as np
-import storage
 import torch
 import torch.nn.functional as F
 from data.sample import Batch, Sample, Stacked
+from engine import storage, training
 from torch import Tensor, nn
 
 STEPS, SAVE_EVERY, LOG = 40, 6, "log"
@@ -44,14 +43,14 @@ def noisy(sample: Sample, rng: np.random.Generator) -> Sample:
     return sample | {"image": sample["image"] + 0.1 * torch.from_numpy(rng.standard_normal((3, 16, 16))).float()}
 
 
-def training(out: Path, steps_done: Any) -> None:
+def train(out: Path, steps_done: Any) -> None:
     """A training with all that has a state; goes on where the last one in its folder stopped."""
     out.mkdir(exist_ok=True)
     sys.stderr = open(out / LOG, "a")  # noqa: SIM115  (until the process is killed)
-    engine.seed_everything(0)
+    training.seed_everything(0)
     image = torch.rand(IMAGES, 3, 16, 16)
     data = Stacked(("a", "b", "c"), image, (image[:, 0] * 3).long().clamp(max=2))
-    options = engine.Options(
+    options = training.Options(
         batch_size=BATCH_SIZE, accumulate=2, workers=1, save_every=SAVE_EVERY, device="cpu", out=out, resume=True
     )
     model = Network()
@@ -60,7 +59,7 @@ def training(out: Path, steps_done: Any) -> None:
         steps_done.value += 0.5
         return F.cross_entropy(logits, batch["labels"])
 
-    engine.train(
+    training.train(
         model,
         loss,
         options.stream(data, noisy),
@@ -68,7 +67,7 @@ def training(out: Path, steps_done: Any) -> None:
         steps=STEPS,
         name="training",
         options=options,
-        evaluate=lambda model: engine.evaluate(model, data),
+        evaluate=lambda model: training.evaluate(model, data),
         evaluations=3,
     )
 
@@ -76,7 +75,7 @@ def training(out: Path, steps_done: Any) -> None:
 def start(out: Path) -> tuple[BaseProcess, Any]:
     """A training in a process of its own, and the number of steps that it has done since."""
     steps_done = Context.Value("d", 0.0)
-    process = Context.Process(target=training, args=(out, steps_done))
+    process = Context.Process(target=train, args=(out, steps_done))
     process.start()
     return process, steps_done
 

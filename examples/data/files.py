@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision_cpu  # noqa: F401  (before torchvision)
+from parts import torchvision_cpu  # noqa: F401  (before torchvision)
 from PIL import ExifTags, Image
 from torch import Tensor
 from torchvision import tv_tensors

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-import processes
 import torch
-import torchvision_cpu  # noqa: F401  (before torchvision)
+from engine import processes
+from parts import torchvision_cpu  # noqa: F401  (before torchvision)
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import engine
-from command import check_least
+from engine import training
+from engine.command import check_least
 
 from data.augment import Fit
 from data.files import read_classes
@@ -18,7 +18,7 @@ EVALUATED = 200  # scenes
 
 
 @dataclass(frozen=True)
-class Options(engine.Options):
+class Options(training.Options):
     """What every training on images can be told on the command line."""
 
     data: Literal["scenes", "voc", "folder"] = "scenes"

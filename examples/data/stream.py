@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-import processes
 import torch
+from engine import processes
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 

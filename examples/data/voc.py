@@ -6,7 +6,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import torch
-import torchvision_cpu  # noqa: F401  (before torchvision)
+from parts import torchvision_cpu  # noqa: F401  (before torchvision)
 from torch import Tensor
 from torchvision import tv_tensors
 

@@ -3,15 +3,15 @@
 import re
 from pathlib import Path
 
-import engine
 import pytest
 import torch
-from box_pictures import contour, relative_positions
 from boxes import CLASSES, Config, Quality, make_masks, miou, table, train_network
 from data.sample import VOID, Stacked
 from data.scenes import Scenes
-from detector import RoIAlign, faster_rcnn
+from engine import training
 from matplotlib.image import imread
+from parts.box_pictures import contour, relative_positions
+from parts.detector import RoIAlign, faster_rcnn
 from torch import Tensor
 from torchvision.ops import roi_align
 
@@ -61,7 +61,7 @@ def test_roi_features_are_those_of_torchvision() -> None:
 
 
 def test_the_detector_learns_from_boxes_and_has_bbams() -> None:
-    engine.seed_everything(0)
+    training.seed_everything(0)
     model, scene = faster_rcnn(48, len(CLASSES)), Scenes("train", 1, size=48)[0]
     losses = model([scene.image], [{"boxes": scene.boxes, "labels": scene.box_labels}])
     assert set(losses) == {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"}

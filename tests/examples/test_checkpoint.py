@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import storage
 import torch
-from checkpoint import Checkpoint, random_state, restore_random_state
-from storage import PARTIAL, StorageError
+from engine import storage
+from engine.checkpoint import Checkpoint, random_state, restore_random_state
+from engine.storage import PARTIAL, StorageError
 from torch import nn
 
 from tests.kills import same

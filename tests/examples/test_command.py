@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from command import check_least, output_folder, parse, run
 from data.sample import DataError, Images, Sample
 from data.stream import Stream
-from processes import Device
-from storage import StorageError
+from engine.command import check_least, output_folder, parse, run
+from engine.processes import Device
+from engine.storage import StorageError
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,15 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import engine
 import numpy as np
 import pytest
-import storage
 import torch
 import torch.nn.functional as F
 from data.sample import VOID, Batch, Sample, Stacked
+from engine import storage, training
+from engine.storage import PARTIAL, StorageError
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from storage import PARTIAL, StorageError
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -109,11 +108,11 @@ def fit(
     evaluations: int = 0,
     counts: dict[str, Any] | None = None,
     **choices: Any,
-) -> engine.Progress:
+) -> training.Progress:
     """A training of a few milliseconds."""
-    options = engine.Options(**{"batch_size": 4, "save_every": SAVE_EVERY, "device": "cpu", "out": out} | choices)
+    options = training.Options(**{"batch_size": 4, "save_every": SAVE_EVERY, "device": "cpu", "out": out} | choices)
     data = data or photos()
-    return engine.train(
+    return training.train(
         model,
         loss,
         options.stream(data),
@@ -122,7 +121,7 @@ def fit(
         name="small fit",
         options=options,
         counts=counts,
-        evaluate=(lambda model: engine.evaluate(model, data)) if evaluations else None,
+        evaluate=(lambda model: training.evaluate(model, data)) if evaluations else None,
         evaluations=evaluations,
     )
 
@@ -144,7 +143,7 @@ def weights(model: nn.Module) -> Tensor:
 def test_same_seed_same_numbers() -> None:
     drawn = []
     for _ in range(2):
-        engine.seed_everything(3)
+        training.seed_everything(3)
         drawn.append((nn.Linear(4, 4).weight.tolist(), np.random.rand(), random.random()))  # noqa: NPY002
     assert drawn[0] == drawn[1]
 
@@ -152,22 +151,22 @@ def test_same_seed_same_numbers() -> None:
 @pytest.mark.parametrize("name", ["batch_size", "accumulate", "workers", "save_every", "seed"])
 def test_options_below_their_bounds_are_named(name: str) -> None:
     with pytest.raises(ValueError, match=f"^--{name.replace('_', '-')}: expected at least [01], got -1$"):
-        engine.Options(**{name: -1})
+        training.Options(**{name: -1})
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"^--batch-size: expected a multiple of 3 .*, got 16$"):
-        engine.Options(batch_size=16, accumulate=3)
+        training.Options(batch_size=16, accumulate=3)
     monkeypatch.setenv("WORLD_SIZE", "5")
     with pytest.raises(ValueError, match=r"^--batch-size: expected a multiple of 10 .*, got 16$"):
-        engine.Options(batch_size=16, accumulate=2)
+        training.Options(batch_size=16, accumulate=2)
 
 
 def test_options_give_the_stream_of_their_seed() -> None:
     def shifted(sample: Sample, rng: np.random.Generator) -> Sample:
         return sample | {"image": sample["image"] + 1}
 
-    stream = engine.Options(batch_size=6, seed=5, accumulate=3, workers=0).stream(photos(), shifted)
+    stream = training.Options(batch_size=6, seed=5, accumulate=3, workers=0).stream(photos(), shifted)
     assert (stream.batch_size, stream.seed, stream.accumulate, stream.workers) == (6, 5, 3, 0)
     [parts] = stream.steps(0, 1)
     assert len(parts) == 3
@@ -389,7 +388,7 @@ def uninterrupted(precision: str, accumulate: int) -> dict[str, Any]:
 
 def stochastic() -> nn.Module:
     """The network at the beginning of a training, with all that has a state."""
-    engine.seed_everything(0)
+    training.seed_everything(0)
     return network(nn.BatchNorm2d(8), nn.Dropout(0.3))
 
 
@@ -458,7 +457,7 @@ def test_a_run_that_started_over_does_not_go_on_from_the_one_before(tmp_path: Pa
     """Somebody changed the loss, started over, stopped before the first checkpoint, and then went on."""
 
     def run(folder: str, loss: Loss, *, resume: bool = False) -> Tensor:
-        engine.start(engine.Options(out=tmp_path / folder, resume=resume))
+        training.start(training.Options(out=tmp_path / folder, resume=resume))
         model = network()
         fit(tmp_path / folder, model, loss, resume=resume)
         return weights(model)
@@ -471,10 +470,10 @@ def test_a_run_that_started_over_does_not_go_on_from_the_one_before(tmp_path: Pa
 
 
 def test_a_start_makes_the_folder_and_seeds(tmp_path: Path) -> None:
-    options = engine.Options(seed=3, out=tmp_path / "a" / "b")
+    options = training.Options(seed=3, out=tmp_path / "a" / "b")
     drawn = []
     for _ in range(2):
-        assert engine.start(options) == options.out
+        assert training.start(options) == options.out
         drawn.append((torch.rand(3).tolist(), np.random.rand(), random.random()))  # noqa: NPY002
     assert drawn[0] == drawn[1]
     assert not list(options.out.iterdir())
@@ -488,7 +487,7 @@ def test_a_start_leaves_nothing_but_results_of_the_run_before_unless_it_goes_on(
     (tmp_path / "picture.png").touch()
     for name in ("pretraining.pt", "tags.pt"):
         (tmp_path / "checkpoints" / name).touch()
-    engine.start(engine.Options(out=tmp_path, resume=resume))
+    training.start(training.Options(out=tmp_path, resume=resume))
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == left
     assert (tmp_path / "picture.png").exists()
 
@@ -512,14 +511,14 @@ def test_a_training_cannot_go_on_with_other_options(change: dict[str, Any], mess
 
 def test_a_training_goes_on_with_the_same_file_of_sizes_only(tmp_path: Path) -> None:
     @dataclasses.dataclass(frozen=True)
-    class WithSizes(engine.Options):
+    class WithSizes(training.Options):
         sizes: Path | None = None
 
     def train(sizes: Path | None, *, resume: bool) -> int:
         options = WithSizes(batch_size=4, device="cpu", out=tmp_path, sizes=sizes, resume=resume)
         model = network()
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-        return engine.train(
+        return training.train(
             model, mean_over_pixels, options.stream(photos()), optimizer, steps=2, name="small fit", options=options
         ).step
 
@@ -531,7 +530,7 @@ def test_a_training_goes_on_with_the_same_file_of_sizes_only(tmp_path: Path) -> 
     with pytest.raises(StorageError, match=r"^cannot resume: .* was written with content of sizes \w+, not \w+$"):
         train(path, resume=True)
     train(None, resume=False)
-    assert checkpoint(tmp_path)["settings"].keys() == {*vars(WithSizes())} - {*engine.FREE} | {"steps of small fit"}
+    assert checkpoint(tmp_path)["settings"].keys() == {*vars(WithSizes())} - {*training.FREE} | {"steps of small fit"}
 
 
 def test_a_training_can_go_on_with_options_that_change_nothing(tmp_path: Path) -> None:
@@ -667,7 +666,7 @@ def test_evaluation_sums_over_the_data_set_and_leaves_out_void_pixels() -> None:
     expected = torch.tensor([3 / 5, 3 / 4, 2 / 3])
     for batch_size in (1, 2, 50):
         for workers in (0, 1):
-            iou = engine.evaluate(Fixed(), data, batch_size=batch_size, workers=workers)
+            iou = training.evaluate(Fixed(), data, batch_size=batch_size, workers=workers)
             torch.testing.assert_close(iou.float(), expected, rtol=1e-6, atol=0)
 
 
@@ -676,7 +675,7 @@ def test_a_class_that_is_nowhere_has_no_iou_and_does_not_count(tmp_path: Path) -
     image = torch.tensor([[[0, 0, 1, 1], [0, 0, 2, 2]]])[:, None].float().expand(-1, 3, -1, -1)
     data = Stacked(CLASSES, image, labels)
     expected = torch.tensor([3 / 4, 2 / 3, float("nan")])  # class 2 is predicted on void pixels only
-    torch.testing.assert_close(engine.evaluate(Fixed(), data).float(), expected, equal_nan=True)
+    torch.testing.assert_close(training.evaluate(Fixed(), data).float(), expected, equal_nan=True)
 
     def still(logits: Tensor, batch: Batch) -> Tensor:
         return 0 * logits.sum().requires_grad_()
@@ -692,15 +691,15 @@ def test_evaluation_sees_augmented_images_in_their_order() -> None:
     def next_class(sample: Sample, rng: np.random.Generator) -> Sample:
         return sample | {"labels": (sample["labels"] + 1) % 3}
 
-    assert engine.evaluate(Fixed(), data).tolist() == [1, 1, 1]
-    assert engine.evaluate(Fixed(), data, augment=next_class).tolist() == [0, 0, 0]
+    assert training.evaluate(Fixed(), data).tolist() == [1, 1, 1]
+    assert training.evaluate(Fixed(), data, augment=next_class).tolist() == [0, 0, 0]
 
 
 def test_evaluation_neither_trains_nor_draws_random_numbers() -> None:
     model = network(nn.BatchNorm2d(8), nn.Dropout(0.5))
     before, numbers = copy.deepcopy(dict(model.state_dict())), torch.get_rng_state()
-    first = engine.evaluate(model, photos())
-    assert torch.equal(engine.evaluate(model, photos()), first)
+    first = training.evaluate(model, photos())
+    assert torch.equal(training.evaluate(model, photos()), first)
     assert same(dict(model.state_dict()), before)
     assert torch.equal(torch.get_rng_state(), numbers)
     assert not first.requires_grad
@@ -723,9 +722,9 @@ def test_deterministic_evaluation_needs_no_more_memory_than_the_logits() -> None
     """All examples are deterministic, and there counts of pairs of classes may take K x K numbers for each pixel."""
     classes, images, size = 21, 4, 16
     data = Stacked(("x",) * classes, torch.rand(images, 3, size, size), torch.randint(classes, (images, size, size)))
-    engine.seed_everything(0)
+    training.seed_everything(0)
     with Largest() as largest:
-        engine.evaluate(nn.Conv2d(3, classes, 1), data)
+        training.evaluate(nn.Conv2d(3, classes, 1), data)
     assert largest.elements <= images * classes * size**2
 
 
@@ -736,7 +735,7 @@ def test_modes_of_modules_are_restored_after_inference(error: type[Exception] | 
     for i in frozen:
         model[i].eval()
     modes = [module.training for module in model.modules()]
-    with contextlib.suppress(Stopped), engine.inference(model):
+    with contextlib.suppress(Stopped), training.inference(model):
         assert not any(module.training for module in model.modules())
         if error:
             raise error
@@ -747,14 +746,14 @@ def test_modes_of_modules_are_restored_after_an_evaluation_that_failed() -> None
     model = network(nn.BatchNorm2d(8))
     model[1].eval()
     modes = [module.training for module in model.modules()]
-    engine.evaluate(model, photos())
+    training.evaluate(model, photos())
     assert [module.training for module in model.modules()] == modes
     model.register_forward_hook(lambda *_: stop())
     with pytest.raises(Stopped):
-        engine.evaluate(model, photos())
+        training.evaluate(model, photos())
     assert [module.training for module in model.modules()] == modes
 
 
 def test_free_options_are_options() -> None:
     """A misspelt one would be compared; ``repeats`` is one of an example."""
-    assert set(engine.FREE) - {"repeats"} <= {field.name for field in dataclasses.fields(engine.Options)}
+    assert set(training.FREE) - {"repeats"} <= {field.name for field in dataclasses.fields(training.Options)}

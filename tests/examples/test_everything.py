@@ -11,8 +11,8 @@ from data.augment import Fit
 from data.sample import VOID, Stacked
 from data.scenes import CLASSES, Scenes, stack
 from data.write_voc import write_voc
-from localise import Whole
 from matplotlib.image import imread
+from parts.localise import Whole
 from pseudo_labels import Quality, Relabelled
 
 from tests.run_example import run_example

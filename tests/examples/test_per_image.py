@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 from data.sample import DataError, Sample, Stacked
-from per_image import each_image, read
-from processes import joined, rank
-from storage import StorageError
+from engine.per_image import each_image, read
+from engine.processes import joined, rank
+from engine.storage import StorageError
 from torch import Tensor
 from torchvision import tv_tensors
 
@@ -401,7 +401,7 @@ def _run(
 def context() -> Iterator[Any]:
     """Starts processes that have everything imported already and that share nothing with this one."""
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["per_image", "torch.distributed", "pytest"])
+    server.set_forkserver_preload(["engine.per_image", "torch.distributed", "pytest"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'examples'}")
         patch.setenv("OMP_NUM_THREADS", "1")

@@ -10,16 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import engine
 import numpy as np
-import processes
 import pytest
-import storage
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from data.sample import VOID, Batch, Sample, Stacked
-from scribbles import all_scribbles
+from engine import processes, storage, training
+from parts.scribbles import all_scribbles
 from torch import Tensor, nn
 
 from tests.kills import same
@@ -113,7 +111,7 @@ UNEQUAL: dict[str, tuple[Callable[[], nn.Module], Loss, int]] = {
 
 
 def evaluated(model: nn.Module) -> Tensor:
-    return engine.evaluate(model, photos())
+    return training.evaluate(model, photos())
 
 
 def fit(
@@ -126,8 +124,8 @@ def fit(
     **choices: Any,
 ) -> dict[str, Any]:
     """A training, and what came out of it in this process."""
-    options = engine.Options(**{"batch_size": 4, "save_every": 3, "device": "cpu", "out": out} | choices)
-    progress = engine.train(
+    options = training.Options(**{"batch_size": 4, "save_every": 3, "device": "cpu", "out": out} | choices)
+    progress = training.train(
         model,
         loss,
         options.stream(photos()),
@@ -192,7 +190,7 @@ def start_training(out: Path) -> None:
 
 def train_as_examples_do(out: Path) -> Tensor:
     """What dropout leaves out in the first step of this process, after the seeding of the examples."""
-    engine.seed_everything(0)
+    training.seed_everything(0)
     model, dropped = dropout(), []
     model[2].register_forward_hook(lambda module, inputs, output: dropped.append(output == 0))
     fit(out, "as examples do", model, mean_over_images)
@@ -229,7 +227,7 @@ def train_live_norm(out: Path) -> list[dict[str, Any]]:
 
 def read_by_evaluation() -> list[int]:
     data = photos()
-    engine.evaluate(group_norm(), data, batch_size=2)
+    training.evaluate(group_norm(), data, batch_size=2)
     return data.read
 
 
@@ -239,7 +237,7 @@ def evaluate_one_image() -> dict[str, Any]:
     model = group_norm()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        iou = engine.evaluate(model, photos(1))
+        iou = training.evaluate(model, photos(1))
     return {"iou": iou, "warnings": [str(warning.message) for warning in caught]}
 
 
@@ -299,9 +297,9 @@ def difference(found: dict[str, Any], expected: dict[str, Any]) -> float:
     """The largest one of the weights, of the loss, of the curve and of the evaluation."""
     assert [step for step, _ in found["curve"]] == [step for step, _ in expected["curve"]] == [STEPS // 2, STEPS]
 
-    def numbers(training: dict[str, Any]) -> Tensor:
-        curve = torch.tensor([miou for _, miou in training["curve"]])
-        return torch.cat([training["weights"], training["loss"][None], training["iou"], curve])
+    def numbers(found: dict[str, Any]) -> Tensor:
+        curve = torch.tensor([miou for _, miou in found["curve"]])
+        return torch.cat([found["weights"], found["loss"][None], found["iou"], curve])
 
     return (numbers(found) - numbers(expected)).abs().max().item()
 
@@ -362,7 +360,7 @@ def test_dropout_is_another_one_in_each_process(two: list[dict[str, Any]]) -> No
 @pytest.mark.slow
 def test_processes_without_an_image_help_to_evaluate(two: list[dict[str, Any]]) -> None:
     torch.manual_seed(0)
-    expected = engine.evaluate(group_norm(), photos(1))
+    expected = training.evaluate(group_norm(), photos(1))
     for found in two:
         torch.testing.assert_close(found["one image"]["iou"], expected)
         assert not found["one image"]["warnings"]

@@ -5,19 +5,18 @@ import re
 from itertools import islice
 from pathlib import Path
 
-import localise
 import pseudo_labels
 import pytest
-import tag_classifier
 import torch
 from data.augment import Fit
 from data.sample import VOID, Stacked
 from data.scenes import CLASSES, Scenes, stack
 from data.stream import Prepared
 from data.write_voc import write_voc
-from localise import Whole
 from matplotlib.image import imread
-from tag_classifier import TagClassifier, WithOOD
+from parts import localise, tag_classifier
+from parts.localise import Whole
+from parts.tag_classifier import TagClassifier, WithOOD
 from torch import Tensor
 
 from segattr import cam

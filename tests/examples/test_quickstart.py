@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import storage
 import torch
 from data.scenes import Scenes
 from data.write_voc import write_voc
+from engine import storage
 from matplotlib.image import imread
 
 from tests.run_example import run_example

@@ -6,7 +6,7 @@ import torch
 from data.voc import CLASSES
 from matplotlib.figure import Figure
 from matplotlib.image import imread
-from report import Outcome, draw_rows, picture, table
+from parts.report import Outcome, draw_rows, picture, table
 
 NAN = float("nan")
 

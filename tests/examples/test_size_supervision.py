@@ -5,27 +5,25 @@ import re
 from functools import partial
 from pathlib import Path
 
-import deeplab
 import numpy as np
 import pytest
 import size_supervision
-import supervisions
-import sweeps
 import torch
-from command import parse
 from data.augment import Fit
 from data.sample import VOID, DataError, Stacked
 from data.scenes import CLASSES as TEXTURES
 from data.scenes import Scenes
 from data.stream import Prepared
 from data.write_voc import write_voc
-from localise import Whole
+from engine.command import parse
 from matplotlib.image import imread
+from parts import deeplab, supervisions, sweeps
+from parts.localise import Whole
+from parts.scribbles import Scribbled, all_scribbles, scribbles
+from parts.subset import Subset
+from parts.sweeps import SWEEPS, TABLE, Result, Trial
 from scipy.ndimage import label
-from scribbles import Scribbled, all_scribbles, scribbles
 from size_supervision import Annotator, Config, background_and_dice
-from subset import Subset
-from sweeps import SWEEPS, TABLE, Result, Trial
 from torch import Tensor, nn
 
 from tests.run_example import run_example

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import storage
 import torch
+from engine import storage
+from engine.storage import PARTIAL, StorageError
 from hypothesis import given
 from hypothesis import strategies as st
-from storage import PARTIAL, StorageError
 
 from tests.kills import same
 

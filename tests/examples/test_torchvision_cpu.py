@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch._dynamo
-import torchvision_cpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parts import torchvision_cpu
 from torch import Tensor
 from torchvision.models import resnet18
 from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn

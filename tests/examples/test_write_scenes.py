@@ -12,9 +12,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-import torchvision_cpu  # noqa: F401  (before torchvision)
 from data.scenes import CLASSES, Scene, Scenes
 from data.write_voc import write_voc
+from parts import torchvision_cpu  # noqa: F401  (before torchvision)
 from PIL import Image
 from torchvision.datasets import VOCDetection, VOCSegmentation
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision_cpu  # noqa: F401  (before torchvision)
+from parts import torchvision_cpu  # noqa: F401  (before torchvision)
 from torch import Tensor, nn
 from torch.func import functional_call
 from torchvision import models

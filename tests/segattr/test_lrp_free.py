@@ -7,7 +7,7 @@ from typing import Any, Literal
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision_cpu  # noqa: F401  (before torchvision)
+from parts import torchvision_cpu  # noqa: F401  (before torchvision)
 from torch import Tensor, nn
 from torchvision.models import densenet121, resnet18, resnet50
 from torchvision.models.vgg import cfgs, make_layers

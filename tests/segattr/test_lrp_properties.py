@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision_cpu  # noqa: F401  (before torchvision)
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parts import torchvision_cpu  # noqa: F401  (before torchvision)
 from torch import Tensor, nn
 from torchvision.models import get_model
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import processes
-import storage
 import torch
 from data.sample import DataError, Images, Sample
-from storage import PARTIAL, StorageError
 from torch import Tensor
 from tqdm import tqdm
+
+from engine import processes, storage
+from engine.storage import PARTIAL, StorageError
 
 SETTINGS = "settings.json"
 

@@ -21,7 +21,7 @@ class Trial:
 
     Attributes:
         curve: name of the row of a table, or of the curve of a plot.
-        terms: of the loss, see :mod:`supervisions`.
+        terms: of the loss, see :mod:`parts.supervisions`.
         error: nominal mean relative error of the size targets; None for sizes that a person has typed.
         length: share of the scribbles that is there.
     """

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import processes
-import storage
 import torch
-from storage import StorageError
+
+from engine import processes, storage
+from engine.storage import StorageError
 
 
 @dataclass(frozen=True)

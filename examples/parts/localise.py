@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from data.augment import Fit
 from data.sample import Images, Sample, collate
 from data.stream import Prepared
-from per_image import read
-from tag_classifier import TagClassifier, normalized, present
+from engine.per_image import read
 from torch import Tensor
 
+from parts.tag_classifier import TagClassifier, normalized, present
 from segattr import advcam, cam, normalize, rib
 from segattr.refine import random_walk
 from segloss import feature_affinity

@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
-import processes
 import torch
-from checkpoint import Checkpoint
-from command import check_least, output_folder
 from data.sample import VOID, Batch, Images
 from data.stream import Augment, Prepared, Stream, loader
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from tqdm import tqdm
+
+from engine import processes
+from engine.checkpoint import Checkpoint
+from engine.command import check_least, output_folder
 
 Loss = Callable[[Any, Batch], Tensor]  # from the output of a model for a batch's images, and the batch, to a scalar
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 import numpy as np
-import processes
 import torch
 from data.sample import VOID, Images, Sample
+from engine import processes
 from numpy.typing import NDArray
 from skimage.graph import MCP
 from skimage.measure import label, regionprops

@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import processes
 import tyro
 from data.sample import DataError
-from storage import StorageError
+
+from engine import processes
+from engine.storage import StorageError
 
 Config = TypeVar("Config")
 

@@ -3,10 +3,10 @@
 from typing import Literal
 
 import torch
-import torchvision_cpu  # noqa: F401  (before torchvision)
-from network import EncoderDecoder
 from torch import Tensor, nn
 from torchvision.models import segmentation
+
+from parts.network import EncoderDecoder
 
 Name = Literal["small", "deeplabv3_mobilenet_v3_large", "deeplabv3_resnet50", "deeplabv3_resnet101"]
 Weights = Literal["none", "imagenet", "coco"]

@@ -3,16 +3,16 @@
 import copy
 from collections.abc import Collection, Sequence
 
-import engine
 import torch
 from data.sample import Batch, Images, Sample
 from data.source import Options
 from data.stream import Prepared, loader
-from network import block
-from processes import pick_device
+from engine import training
+from engine.processes import pick_device
 from torch import Tensor, nn
 
 import segloss
+from parts.network import block
 from segattr import Classifier
 
 Output = tuple[Tensor, Tensor]  # features [B, D, h, w], score maps [B, C, h, w]
@@ -98,10 +98,10 @@ def isl_fsl(output: Output, batch: Batch) -> Tensor:
     return ISL_WEIGHT * isl(scores, tags) + FSL_WEIGHT * fsl(scores, batch["image"], tags)
 
 
-CLASSIFIERS: dict[str, list[engine.Loss]] = {"GAP": [tags_alone], "ISL + FSL": [tags_alone, isl_fsl]}
+CLASSIFIERS: dict[str, list[training.Loss]] = {"GAP": [tags_alone], "ISL + FSL": [tags_alone, isl_fsl]}
 
 
-def away(clusters: segloss.OODClusters) -> engine.Loss:
+def away(clusters: segloss.OODClusters) -> training.Loss:
     """What W-OoD adds: features near those of their classes, far from those of out-of-distribution images."""
 
     def loss(output: Output, batch: Batch) -> Tensor:
@@ -116,7 +116,7 @@ def describe(model: TagClassifier, data: Images, options: Options) -> tuple[Tens
     device = next(model.parameters()).device
     keys = [[(0, i) for i in range(first, min(first + 50, len(data)))] for first in range(0, len(data), 50)]
     found = []
-    with torch.no_grad(), engine.inference(model):
+    with torch.no_grad(), training.inference(model):
         for batch in loader(Prepared(data, options.fit()), keys, options.workers):
             features, scores = model(batch["image"].to(device))
             found.append((features.mean((2, 3)), scores.mean((2, 3)), present(batch).to(device)))
@@ -144,9 +144,9 @@ def train_classifiers(
         without: names of those that are not needed.
     """
 
-    def fit(model: TagClassifier, name: str, data: Images, losses: Sequence[engine.Loss]) -> TagClassifier:
+    def fit(model: TagClassifier, name: str, data: Images, losses: Sequence[training.Loss]) -> TagClassifier:
         first = name == "start"
-        engine.train(
+        training.train(
             model,
             lambda output, batch: sum((loss(output, batch) for loss in losses), torch.zeros(())),
             options.stream(data, options.fit(mirror=True)),

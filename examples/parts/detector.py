@@ -1,19 +1,19 @@
 """A small Faster R-CNN for images of 64 pixels, of torchvision's classes, and its training on boxes."""
 
-import engine
 import torch
-import torchvision_cpu  # noqa: F401  (before torchvision)
 from data.augment import Fit
 from data.sample import Batch, Images, Sample
 from data.scenes import CLASSES, Scenes
-from network import block
-from processes import pick_device
+from engine import training
+from engine.processes import pick_device
 from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.ops import MultiScaleRoIAlign
+
+from parts.network import block
 
 WIDTH, POOLED, HIDDEN = 24, 5, 128  # channels of the first level, cells along a box, features of a box
 ANCHORS = (24, 36, 48)  # pixels
@@ -24,7 +24,7 @@ class RoIAlign(MultiScaleRoIAlign):  # type: ignore[misc]  # torchvision has no 
     """Features of boxes, ``[P, C, size, size]``, for one level of features, in products.
 
     Bilinear interpolation is one product with weights of rows and one with weights of columns. That is many times
-    faster where torchvision has no compiled operators (see :mod:`torchvision_cpu`), for boxes within their image.
+    faster where torchvision has no compiled operators (see :mod:`parts.torchvision_cpu`), for boxes within their image.
 
     Args:
         size: of the grid of cells in a box; features are the mean of ``samples`` x ``samples`` points of a cell.
@@ -110,7 +110,7 @@ class Later(nn.Module):
         return image
 
 
-def train_detector(scenes: Scenes, steps: int, options: engine.Options) -> FasterRCNN:
+def train_detector(scenes: Scenes, steps: int, options: training.Options) -> FasterRCNN:
     """A detector trained on the boxes of scenes, in one process."""
     images = Boxed(scenes)
     model = Later(faster_rcnn(scenes.size, len(images.classes))).to(pick_device(options.device))
@@ -120,7 +120,7 @@ def train_detector(scenes: Scenes, steps: int, options: engine.Options) -> Faste
         targets = [{"boxes": boxes, "labels": labels} for boxes, labels in pairs]
         return torch.stack(list(model.detector(list(image), targets).values())).sum()
 
-    engine.train(
+    training.train(
         model,
         loss,
         options.stream(images, Fit(scenes.size, mirror=True)),
