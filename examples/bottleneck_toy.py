@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from engine.command import check_least, output_folder, run
+from engine.command import check_least, each_run, output_folder, run
 from engine.processes import Device, pick_device
 from engine.training import seed_everything
 from matplotlib.figure import Figure
@@ -277,8 +277,7 @@ def picture(outcomes: list[Outcome], data: Toys, cams: Tensor, path: Path, shown
 
 def main(config: Config) -> None:
     folder = output_folder(config.out)
-    seeds = range(config.seed, config.seed + config.repeats)
-    runs = [experiment(dataclasses.replace(config, seed=seed)) for seed in seeds]
+    runs = [experiment(own) for own in each_run(config)]
     outcomes = [outcome for outcome, *_ in runs]
     print(table(outcomes), claims(outcomes), sep="\n\n")
     picture(outcomes, *runs[0][1:], folder / "bottleneck_toy.png")

@@ -18,7 +18,7 @@ from data.sample import VOID, Batch, Images, Stacked
 from data.scenes import CLASSES, Scene, Scenes, stack
 from data.source import EVALUATED
 from engine import training
-from engine.command import check_least, run
+from engine.command import check_least, each_run, run
 from engine.processes import count, pick_device
 from parts.box_pictures import draw_objects, draw_positions, high_positions
 from parts.detector import train_detector
@@ -246,8 +246,7 @@ def main(config: Config) -> None:
     folder = training.start(config)
     scenes = stack(Scenes(config.split, EVALUATED, size=config.size))
     test = Stacked(CLASSES, scenes.image, scenes.labels)
-    seeds = range(config.seed, config.seed + config.repeats)
-    runs = [experiment(dataclasses.replace(config, seed=seed), test) for seed in seeds]
+    runs = [experiment(own, test) for own in each_run(config)]
     print(table([run.qualities for run in runs]))
     shown = runs[0]
     positions = high_positions(shown.maps, shown.scenes)

@@ -14,15 +14,15 @@ from typing import NamedTuple
 
 import pseudo_labels
 import torch
-from data.sample import Annotated, Batch, Images, collate
+from data.sample import Annotated, Batch, Images, first
+from data.stream import Whole
 from engine import processes, training
 from engine.command import run
 from engine.per_image import read
 from engine.processes import pick_device
-from parts import deeplab
-from parts.localise import Located, Method, Whole
+from parts import deeplab, supervisions
+from parts.localise import Located, Method
 from parts.network import tag_loss
-from parts.supervisions import crf, size
 from parts.tag_classifier import Part, train_classifiers
 from pseudo_labels import (
     CRF_MASKS,
@@ -34,9 +34,7 @@ from pseudo_labels import (
     best_thresholds,
     cell,
     compare,
-    cross_entropy,
     entries,
-    labelled,
     make_maps,
     make_masks,
     overlays,
@@ -86,7 +84,7 @@ def tags(logits: Tensor, batch: Batch) -> Tensor:
 
 def edges(logits: Tensor, batch: Batch) -> Tensor:
     """The Potts loss: segments end where colours change."""
-    return CRF_WEIGHT * crf(logits, batch)
+    return CRF_WEIGHT * supervisions.crf(logits, batch)
 
 
 # A name that begins with a plus is the row above with one thing more.
@@ -100,13 +98,13 @@ class Training(NamedTuple):
 
 
 NETWORKS = {
-    "cross-entropy": Training([cross_entropy]),
-    "+ size targets": Training([cross_entropy, size]),
-    "+ Potts": Training([cross_entropy, size, edges]),
-    "with true sizes": Training([cross_entropy, size, edges], sizes="truth"),
-    "size targets + Potts": Training([size, edges]),
-    "true masks": Training([cross_entropy], "truth", "truth"),
-    "true sizes + Potts": Training([size, edges], "truth", "truth"),
+    "cross-entropy": Training([supervisions.masks]),
+    "+ size targets": Training([supervisions.masks, supervisions.size]),
+    "+ Potts": Training([supervisions.masks, supervisions.size, edges]),
+    "with true sizes": Training([supervisions.masks, supervisions.size, edges], sizes="truth"),
+    "size targets + Potts": Training([supervisions.size, edges]),
+    "true masks": Training([supervisions.masks], "truth", "truth"),
+    "true sizes + Potts": Training([supervisions.size, edges], "truth", "truth"),
 }
 
 
@@ -139,7 +137,7 @@ def train_networks(images: Images, data: Mapping[str, Images], config: Config) -
             steps=steps,
             name=f"network, {name}, seed {config.seed}",
             options=config,
-            counts={"labelled": labelled},
+            counts=supervisions.counts(("masks",)),
         )
         return model
 
@@ -169,7 +167,7 @@ def experiment(config: Config, folder: Path) -> tuple[Stages, dict[str, Tensor]]
     found = assess(refined, dict.fromkeys((masks, labels), math.nan), partial(entries, names=(masks, labels)), config)
     maps |= {CRF: found[masks], "pseudo-labels": found[labels]}
 
-    shown = collate([refined[i] for i in range(min(SHOWN, len(refined)))])
+    shown = first(refined, SHOWN)
     rows = {"image": shown["image"].movedim(1, -1), "truth": shown["labels"]}
     rows |= {name: overlays(shown, name) for name in stages} | {CRF: shown[masks], "pseudo-labels": shown[labels]}
     made = [read(folder / "refined", image) for image in whole.names]

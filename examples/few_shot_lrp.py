@@ -10,11 +10,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from data.augment import Crop
-from data.sample import VOID, Batch, Images, Sample, collate, complete
+from data.sample import VOID, Batch, Images, Sample, complete, first
 from data.source import Options
-from data.stream import Prepared
+from data.stream import Whole
 from engine import training
-from engine.command import check_least, run
+from engine.command import check_least, each_run, run
 from engine.processes import pick_device, rank, say, total
 from matplotlib import colormaps
 from matplotlib.figure import Figure
@@ -169,11 +169,6 @@ def f1(model: nn.Module, data: Images, config: Config) -> float:
     return float((hits / both.clamp(min=1)).mean())
 
 
-def first(test: Images, config: Config) -> Batch:
-    """The images that are shown."""
-    return collate([Prepared(test, config.fit())[0, i] for i in range(min(SHOWN, len(test)))])
-
-
 class Outcome(NamedTuple):
     iou: float
     f1: float
@@ -208,7 +203,7 @@ def experiment(
         scale="pixels" if "weights" not in method.options else 1.0, weight=TAGS_WEIGHT * method.tags
     )
     shown: list[tuple[Tensor, Tensor]] = []
-    image = first(test, config)["image"].to(device)
+    image = first(Whole(test, config.fit()), SHOWN)["image"].to(device)
 
     def loss(output: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
         return heatmap_loss(output[1], output[0], batch["labels"], batch["tags"])
@@ -279,20 +274,19 @@ def main(config: Config) -> None:
     test = config.images("evaluate")
     outcomes: dict[tuple[str, int], list[Outcome]] = {}
     before = []
-    for seed in range(config.seed, config.seed + config.repeats):
-        run_config = dataclasses.replace(config, seed=seed)
-        training.seed_everything(seed)
-        images = run_config.images("train")
-        pretrained = pretrain(run_config, images)
+    for own in each_run(config):
+        training.seed_everything(own.seed)
+        images = own.images("train")
+        pretrained = pretrain(own, images)
         before.append(f1(pretrained, test, config))
         for per_class in config.labelled:
             for name in METHODS:
-                outcome = experiment(run_config, name, per_class, pretrained, images, test)
+                outcome = experiment(own, name, per_class, pretrained, images, test)
                 outcomes.setdefault((name, per_class), []).append(outcome)
     say(table(outcomes, config, before))
     if rank() == 0:
         shown = {name: outcomes[name, config.labelled[0]][0] for name in METHODS}
-        picture(first(test, config), shown, folder / "few_shot_lrp.png")
+        picture(first(Whole(test, config.fit()), SHOWN), shown, folder / "few_shot_lrp.png")
     say(f"picture: {folder / 'few_shot_lrp.png'}")
 
 

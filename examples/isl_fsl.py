@@ -15,8 +15,8 @@ from engine import training
 from engine.command import check_least, run
 from engine.processes import pick_device, rank, say
 from matplotlib.figure import Figure
-from parts.network import block
 from parts.report import draw_rows
+from parts.tag_classifier import TagClassifier, present
 from torch import Tensor, nn
 
 import segloss
@@ -50,11 +50,6 @@ isl, average_and_isl = segloss.ImportanceClassification(weight=1), segloss.Impor
 fsl = segloss.FeatureSimilarity()
 
 
-def present(batch: Batch) -> Tensor:
-    """Tags of the foreground classes."""
-    return batch["tags"][:, 1:]
-
-
 # From the score maps of a batch, and the batch, to a scalar: the one line of a training step that changes.
 LOSSES: dict[str, Loss] = {
     "GAP": lambda scores, batch: average(scores, present(batch)),
@@ -66,19 +61,6 @@ LOSSES: dict[str, Loss] = {
         average_and_isl(scores, present(batch)) + fsl(scores, batch["image"], present(batch))
     ),
 }
-
-
-class Classifier(nn.Module):
-    """Score maps ``[B, C, H / 2, W / 2]`` of images ``[B, 3, H, W]``: a linear classifier before global pooling."""
-
-    def __init__(self, classes: int, width: int = 16) -> None:
-        super().__init__()
-        self.features = nn.Sequential(block(3, width, stride=2), block(width, 2 * width), block(2 * width, 2 * width))
-        self.head = nn.Conv2d(2 * width, classes, 1)
-
-    def forward(self, image: Tensor) -> Tensor:
-        scores: Tensor = self.head(self.features((4 * image - 2).contiguous(memory_format=torch.channels_last)))
-        return scores
 
 
 class Outcome(NamedTuple):
@@ -93,7 +75,7 @@ class Outcome(NamedTuple):
 def assess(model: nn.Module, test: Batch, seconds: float) -> Outcome:
     """J and F over the data set of the CAMs of the classes present, at the background threshold of the best mean J."""
     with training.inference(model):
-        scores = torch.cat([model(part) for part in test["image"].split(50)])
+        scores = torch.cat([model(part)[1] for part in test["image"].split(50)])
     maps = segloss.max_normalize(F.interpolate(scores, size=test["labels"].shape[1:], mode="bilinear"))
     maps = maps * present(test)[:, :, None, None]
     classes = torch.arange(test["tags"].shape[1], device=maps.device).view(-1, 1, 1)
@@ -137,10 +119,18 @@ def main(config: Config) -> None:
 
     def fit(model: nn.Module, name: str, loss: Loss, steps: int, lr: float) -> Outcome:
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-2)
-        progress = training.train(model, loss, batches, optimizer, steps=steps, name=name, options=config)
+        progress = training.train(
+            model,
+            lambda output, batch: loss(output[1], batch),
+            batches,
+            optimizer,
+            steps=steps,
+            name=name,
+            options=config,
+        )
         return assess(model, test, progress.seconds)
 
-    start = Classifier(len(images.classes) - 1).to(device)
+    start = TagClassifier(len(images.classes) - 1).to(device)
     outcomes = {"start": fit(start, "pretraining", LOSSES["GAP"], config.pretrain_steps, LEARNING_RATES[0])}
     for name, loss in LOSSES.items():
         outcomes[name] = fit(copy.deepcopy(start), name, loss, config.steps, LEARNING_RATES[1])

@@ -11,16 +11,17 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from data.sample import VOID, Batch, Images, Sample, Stacked, collate
+from data.sample import VOID, Batch, Images, Sample, Stacked, collate, first
 from data.scenes import CLASSES, Scenes, stack
 from data.source import EVALUATED, Options
+from data.stream import Whole
 from engine import training
-from engine.command import check_least, run
+from engine.command import check_least, each_run, run
 from engine.per_image import each_image, read
 from engine.processes import gather, pick_device, rank, say, total
 from matplotlib.figure import Figure
-from parts import torchvision_cpu  # noqa: F401  (before torchvision)
-from parts.localise import METHODS, WALKED, Located, Method, Whole, attribute, digest
+from parts import supervisions
+from parts.localise import METHODS, WALKED, Located, Method, attribute, digest
 from parts.network import EncoderDecoder
 from parts.report import draw_rows
 from parts.tag_classifier import Part, TagClassifier, present, train_classifiers
@@ -212,29 +213,19 @@ def best_thresholds(data: Images, names: Iterable[str], config: Config) -> dict[
     return {name: sweep.compute().threshold for name, sweep in sweeps.items()}
 
 
-def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
-    """Mean over the pixels that have a label, ``batch["labelled"]`` of them."""
-    return F.cross_entropy(logits, batch["labels"], ignore_index=VOID, reduction="sum") / batch["labelled"]
-
-
-def labelled(batch: Batch) -> Tensor:
-    """How many pixels have a label."""
-    return (batch["labels"] != VOID).sum()
-
-
 def train_network(images: Images, name: str, config: Config) -> EncoderDecoder:
     """A segmentation network trained on the labels of images; what has none is left out."""
     training.seed_everything(config.seed)  # the same start for all
     model = EncoderDecoder(len(images.classes)).to(pick_device(config.device))
     training.train(
         model,
-        cross_entropy,
+        supervisions.masks,
         config.stream(images, config.fit(mirror=True)),
         torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=1e-2),
         steps=config.steps,
         name=f"network on {name}, seed {config.seed}",
         options=config,
-        counts={"labelled": labelled},
+        counts=supervisions.counts(("masks",)),
     )
     return model
 
@@ -312,7 +303,7 @@ def experiment(config: Config, folder: Path) -> tuple[Stages, dict[str, Tensor]]
         with training.inference(network):
             stages["networks"] |= assess(test, {name: math.nan}, partial(predict, model=network, name=name), config)
 
-    shown = collate([refined[i] for i in range(min(SHOWN, len(refined)))])
+    shown = first(refined, SHOWN)
     rows = {"image": shown["image"].movedim(1, -1), "truth": shown["labels"]}
     rows |= {name: overlays(shown, name) for name in compared} | {name: shown[name] for name in masks}
     return stages, rows
@@ -377,8 +368,7 @@ def compare(
     gather(None)
     if config.data != "scenes":
         say("without W-OoD: only scenes have out-of-distribution images")
-    seeds = range(config.seed, config.seed + config.repeats)
-    runs = [experiment(dataclasses.replace(config, seed=seed), folder / "maps" / f"seed {seed}") for seed in seeds]
+    runs = [experiment(own, folder / "maps" / f"seed {own.seed}") for own in each_run(config)]
     say(table([stages for stages, _ in runs]))
     if rank() == 0:
         rows = runs[0][1]

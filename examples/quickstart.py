@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,14 +9,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from data.files import read_sizes
-from data.sample import VOID, Annotated, Batch, DataError, Images, collate
+from data.sample import VOID, Annotated, Batch, Images, first
 from data.source import Options
-from data.stream import Prepared
+from data.stream import Whole
 from engine import training
-from engine.command import check_least, run
+from engine.command import check_least, each_run, run
 from engine.processes import pick_device, rank, say
 from parts.network import EncoderDecoder, tag_loss
 from parts.report import Outcome, picture, table
+from parts.sizes import exact_sizes, noisy_sizes
 from torch import Tensor
 
 import segloss
@@ -47,7 +47,7 @@ class Config(Options):
 
 
 LEARNING_RATE, SHOWN = 2e-3, 6
-MRE = 0.08  # nominal mean relative error of the size targets, which is that of a noise of sqrt(pi / 2) times as much
+MRE = 0.08  # nominal mean relative error of the size targets
 
 # The weight of the CRF loss was chosen for size targets, on val scenes, among 0.001 to 1; tags get the same.
 # It is not their best: at a weight of 1, where size targets lose classes, tags come close to size targets at 0.1
@@ -84,15 +84,11 @@ def training_images(config: Config) -> Images:
     images = config.images("train")
     if config.sizes:
         return Annotated(images, targets=read_sizes(config.sizes, images.names, images.classes))
-    sizes = images.sizes()
-    for name, row in zip(images.names, sizes, strict=True):
-        if not row.any():
-            raise DataError(f"{name}: expected a mask with labelled pixels, got one that is all void ({VOID})")
+    sizes = exact_sizes(images)
     for name, share in zip(images.classes, sizes.mean(0), strict=True):
         if not share:
             say(f"no training mask has a pixel of {name}: masks hold the indices of the classes")
-    generator = torch.Generator().manual_seed(config.seed)
-    targets = segloss.corrupt_sizes(sizes, MRE * math.sqrt(math.pi / 2), generator=generator)
+    targets = noisy_sizes(sizes, MRE, config.seed)
     measured = segloss.mean_relative_error(targets, sizes)
     say(f"seed {config.seed}: mean relative error of the size targets {MRE:.1%} nominal, {measured:.1%} measured")
     return Annotated(images, targets=targets)
@@ -138,9 +134,8 @@ def experiment(config: Config, test: Images, shown: Batch) -> dict[str, Outcome]
 def main(config: Config) -> None:
     folder = training.start(config)
     test = config.images("evaluate")
-    shown = collate([Prepared(test, config.fit())[0, i] for i in range(min(SHOWN, len(test)))])
-    seeds = range(config.seed, config.seed + config.repeats)
-    runs = [experiment(dataclasses.replace(config, seed=seed), test, shown) for seed in seeds]
+    shown = first(Whole(test, config.fit()), SHOWN)
+    runs = [experiment(own, test, shown) for own in each_run(config)]
     say(table(test.classes, runs))
     if rank() == 0:
         picture(shown["image"], shown["labels"], runs[0], folder / "quickstart.png")

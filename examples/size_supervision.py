@@ -21,24 +21,22 @@ from typing import Literal
 
 import torch
 from data.files import read_sizes
-from data.sample import VOID, Annotated, Batch, DataError, Images, collate, object_error
+from data.sample import VOID, Annotated, Batch, DataError, Images, first, object_error
 from data.source import Options
-from data.stream import Prepared
+from data.stream import Whole
 from engine import processes, training
-from engine.command import check_least, run
+from engine.command import check_least, each_run, run
 from engine.processes import pick_device, rank, say
 from matplotlib.figure import Figure
 from parts import deeplab
-from parts.localise import Whole
 from parts.network import tag_loss
 from parts.report import draw_rows
 from parts.scribbles import Scribbled, all_scribbles
+from parts.sizes import exact_sizes, noisy_sizes
 from parts.subset import Subset
 from parts.supervisions import counts, total_loss
 from parts.sweeps import SWEEPS, TABLE, Result, Sweep, Trial, plot, table
 from torch import Tensor, nn
-
-import segloss
 
 ANIMALS = ("cat", "dog", "bird")  # the classes of the paper's sizes that people have told
 
@@ -128,10 +126,7 @@ class Annotator:
     """
 
     def __init__(self, images: Images, config: Config) -> None:
-        self.exact = images.sizes()
-        for name, row in zip(images.names, self.exact, strict=True):
-            if not row.any():
-                raise DataError(f"{name}: expected a mask with labelled pixels, got one that is all void ({VOID})")
+        self.exact = exact_sizes(images)
         self._typed = None
         if config.sizes:
             typed = images.read_sizes if isinstance(images, Subset) else None
@@ -143,13 +138,11 @@ class Annotator:
         return all_scribbles(self._images, self._seed)
 
     def targets(self, error: float | None) -> Tensor:
-        """Sizes with a nominal mean relative error, that of a noise of sqrt(pi / 2) times as much; None: typed ones."""
+        """Sizes with a nominal mean relative error; None: typed ones."""
         if error is None:
             assert self._typed is not None
             return self._typed
-        generator = torch.Generator().manual_seed(self._seed)  # more of the same noise for a larger error
-        noisy: Tensor = segloss.corrupt_sizes(self.exact, error * math.sqrt(math.pi / 2), generator=generator)
-        return noisy
+        return noisy_sizes(self.exact, error, self._seed)
 
     def annotate(self, trial: Trial) -> Images:
         """Images with ``targets``, ``average`` sizes and ``lower`` bounds, with ``seeds`` if they are asked for.
@@ -251,9 +244,8 @@ def experiment(config: Config, test: Images, shown: Batch) -> list[Result]:
 def main(config: Config) -> None:
     folder = training.start(config)
     test = config.images("evaluate")
-    shown = collate([Prepared(test, config.fit())[0, i] for i in range(min(SHOWN, len(test)))])
-    seeds = range(config.seed, config.seed + config.repeats)
-    runs = [experiment(dataclasses.replace(config, seed=seed), test, shown) for seed in seeds]
+    shown = first(Whole(test, config.fit()), SHOWN)
+    runs = [experiment(own, test, shown) for own in each_run(config)]
     say(table(config.trials, runs, config.plan.score if config.plan else "mIoU"))
     say(f"masks: background {test.sizes()[:, 0].mean():.1%}, {len(test.classes)} classes")
     path = folder / (f"{config.sweep}.png" if config.plan else "size_supervision.png")

@@ -154,3 +154,8 @@ def collate(samples: Sequence[Sample]) -> Batch:
         else torch.stack([sample[name].as_subclass(Tensor) for sample in samples])
         for name in samples[0]
     }
+
+
+def first(images: Images, count: int) -> Batch:
+    """The first images of a data set, or all of fewer, in a batch."""
+    return collate([images[i] for i in range(min(count, len(images)))])

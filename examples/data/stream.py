@@ -37,6 +37,17 @@ class Prepared(Dataset[Sample]):
         return complete(sample, len(self.data.classes))
 
 
+class Whole(Images):
+    """Images as they are shown to the networks, without augmentation."""
+
+    def __init__(self, images: Images, fit: Augment) -> None:
+        self.names, self.classes = images.names, images.classes
+        self._prepared = Prepared(images, fit)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._prepared[0, index]
+
+
 def loader(data: Prepared, keys: Iterable[list[Key]], workers: int) -> DataLoader[Sample]:
     """Batches of the samples of each list of keys, read by that many worker processes, in the order of the lists."""
     return DataLoader(

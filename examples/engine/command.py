@@ -1,6 +1,7 @@
 """The command line of the examples: options, one-line errors, the folder that results go to."""
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import math
@@ -8,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import tyro
 from data.sample import DataError
@@ -17,6 +18,21 @@ from engine import processes
 from engine.storage import StorageError
 
 Config = TypeVar("Config")
+
+
+class Repeated(Protocol):
+    """A configuration dataclass of a script that may run several times."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def repeats(self) -> int: ...
+
+
+RepeatedConfig = TypeVar("RepeatedConfig", bound=Repeated)
 
 
 def parse(config: type[Config], args: Sequence[str] | None = None) -> Config:
@@ -48,6 +64,11 @@ def check_least(config: object, **bounds: int) -> None:
         if not bound <= value < math.inf:
             what = "a finite number" if value >= bound else f"at least {bound}"
             raise ValueError(f"--{name.replace('_', '-')}: expected {what}, got {value}")
+
+
+def each_run(config: RepeatedConfig) -> list[RepeatedConfig]:
+    """The configuration of each of ``--repeats`` runs; their seeds count up from ``--seed``."""
+    return [dataclasses.replace(config, seed=config.seed + i) for i in range(config.repeats)]
 
 
 def output_folder(path: Path) -> Path:

@@ -7,9 +7,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from data.augment import Fit
-from data.sample import Images, Sample, collate
-from data.stream import Prepared
+from data.sample import Images, Sample, first
 from engine.per_image import read
 from torch import Tensor
 
@@ -48,17 +46,6 @@ METHODS = {
 }
 
 
-class Whole(Images):
-    """Images as they are shown to the networks, without augmentation."""
-
-    def __init__(self, images: Images, fit: Fit) -> None:
-        self.names, self.classes = images.names, images.classes
-        self._prepared = Prepared(images, fit)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self._prepared[0, index]
-
-
 def companions(images: Tensor, tags: Tensor, seed: int) -> Callable[[Tensor], Iterator[tuple[Tensor, Tensor]]]:
     """For RIB: batches of random images that share no class with the one of some tags, or any if all share one."""
 
@@ -85,7 +72,7 @@ def attribute(
         seed: of the choice of companions.
     """
     device = next(model.parameters()).device
-    pool = collate([images[i] for i in range(min(POOL, len(images)))])
+    pool = first(images, POOL)
     others = companions(normalized(pool["image"].to(device)), present(pool).to(device), seed)
     clf = model.split()
     methods: dict[str, Callable[..., Any]] = {

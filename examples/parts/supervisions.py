@@ -21,6 +21,7 @@ BARRIER_WEIGHT, LIGHT_BARRIER_WEIGHT = 400.0, 4.0
 
 
 def masks(logits: Tensor, batch: Batch) -> Tensor:
+    """Mean over the pixels that have a label, ``batch["labelled"]`` of them."""
     return F.cross_entropy(logits, batch["labels"], ignore_index=VOID, reduction="sum") / batch["labelled"]
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from data.sample import DataError, Images, Sample
 from data.stream import Stream
-from engine.command import check_least, output_folder, parse, run
+from engine.command import check_least, each_run, output_folder, parse, run
 from engine.processes import Device
 from engine.storage import StorageError
 
@@ -52,9 +52,23 @@ def raising(error: BaseException) -> Callable[[Config], None]:
     return main
 
 
+@dataclass(frozen=True)
+class Repeated(Config):
+    """A configuration of several runs."""
+
+    seed: int = 5
+    """Seed of the first run."""
+    repeats: int = 3
+    """Number of runs."""
+
+
 def test_parse_reads_options() -> None:
     assert parse(Config, []) == Config(3)
     assert parse(Config, ["--steps", "7"]) == Config(7)
+
+
+def test_runs_differ_by_their_seeds_alone() -> None:
+    assert each_run(Repeated(steps=7)) == [Repeated(steps=7, seed=seed) for seed in (5, 6, 7)]
 
 
 @pytest.mark.parametrize(

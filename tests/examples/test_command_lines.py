@@ -63,3 +63,9 @@ def test_images_that_are_not_there_are_refused(name: str, layout: str, tmp_path:
     if "root" in options(name):
         words = ("--data", layout, "--root", "/nowhere", "--out", tmp_path)
         assert re.match(r"/nowhere.*: expected (a folder|a text file), found (none|no file)", mistake(name, *words))
+
+
+def test_the_list_of_scripts_has_a_line_and_a_command_for_each() -> None:
+    text = (ROOT / "examples" / "README.md").read_text()
+    pattern = r"^\| \[`(\w+)\.py`\]\(\1\.py\) \| .+ \| `python examples/\1\.py(?: [^`]+)?` \| "
+    assert sorted(re.findall(pattern, text, re.M)) == EXAMPLES

@@ -10,9 +10,10 @@ import torch
 from data.augment import Fit
 from data.sample import VOID, Stacked
 from data.scenes import CLASSES, Scenes, stack
+from data.stream import Whole
 from data.write_voc import write_voc
 from matplotlib.image import imread
-from parts.localise import Whole
+from parts import supervisions
 from pseudo_labels import Quality, Relabelled
 
 from tests.run_example import run_example
@@ -79,8 +80,8 @@ def test_size_targets_cost_nothing_at_the_target_and_leave_out_padding() -> None
     valid = torch.ones(1, 4, 4, dtype=torch.bool)
     valid[:, :, 2:] = False
     batch = {"targets": torch.tensor([[0.25, 0.75]]), "valid": valid}
-    assert float(everything.size(logits, batch)) == pytest.approx(0, abs=1e-6)
-    assert float(everything.size(logits, batch | {"valid": torch.ones_like(valid)})) > 0.1
+    assert float(supervisions.size(logits, batch)) == pytest.approx(0, abs=1e-6)
+    assert float(supervisions.size(logits, batch | {"valid": torch.ones_like(valid)})) > 0.1
 
 
 def test_the_potts_loss_prefers_segments_that_end_at_edges_of_the_image() -> None:

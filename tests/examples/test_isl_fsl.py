@@ -9,6 +9,8 @@ import torch
 from data.scenes import Scenes
 from data.write_voc import write_voc
 from matplotlib.image import imread
+from parts.tag_classifier import Output, TagClassifier
+from torch import Tensor
 
 from tests.run_example import run_example
 
@@ -37,11 +39,18 @@ def test_it_trains_on_a_folder_in_the_layout_of_voc(tmp_path: Path) -> None:
 def test_every_loss_has_a_finite_gradient_for_all_of_the_classifier() -> None:
     batch = {"image": torch.rand(2, 3, 32, 32), "tags": torch.tensor([[1, 1, 0, 1, 0], [1, 0, 0, 0, 1]])}
     for loss in isl_fsl.LOSSES.values():
-        model = isl_fsl.Classifier(4)
-        scores = model(batch["image"])
+        model = TagClassifier(4)
+        _, scores = model(batch["image"])
         assert scores.shape == (2, 4, 16, 16)
         loss(scores, batch).backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+class Perfect(torch.nn.Module):
+    """Its score maps are the images."""
+
+    def forward(self, image: Tensor) -> Output:
+        return image, image
 
 
 def test_perfect_maps_get_full_marks() -> None:
@@ -49,7 +58,7 @@ def test_perfect_maps_get_full_marks() -> None:
     labels[0, 4:20, 6:22], labels[1, 8:30, 2:20], labels[2, 3:12, 3:12], labels[2, 16:30, 14:28] = 1, 2, 3, 4
     maps = (labels[:, None] == torch.arange(1, 5).view(-1, 1, 1)).float()
     test = {"image": maps, "labels": labels, "tags": torch.nn.functional.pad(maps.amax((2, 3)).long(), (1, 0), value=1)}
-    outcome = isl_fsl.assess(torch.nn.Identity(), test, seconds=1.0)
+    outcome = isl_fsl.assess(Perfect(), test, seconds=1.0)
     assert (outcome.region == 1).all()
     assert (outcome.contour == 1).all()
     assert torch.equal(outcome.masks, labels)

@@ -11,11 +11,10 @@ import torch
 from data.augment import Fit
 from data.sample import VOID, Stacked
 from data.scenes import CLASSES, Scenes, stack
-from data.stream import Prepared
+from data.stream import Prepared, Whole
 from data.write_voc import write_voc
 from matplotlib.image import imread
 from parts import localise, tag_classifier
-from parts.localise import Whole
 from parts.tag_classifier import TagClassifier, WithOOD
 from torch import Tensor
 

@@ -15,6 +15,7 @@ from data.sample import (
     class_sizes,
     collate,
     complete,
+    first,
     object_error,
 )
 from hypothesis import given
@@ -206,3 +207,10 @@ def test_batches_hold_plain_tensors() -> None:
     batch = collate([complete(draw(labels=mask([0]), **boxes(1)), K)])
     assert {type(value) for value in batch.values()} == {Tensor, list}
     assert {type(value) for name in ("boxes", "box_labels") for value in batch[name]} == {Tensor}
+
+
+@pytest.mark.parametrize(("count", "taken"), [(1, 1), (3, 3), (4, 3)])
+def test_the_first_images_are_a_batch_of_at_most_all(count: int, taken: int) -> None:
+    image = torch.rand(3, 3, 2, 2)
+    batch = first(Stacked(("a", "b"), image, torch.zeros(3, 2, 2, dtype=torch.int64)), count)
+    assert torch.equal(batch["image"], image[:taken])

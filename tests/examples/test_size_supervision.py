@@ -13,12 +13,11 @@ from data.augment import Fit
 from data.sample import VOID, DataError, Stacked
 from data.scenes import CLASSES as TEXTURES
 from data.scenes import Scenes
-from data.stream import Prepared
+from data.stream import Prepared, Whole
 from data.write_voc import write_voc
 from engine.command import parse
 from matplotlib.image import imread
 from parts import deeplab, supervisions, sweeps
-from parts.localise import Whole
 from parts.scribbles import Scribbled, all_scribbles, scribbles
 from parts.subset import Subset
 from parts.sweeps import SWEEPS, TABLE, Result, Trial
