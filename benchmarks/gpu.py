@@ -40,8 +40,9 @@ from benchmarks.kernel_checks import Errors, cases, functions, relative, unreach
 from benchmarks.photos import SIGMA_RGB, TUNED, photo, probabilities, sigma_xy, truth
 from benchmarks.test_refine import PRESETS, problem, settings
 from segattr.advcam import advcam
-from segattr.cam import cam, grad_cam
+from segattr.cam import cam
 from segattr.ficklenet import StochasticConv2d, ficklenet
+from segattr.gradients import grad_cam
 from segattr.networks.classifier import Classifier
 from segattr.refine import dense_crf, random_walk
 from segloss.bilateral import guide_features
@@ -400,7 +401,7 @@ def coverage(row: Row, launched: set[str]) -> None:
 def mixed_precision(row: Row) -> None:
     """The step of the quickstart with size targets: the loss near that in float32, gradients and weights finite."""
     sys.path.append(str(HERE.parent / "examples"))  # no package; what pytest does
-    from network import EncoderDecoder
+    from parts.network import EncoderDecoder
 
     torch.manual_seed(0)
     model = EncoderDecoder(5).to(DEVICE)

@@ -37,8 +37,9 @@ from benchmarks.baselines import (
 from benchmarks.memory import peak_bytes
 from segattr.advcam import advcam
 from segattr.bottleneck import rib
-from segattr.cam import cam, grad_cam, normalize
+from segattr.cam import cam, normalize
 from segattr.ficklenet import StochasticConv2d, ficklenet, stochastic_conv2d
+from segattr.gradients import grad_cam
 from segattr.networks.classifier import Classifier, split
 
 CLASSES = 20

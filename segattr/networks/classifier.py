@@ -3,7 +3,7 @@
 import re
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -157,6 +157,11 @@ def split(model: nn.Module, layer: str | nn.Module | None = None, *, example: Te
     if example is not None:
         check_images(example, "example")
     model = unwrapped(model)
+    with nullcontext() if example is None else taking("example", example):
+        return _split(model, layer, example)
+
+
+def _split(model: nn.Module, layer: str | nn.Module | None, example: Tensor | None) -> Classifier:
     cut = Cut(model, None if layer is None else _path(model, layer), example)
     clf = Classifier(cut.features, cut.head)
     clf.model = model
@@ -174,9 +179,12 @@ def as_classifier(clf: nn.Module, images: Tensor, layer: str | nn.Module | None 
         if layer is None:
             return clf
         clf = clf.model or clf
-    found = split(clf, layer)
+    found = _split(clf, layer, None)
     # In a network that takes none of the usual sizes, it is these images that tell.
-    return split(clf, layer, example=images) if found._cut is not None and not found._cut.reader.graphs else found
+    if found._cut is None or found._cut.reader.graphs:
+        return found
+    with taking("images", images):
+        return _split(clf, layer, images)
 
 
 def undisturbed(network: Callable[..., Any], function: Callable[[], Any], *, constant: bool = False) -> Any:

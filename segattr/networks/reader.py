@@ -98,11 +98,8 @@ class Reader:
     def _first(self, example: Tensor | None) -> None:
         """Reads the network on the example, or on the first size that it takes."""
         if example is not None:
-            try:
-                self._read(tuple(example.shape[1:]), example.dtype, example.device)
-            except (RuntimeError, ValueError, IndexError) as error:
-                got = f"{shape_text(example.shape)}, {example.dtype}"
-                raise TypeError(f"model: expected one that takes such images, got {got}: {error}") from error
+            self._read(tuple(example.shape[1:]), example.dtype, example.device)
+            return
         tensors = (t for t in (*self.model.parameters(), *self.model.buffers()) if t.is_floating_point())
         tensor = next(tensors, torch.empty(0))
         for shape in _shapes(self.model):

@@ -575,7 +575,7 @@ ONE = DATA["companions"][0]
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"clf": nn.Linear(3, 4)}, TypeError, "model: "),
+        ({"clf": nn.Linear(3, 4)}, ValueError, "images: expected what the network can take"),
         ({"images": DATA["images"][0]}, ValueError, r"images: expected \[B, C, H, W\]"),
         ({"images": DATA["images"] * torch.inf}, ValueError, "images: expected finite values"),
         ({"tags": DATA["tags"][:1]}, ValueError, r"tags: expected \[2, 4\] to go with images"),

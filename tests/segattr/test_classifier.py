@@ -362,7 +362,7 @@ def test_the_network_in_a_wrapper_is_split(wrap: Callable[[nn.Module], nn.Module
     assert split(wrapped).model is model
     assert torch.equal(split(wrapped, "layer3")(x), model(x))
     clf = split(model)
-    assert as_classifier(wrap(clf)) is clf
+    assert as_classifier(wrap(clf), x) is clf
 
 
 class Branches(nn.Module):
