@@ -206,7 +206,9 @@ def _pixels(shape: tuple[int, ...], layout: Layout) -> int:
 def _is_felt(graph: Graph, model: nn.Module, point: Result, layout: Layout) -> bool:
     """Whether the logits depend on tokens of the map, and not only on those before it."""
     parts = _parts(graph, point, layout)
-    images = torch.randn(graph.shape(IMAGES), generator=torch.Generator().manual_seed(0)).to(graph.device, graph.dtype)
+    images = torch.randn(graph.shape(IMAGES), generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(
+        graph.device, graph.dtype
+    )
     with untouched(model), evaluating(model):
         results = {IMAGES: images}
         with torch.no_grad():
@@ -406,7 +408,9 @@ def _is_average(graph: Graph, model: nn.Module, cut: Result, layout: Layout, lay
         return False
     parts = _parts(graph, cut, layout)
     shape = graph.shape(cut)
-    maps = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(graph.device, graph.dtype)
+    maps = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(
+        graph.device, graph.dtype
+    )
     with torch.no_grad(), untouched(model), evaluating(model):
         results = {parts.cut: maps}
         _run(parts.after, model, results, len(maps))
@@ -428,7 +432,8 @@ def weights_of(head: nn.Module) -> tuple[str | None, str | None]:
         return None, None
     channels = first.in_features if isinstance(first, nn.Linear) else first.in_channels
     tensor = first.weight
-    features = torch.randn(3, channels, 5, 4).to(tensor.device, tensor.dtype)
+    generator = torch.Generator("cpu").manual_seed(0)
+    features = torch.randn(3, channels, 5, 4, generator=generator, device="cpu").to(tensor.device, tensor.dtype)
     try:
         with evaluating(head):
             one, two = (

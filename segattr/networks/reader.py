@@ -101,7 +101,7 @@ class Reader:
             self._read(tuple(example.shape[1:]), example.dtype, example.device)
             return
         tensors = (t for t in (*self.model.parameters(), *self.model.buffers()) if t.is_floating_point())
-        tensor = next(tensors, torch.empty(0))
+        tensor = next(tensors, torch.empty(0, device="cpu"))
         for shape in _shapes(self.model):
             try:
                 with self._mode(), untouched(self.model), torch.no_grad():
@@ -193,8 +193,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _noise(count: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    generator = torch.Generator().manual_seed(count)
-    return torch.randn(count, *shape, generator=generator).to(device, dtype)
+    generator = torch.Generator("cpu").manual_seed(count)
+    return torch.randn(count, *shape, generator=generator, device="cpu").to(device, dtype)
 
 
 def _shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:

@@ -372,9 +372,9 @@ def _overlap(one: Tensor, other: Tensor) -> bool:
     places = []
     for tensor in (one, other):
         size, stride, offset = _geometry(tensor)
-        place = torch.tensor(offset)
+        place = torch.tensor(offset, device="cpu")
         for n, s in zip(size, stride, strict=True):
-            place = place[..., None] + torch.arange(n) * s
+            place = place[..., None] + torch.arange(n, device="cpu") * s
         places.append(place.flatten())
     return bool(torch.isin(*places).any())
 

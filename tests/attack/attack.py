@@ -19,7 +19,7 @@ import sympy  # noqa: F401
 import torch
 from torch import Tensor, nn
 
-from segloss import _checks, _precision
+from segloss.common import checks, precision
 from tests.attack.call import Call, shape_of
 from tests.attack.mutations import mutations
 
@@ -227,8 +227,8 @@ def _state() -> dict[str, Any]:
         "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
         "autocast": torch.is_autocast_enabled("cpu"),
         "default device": torch.get_default_device(),
-        "precision of products": _precision._get(),
-        "check_values": _checks._always,
+        "precision of products": precision._get(),
+        "check_values": checks._always,
         _DRAWN: torch.get_rng_state().numpy().tobytes(),
         "random state of NumPy": np.random.get_state()[1].tobytes(),  # noqa: NPY002
         "random state of Python": random.getstate(),
