@@ -43,6 +43,8 @@ from pseudo_labels import (
 )
 from torch import Tensor, nn
 
+from segattr.networks import evaluating
+
 
 @dataclasses.dataclass(frozen=True)
 class Config(pseudo_labels.Config):
@@ -178,7 +180,7 @@ def experiment(config: Config, folder: Path) -> tuple[Stages, dict[str, Tensor]]
     }
     networks: dict[str, Quality] = {}
     for name, model in train_networks(images, data, config):
-        with training.inference(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             networks |= assess(test, {name: math.nan}, partial(predict, model=model, name=name), config)
             rows |= predict(shown, model, name)
     return {"masks of training images": maps, "networks": networks}, rows

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torchvision import models, tv_tensors
 
 from segattr.lrp import HeatmapLoss, labelled_subset, unroll
+from segattr.networks import evaluating
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +160,7 @@ class Hide:
 def f1(model: nn.Module, data: Images, config: Config) -> float:
     """F1 score of the tags of the foreground, mean over the classes; a tag is predicted where its score is above 0."""
     counts = torch.zeros(2, len(data.classes), device=next(model.parameters()).device)
-    with training.inference(model):
+    with evaluating(model):
         for batch in training.share(data, config.fit(), 50, config.workers):
             output = model(batch["image"].to(counts.device))
             found = (output[0] if isinstance(output, tuple) else output) > 0
@@ -213,7 +214,7 @@ def experiment(
         return training.evaluate(Maps(model), test, augment=config.fit(), workers=config.workers)
 
     def look(model: nn.Module) -> None:
-        with torch.no_grad(), training.inference(model):
+        with torch.no_grad(), evaluating(model):
             heat = model(image)[1].cpu()
         shown.append((heat.argmax(1), heat))
 

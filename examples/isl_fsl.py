@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import segloss
 from segattr.metrics import contour_f, region_similarity
+from segattr.networks import evaluating
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Outcome(NamedTuple):
 @torch.no_grad()
 def assess(model: nn.Module, test: Batch, seconds: float) -> Outcome:
     """J and F over the data set of the CAMs of the classes present, at the background threshold of the best mean J."""
-    with training.inference(model):
+    with evaluating(model):
         scores = torch.cat([model(part)[1] for part in test["image"].split(50)])
     maps = segloss.max_normalize(F.interpolate(scores, size=test["labels"].shape[1:], mode="bilinear"))
     maps = maps * present(test)[:, :, None, None]

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 
 from segattr.metrics import JAndF, ThresholdSweep
+from segattr.networks import evaluating
 from segattr.plot import overlay
 from segattr.refine import dense_crf, pseudo_labels
 
@@ -248,7 +249,7 @@ def make_maps(
     for name, model in classifiers.items():
         needed = [kind for method in methods.values() if method.classifier == name for kind in method.maps]
         if kinds := list(dict.fromkeys(kind.removesuffix(WALKED) for kind in needed)):
-            with training.inference(model):
+            with evaluating(model):
                 work = attribute(model, kinds, images, config.seed)
                 each_image(work, images, folder / name, settings=settings, name=f"maps of {name}")
 
@@ -300,7 +301,7 @@ def experiment(config: Config, folder: Path) -> tuple[Stages, dict[str, Tensor]]
     stages["networks"] = {}
     for name, targets in trained_on.items():
         network = train_network(Relabelled(whole, targets), name, config)
-        with training.inference(network):
+        with evaluating(network):
             stages["networks"] |= assess(test, {name: math.nan}, partial(predict, model=network, name=name), config)
 
     shown = first(refined, SHOWN)

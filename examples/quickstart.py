@@ -21,6 +21,7 @@ from parts.sizes import exact_sizes, noisy_sizes
 from torch import Tensor
 
 import segloss
+from segattr.networks import evaluating
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +126,7 @@ def experiment(config: Config, test: Images, shown: Batch) -> dict[str, Outcome]
             counts={"labelled": lambda batch: (batch["labels"] != VOID).sum()},
             evaluate=evaluate,
         )
-        with torch.no_grad(), training.inference(model):
+        with torch.no_grad(), evaluating(model):
             predictions = model(shown["image"].to(device)).argmax(1).cpu()
         outcomes[name] = Outcome(evaluate(model).cpu(), progress.seconds, progress.curve, predictions)
     return outcomes

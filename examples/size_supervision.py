@@ -38,6 +38,8 @@ from parts.supervisions import counts, total_loss
 from parts.sweeps import SWEEPS, TABLE, Result, Sweep, Trial, plot, table
 from torch import Tensor, nn
 
+from segattr.networks import evaluating
+
 ANIMALS = ("cat", "dog", "bird")  # the classes of the paper's sizes that people have told
 
 
@@ -181,7 +183,7 @@ def background_and_dice(model: nn.Module, data: Images, config: Config) -> tuple
     """
     device = pick_device(config.device)
     sums = torch.zeros(4, device=device, dtype=torch.float64)
-    with training.inference(model):
+    with evaluating(model):
         for batch in training.share(data, config.fit(), 50, config.workers):
             found, labels = model(batch["image"].to(device)).argmax(1), batch["labels"].to(device)
             known, truth = labels != VOID, labels == 1
@@ -224,7 +226,7 @@ def experiment(config: Config, test: Images, shown: Batch) -> list[Result]:
             name=f"{trial.name}, seed {config.seed}",
             counts=counts(trial.terms),
         )
-        with torch.no_grad(), training.inference(model):
+        with torch.no_grad(), evaluating(model):
             predictions = model(shown["image"].to(device)).argmax(1).cpu()
         on_training = bool(config.plan and config.plan.on_training)
         background, dice = background_and_dice(model, test, config)

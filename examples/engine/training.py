@@ -25,6 +25,7 @@ from tqdm import tqdm
 from engine import processes
 from engine.checkpoint import Checkpoint
 from engine.command import check_least, output_folder
+from segattr.networks import evaluating
 
 Loss = Callable[[Any, Batch], Tensor]  # from the output of a model for a batch's images, and the batch, to a scalar
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -292,22 +293,10 @@ def evaluate(
     """
     device, count = next(model.parameters()).device, len(data.classes)
     pairs = torch.zeros(count * count, dtype=torch.int64, device=device)  # pixels by truth and prediction
-    with inference(model):
+    with evaluating(model):
         for batch in share(data, augment, batch_size, workers):
             found, labels = model(batch["image"].to(device)).argmax(1), batch["labels"].to(device)
             labelled = labels != VOID
             pairs += torch.bincount(labels[labelled] * count + found[labelled], minlength=count * count)
     table = processes.total(pairs).view(count, count).double()
     return table.diag() / (table.sum(0) + table.sum(1) - table.diag())
-
-
-@contextlib.contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
-    """Within it all modules are in evaluation mode; afterwards each is in the mode that it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import segloss
 from parts.network import block
 from segattr import Classifier
+from segattr.networks import evaluating
 
 Output = tuple[Tensor, Tensor]  # features [B, D, h, w], score maps [B, C, h, w]
 LEARNING_RATES = (2e-3, 1e-3)
@@ -116,7 +117,7 @@ def describe(model: TagClassifier, data: Images, options: Options) -> tuple[Tens
     device = next(model.parameters()).device
     keys = [[(0, i) for i in range(first, min(first + 50, len(data)))] for first in range(0, len(data), 50)]
     found = []
-    with torch.no_grad(), training.inference(model):
+    with torch.no_grad(), evaluating(model):
         for batch in loader(Prepared(data, options.fit()), keys, options.workers):
             features, scores = model(batch["image"].to(device))
             found.append((features.mean((2, 3)), scores.mean((2, 3)), present(batch).to(device)))

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from segattr.networks import evaluating
 from tests.kills import same
 
 CLASSES = ("background", "cat", "dog")
@@ -735,7 +736,7 @@ def test_modes_of_modules_are_restored_after_inference(error: type[Exception] | 
     for i in frozen:
         model[i].eval()
     modes = [module.training for module in model.modules()]
-    with contextlib.suppress(Stopped), training.inference(model):
+    with contextlib.suppress(Stopped), evaluating(model):
         assert not any(module.training for module in model.modules())
         if error:
             raise error
