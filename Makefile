@@ -1,8 +1,9 @@
 # `make demo` and `make test` need nothing but Python 3.10+ and make: each builds or reuses .venv.
 PYTHON ?= python3
+PYTHON_OLDEST ?= python3.10
 BIN := .venv/bin
 
-.PHONY: demo test fast lint docs bench frontier kills soak clean
+.PHONY: demo test fast test-oldest test-newest lint docs bench frontier kills soak clean
 demo: .venv/ready
 	$(BIN)/python examples/quickstart.py
 
@@ -12,6 +13,10 @@ test: lint docs
 
 fast: lint
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+
+# The fast tests with the oldest and with the newest packages that are supported: several GB each, a CUDA build of torch.
+test-oldest test-newest: test-%: .venv-%/ready
+	.venv-$*/bin/python -m pytest -n 2 -m "not slow and not gpu"
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -45,5 +50,12 @@ soak: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
 	touch $@
 
+.venv-oldest/ready: PYTHON := $(PYTHON_OLDEST)
+.venv-%/ready: pyproject.toml constraints-%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-$*.txt torch
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-$*.txt -e ".[test]"
+	touch $@
+
 clean:
-	rm -rf .venv dist runs docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv .venv-oldest .venv-newest dist runs docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

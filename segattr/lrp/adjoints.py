@@ -107,13 +107,13 @@ def conv2d(
     ]
     rest = [n - least for n, least in zip(x.shape[2:], smallest, strict=True)]
     shifts = {} if bias is None else {"bias": bias}
-    if norm:
+    if norm is not None:
         normalised = norm(output)
         assert normalised.scale is not None
         scale = normalised.scale
         output, weight = normalised.output, weight * scale[:, None, None, None]
         shifts = {name: scale * shift for name, shift in shifts.items()}
-        shifts |= {f"norm.{name}": shift for name, shift in normalised.shifts.items()}
+        shifts.update({f"norm.{name}": shift for name, shift in normalised.shifts.items()})
 
     to_image = x.shape[1] <= 4 and min(stride) > 1 and groups == 1 and dilation == (1, 1)
 
@@ -166,7 +166,7 @@ def normalise(module: nn.BatchNorm2d, x: Tensor, mean: Tensor, variance: Tensor)
     if module.affine:
         scale = scale * module.weight
     output = F.batch_norm(x, mean, variance, module.weight, module.bias, training=False, eps=module.eps)
-    shifts = {"mean_shift": -mean * scale} | ({"bias": module.bias} if module.affine else {})
+    shifts = {"mean_shift": -mean * scale, **({"bias": module.bias} if module.affine else {})}
     return Linearised(output, lambda gradient: gradient * channels(scale, gradient), shifts, scale, weighted=True)
 
 

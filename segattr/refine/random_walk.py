@@ -92,8 +92,8 @@ def random_walk(
     row, column = (image * (height * width) + pixel for pixel in (row, column))
     weights = _transitions(entries.values().double(), row, images * height * width, beta)
     walked: Tensor = _Walk.apply(scores.permute(0, 2, 3, 1).flatten(0, 2), weights, row, column, steps)
-    dtype = torch.promote_types(wide_dtype(maps), wide_dtype(affinity))
-    return walked.view(images, height, width, count).permute(0, 3, 1, 2).to(dtype).contiguous()
+    walked = _within(scores.detach(), walked.view(images, height, width, count).permute(0, 3, 1, 2))
+    return walked.to(torch.promote_types(wide_dtype(maps), wide_dtype(affinity))).contiguous()
 
 
 def _transitions(values: Tensor, row: Tensor, rows: int, beta: float) -> Tensor:
@@ -102,6 +102,12 @@ def _transitions(values: Tensor, row: Tensor, rows: int, beta: float) -> Tensor:
     largest = values.detach().new_zeros(rows).scatter_reduce(0, row, values.detach(), "amax")
     powers = (values / largest[row]) ** beta
     return powers / powers.new_zeros(rows).index_add(0, row, powers)[row]
+
+
+def _within(scores: Tensor, walked: Tensor) -> Tensor:
+    """Back in the range of the scores, which rounding in hundreds of steps may leave; gradients pass as they are."""
+    least, largest = scores.amin((2, 3), keepdim=True), scores.amax((2, 3), keepdim=True)
+    return walked + (walked.detach().clamp(least, largest) - walked.detach())
 
 
 class _Walk(torch.autograd.Function):

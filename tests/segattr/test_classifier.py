@@ -306,6 +306,13 @@ def test_splitting_leaves_no_trace() -> None:
     assert not model.out.weight.requires_grad
 
 
+def test_calls_of_modules_are_those_of_torch_after_a_network_that_cannot_be_followed() -> None:
+    call = nn.Module.__call__
+    with pytest.raises(TypeError, match="its code cannot be followed"):
+        split(Branches())
+    assert nn.Module.__call__ is call
+
+
 def test_hooks_of_layers_run() -> None:
     model = resnet_basic().eval()
     clf = split(model)

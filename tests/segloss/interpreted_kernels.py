@@ -19,6 +19,11 @@ from segloss import _average, _average_kernels
 from segloss.bilateral import guide_features, kernel_tiles, kernels
 from segloss.bilateral.reference import gaussian_filter_reference, guide_gradient_reference
 
+# The interpreter of Triton 3.3 takes numbers out of arrays in a way that NumPy has called deprecated since 1.25.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Conversion of an array with ndim > 0:DeprecationWarning:triton.runtime.interpreter"
+)
+
 REACH = {torch.float32: 6e-4, torch.float64: 1e-13}  # of the sum of the absolute terms, at most
 USUAL = {torch.float32: 1e-3, torch.float64: 1e-14}  # in the norm
 
