@@ -250,7 +250,8 @@ class _Solve:
                 raise ValueError("detector: expected outputs that autograd can follow to the images, got detached ones")
             loss = factor * self.sparsity * masks.abs().sum() + factor * parts.sum()
             masks.grad = torch.autograd.grad(loss, masks)[0]
-            optimizer.step()
+            with torch.device("cpu"):  # where Adam counts its steps: torch 2.7 would do it on the default device
+                optimizer.step()
             with torch.no_grad():
                 masks.clamp_(0, 1)
             if self.progress is not None:

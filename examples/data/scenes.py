@@ -3,7 +3,8 @@
 Everything comes from files inside the scikit-image and scikit-learn wheels, so nothing is downloaded, and every
 kind of annotation is exact. A scene depends on (version, split, seed, index) and the options only, never on the order
 of access. All drawing is done in 8-bit integers with numpy's frozen ``RandomState`` streams, so that the same scene
-has the same bits everywhere.
+has the same bits everywhere, but for Pillow: since release 13 it rounds some pixels of resized pictures otherwise, by 1
+or 2 of 255.
 """
 
 from collections.abc import Iterable, Iterator

@@ -62,8 +62,7 @@ def attack(call: Call, spoilt: list[Spoil], seconds: float = 10.0) -> None:
     try:
         _attack(call, spoilt, seconds)
     except AssertionError as error:
-        error.add_note(f"spoilt: {spoilt}")
-        raise
+        raise AssertionError(f"{error}; spoilt: {spoilt}") from error
 
 
 def _attack(call: Call, spoilt: list[Spoil], seconds: float) -> None:
@@ -226,7 +225,7 @@ def _state() -> dict[str, Any]:
         "anomaly mode": torch.is_anomaly_enabled(),
         "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
         "autocast": torch.is_autocast_enabled("cpu"),
-        "default device": torch.get_default_device(),
+        "default device": torch.empty(0).device,  # what torch 2.7 tells of it fails after it was set to None
         "precision of products": precision._get(),
         "check_values": checks._always,
         _DRAWN: torch.get_rng_state().numpy().tobytes(),
