@@ -265,8 +265,9 @@ def _list(
         # Left out if both sides can do without: the kernel stays symmetric.
         drop = (count * weight <= own_threshold) & (own_count * weight <= there) & (others != tile)
         near = own_norm + tl.load(norm + image * tiles + others, mask=present, other=0.0) <= compact
-        near_kept = (present & ~drop & near).to(tl.int32)
-        far_kept = (present & ~drop & ~near).to(tl.int32)
+        # The interpreter of Triton 3.3 has no negation of masks.
+        near_kept = tl.where(drop, 0, (present & near).to(tl.int32))
+        far_kept = tl.where(drop | near, 0, present.to(tl.int32))
         rows = row - tile + others
         tl.store(entries + front + tl.cumsum(near_kept, 0) - 1, rows, mask=near_kept > 0)
         tl.store(entries + tiles - back - tl.cumsum(far_kept, 0), rows, mask=far_kept > 0)
