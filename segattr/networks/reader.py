@@ -99,6 +99,7 @@ class Reader:
         """Reads the network on the example, or on the first size that it takes."""
         if example is not None:
             self._read(tuple(example.shape[1:]), example.dtype, example.device)
+            return
         tensors = (t for t in (*self.model.parameters(), *self.model.buffers()) if t.is_floating_point())
         tensor = next(tensors, torch.empty(0))
         for shape in _shapes(self.model):
