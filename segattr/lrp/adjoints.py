@@ -285,8 +285,7 @@ def functional_dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace
     return identity(x)
 
 
-@adjoint("contiguous", "clone", "positive")
-def identity(x: Tensor, *args: Any, **kwargs: Any) -> Linearised:
+def identity(x: Tensor) -> Linearised:
     return Linearised(x, lambda gradient: gradient)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -67,7 +68,7 @@ _CARRIERS: dict[str, tuple[int, ...]] = {
     "masked_scatter": (0, 2),
 }
 # Names of arguments that functions and methods of torch may be called by.
-_NAMES = ({"input", "query", "tensors", "self", "condition"}, {"other", "key", "mat2", "exponent"}, {"value"})
+_NAMES = ({"input", "query", "tensors", "self"}, {"other", "key", "mat2", "exponent"})
 # Operations that also give indices.
 _CHOOSING = frozenset(("max", "min", "median", "nanmedian", "mode", "sort", "topk", "kthvalue", "cummax", "cummin"))
 
@@ -81,6 +82,8 @@ class Call:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if overwrites(self.node) and isinstance(args[0], Tensor):
             args = (args[0].clone(), *args[1:])
+        if self.kind == "view" and not isinstance(args[1], torch.dtype):  # a rule may order memory in another way
+            return args[0].reshape(*args[1:], **kwargs)
         return call(self.node, self.model, args, kwargs)
 
 
@@ -245,13 +248,16 @@ class Plans:
         return Plans, (self.model, self.rules, self.gates, self.example)
 
     def plan(self, x: Tensor) -> Plan:
-        return self._of(self.reader.graph(x))
+        """For images. Under ``torch.compile`` one that there is."""
+        plan = self._of(self.reader.graph(x))
+        if len(self.kept) > len(self.reader.graphs):  # of a network that has been changed
+            self.kept = [plan for plan in self.kept if any(plan.graph is graph for graph in self.reader.graphs)]
+        return plan
 
     def _of(self, graph: Graph) -> Plan:
         for plan in self.kept:
             if plan.graph is graph:
                 return plan
-        self.kept = [plan for plan in self.kept if plan.graph in self.reader.graphs]
         self.kept.append(Planner(graph, self.model, self.rules, self.gates).plan())
         return self.kept[-1]
 
@@ -429,8 +435,8 @@ class Arguments(NamedTuple):
 def _by_place(args: Any, kwargs: Any) -> tuple[Any, Any]:
     """With the first arguments by their places, also where they are given by name."""
     args, kwargs = list(args), dict(kwargs)
-    while names := _NAMES[len(args)] & kwargs.keys() if len(args) < len(_NAMES) else None:
-        args.append(kwargs.pop(names.pop()))
+    for names in _NAMES[len(args) :]:
+        args += [kwargs.pop(name) for name in names & kwargs.keys()]
     return tuple(args), kwargs
 
 

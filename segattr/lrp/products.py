@@ -72,7 +72,7 @@ def div(x: Tensor, y: Any, *, rounding_mode: None = None, roles: Any) -> Lineari
 
 
 @adjoint("scaled_dot_product_attention")
-def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, roles: Any, **kwargs: Any) -> Linearised:
+def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Linearised:
     """Of values; the weights are those that it gives to unit vectors."""
     output = F.scaled_dot_product_attention(query, key, value, *args, **kwargs)
     with torch.no_grad():

@@ -97,7 +97,7 @@ def _flatten(module: nn.Flatten, x: Tensor) -> Linearised:
 @adjoint("adjoint", "mT", "T", "t", "movedim", "moveaxis", "permute", "swapaxes", "swapdims", "transpose")
 def permute(x: Tensor, *args: Any, call: Callable[..., Tensor], **kwargs: Any) -> Linearised:
     """Another order of the axes, which the operation gives away by what it does to sizes."""
-    sizes = torch.empty(range(1, x.dim() + 1), device="meta")
+    sizes = torch.empty(*range(1, x.dim() + 1), device="meta")
     back = [0] * x.dim()
     for place, size in enumerate(call(sizes, *args, **kwargs).shape):
         back[size - 1] = place + 1
@@ -141,6 +141,12 @@ def mean(x: Tensor, dim: Any = None, keepdim: bool = False, *, call: Callable[..
         return (gradient / count).expand(*gradient.shape[:2], *x.shape[1:])
 
     return Linearised(x.mean(dim, keepdim), back)
+
+
+@adjoint("contiguous", "clone", "positive")
+def same(x: Tensor, *args: Any, call: Callable[..., Tensor], **kwargs: Any) -> Linearised:
+    """The same numbers in other memory."""
+    return Linearised(call(x, *args, **kwargs), lambda gradient: gradient)
 
 
 @adjoint("neg", "negative")
