@@ -1,6 +1,5 @@
 """Operations that are a factor times their input: the factor is a gate, held constant."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from segattr.lrp.adjoints import Linearised, adjoint, channels, last_axis
+from segattr.lrp.call import Call
 from segattr.lrp.products import attention, glu, scaled
 
 # --- activations
@@ -17,7 +17,7 @@ from segattr.lrp.products import attention, glu, scaled
     *("silu", "gelu", "hardswish", "mish", "tanh", "elu", "celu", "selu", "softplus", "logsigmoid", "softsign"),
     *("hardshrink", "softshrink", "tanhshrink", "log_sigmoid"),
 )
-def activation(x: Tensor, *args: Any, call: Callable[..., Tensor], **kwargs: Any) -> Linearised:
+def activation(x: Tensor, *args: Any, call: Call, **kwargs: Any) -> Linearised:
     r"""f(x) as x g(x) + f(0), with the slope of the line from 0 as gate, :math:`g(x) = (f(x) - f(0)) / x`."""
     output = call(x, *args, **kwargs)
     with torch.no_grad():
@@ -33,7 +33,7 @@ _NOT_ZERO = ("softplus", "logsigmoid", "log_sigmoid")
 
 
 @adjoint("pow", "float_power", "square")
-def power(x: Tensor, exponent: Any = 2, *, call: Callable[..., Tensor], roles: Any) -> Linearised:
+def power(x: Tensor, exponent: Any = 2, *, call: Call, roles: Any) -> Linearised:
     r"""x times :math:`x^{p - 1}`."""
     output = call(x, exponent) if len(roles) > 1 else call(x)
     gate = torch.where(x == 0, 0, output / torch.where(x == 0, 1, x)).detach()
@@ -59,9 +59,7 @@ def layer_norm(
 
 
 @adjoint("rms_norm")
-def rms_norm(
-    x: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
-) -> Linearised:
+def rms_norm(x: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Linearised:
     axes = tuple(range(-len(normalized_shape), 0))
     eps = torch.finfo(x.dtype).eps if eps is None else eps
     gate = (x.detach().square().mean(axes, keepdim=True) + eps).rsqrt().unsqueeze(1)

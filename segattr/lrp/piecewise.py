@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from segattr.lrp.adjoints import Linearised, adjoint
-from segattr.lrp.products import scaled, shift, summed
+from segattr.lrp.call import Call
+from segattr.lrp.products import scaled, shifts, summed
 from segattr.lrp.structure import local_map
 
 
@@ -83,22 +84,22 @@ def clamp_max(x: Tensor, max: Any) -> Linearised:
 
 
 @adjoint("maximum", "minimum", "fmax", "fmin")
-def larger(x: Tensor, y: Tensor, *, call: Any, roles: Any) -> Linearised:
+def larger(x: Tensor, y: Tensor, *, call: Call, roles: Any) -> Linearised:
     """Each number goes back to the one that it is of, to both in equal parts if they are equal."""
     output = call(x, y)
     first = ((output == x).to(output.dtype) + 1 - (output == y).to(output.dtype)) / 2
     shares = [(x, first, roles[0]), (y, 1 - first, roles[1])]
     carried = [(v, share) for v, share, role in shares if role == "signal"]
-    constants = [shift(share * v, output) for v, share, role in shares if role != "signal"]
+    constants = [share * v for v, share, role in shares if role != "signal"]
 
     def back(gradient: Tensor) -> list[Tensor]:
         return [summed(gradient * share.unsqueeze(1), v) for v, share in carried]
 
-    return Linearised(output, back, {"constant": constant for constant in constants})
+    return Linearised(output, back, shifts(constants, output))
 
 
 @adjoint("max", "min")
-def extreme(x: Tensor, *args: Any, call: Any, roles: Any, **kwargs: Any) -> Linearised:
+def extreme(x: Tensor, *args: Any, call: Call, roles: Any, **kwargs: Any) -> Linearised:
     """Over an axis, or of two tensors."""
     if len(args) == 1 and isinstance(args[0], Tensor):
         return larger(x, *args, call=call, roles=roles)
@@ -106,5 +107,5 @@ def extreme(x: Tensor, *args: Any, call: Any, roles: Any, **kwargs: Any) -> Line
 
 
 @adjoint("amax", "amin")
-def extremes(x: Tensor, *args: Any, call: Any, roles: Any, **kwargs: Any) -> Linearised:
+def extremes(x: Tensor, *args: Any, call: Call, roles: Any, **kwargs: Any) -> Linearised:
     return local_map(x, *args, call=call, roles=roles, **kwargs)

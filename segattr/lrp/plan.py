@@ -6,14 +6,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from segattr.lrp import piecewise, structure  # noqa: F401  (their rules)
-from segattr.lrp.adjoints import Adjoint, Linearised, Rule, batch_norm, batch_statistics, convolution, convolution_module
+from segattr.lrp.adjoints import (
+    Adjoint,
+    Linearised,
+    Rule,
+    batch_norm,
+    batch_statistics,
+    convolution,
+    convolution_module,
+)
+from segattr.lrp.call import Call
 from segattr.lrp.gates import GATED
-from segattr.networks.graph import Graph, call, filled, needed, results_in, store
+from segattr.networks.graph import Graph, filled, needed, results_in, store
 from segattr.networks.modes import evaluating
 from segattr.networks.reader import Reader
 from segattr.networks.record import IMAGES, Attribute, Node, Result, mapped
@@ -24,7 +32,16 @@ Gates = Literal["constant", "refuse"]
 # Results that only choose, scale or normalise something: they depend on the image, but carry no relevance.
 GATES = frozenset(
     (
-        *("sigmoid", "hardsigmoid", "softmax", "softmin", "log_softmax", "gumbel_softmax", "logsumexp", "special_expit"),
+        *(
+            "sigmoid",
+            "hardsigmoid",
+            "softmax",
+            "softmin",
+            "log_softmax",
+            "gumbel_softmax",
+            "logsumexp",
+            "special_expit",
+        ),
         *("exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sqrt", "rsqrt", "reciprocal", "rpow", "rdiv"),
         *("norm", "vector_norm", "linalg_norm", "linalg_vector_norm", "matrix_norm", "var", "std", "var_mean"),
         *("std_mean", "sign", "sgn", "heaviside", "gt", "lt", "ge", "le", "eq", "ne", "isnan", "isinf", "isfinite"),
@@ -71,27 +88,6 @@ _CARRIERS: dict[str, tuple[int, ...]] = {
 _NAMES = ({"input", "query", "tensors", "self"}, {"other", "key", "mat2", "exponent"})
 # Operations that also give indices.
 _CHOOSING = frozenset(("max", "min", "median", "nanmedian", "mode", "sort", "topk", "kthvalue", "cummax", "cummin"))
-
-
-class Call:
-    """What an operation calls, with its own arguments or others, and never in place."""
-
-    def __init__(self, node: Node, model: nn.Module) -> None:
-        self.node, self.model, self.kind = node, model, node.kind
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if overwrites(self.node) and isinstance(args[0], Tensor):
-            args = (args[0].clone(), *args[1:])
-        if self.kind == "view" and not isinstance(args[1], torch.dtype):  # a rule may order memory in another way
-            return args[0].reshape(*args[1:], **kwargs)
-        return call(self.node, self.model, args, kwargs)
-
-
-def overwrites(node: Node) -> bool:
-    """Whether an operation may overwrite its first argument."""
-    named = str(getattr(node.target, "__name__", node.target))
-    in_place = named.endswith("_") and not named.endswith("__")
-    return node.kind == "setitem" or in_place or bool(node.kwargs.get("inplace")) or any(a is True for a in node.args)
 
 
 @dataclass
@@ -369,8 +365,8 @@ class Planner:
         read = [node for node in self.graph.nodes if node.how == "value" and self._depends(node)]
         if read:
             raise TypeError(
-                f"model: expected code that reads no numbers out of images, got {_places(read)}: what it does with them "
-                "would be that for another image"
+                f"model: expected code that reads no numbers out of images, got {_places(read)}: what it does with "
+                "them would be that for another image"
             )
         missing = [node for node in carrying if self._rule(node)[0] is None]
         if missing:
@@ -475,8 +471,8 @@ def _fold(operations: list[Operation], output: Result) -> list[Operation]:
         users.update(results_in((operation.args, operation.kwargs)))
     kept: dict[str, Operation] = {}
     for operation in operations:
-        source = next(iter(results_in(operation.args)), None)
-        previous = kept.get(source.name) if source else None
+        source = next(iter(results_in(operation.args)), IMAGES)
+        previous = kept.get(source.name)
         if (
             operation.rule in (batch_norm, batch_statistics)
             and previous is not None

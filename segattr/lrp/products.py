@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from segattr.lrp.adjoints import Adjoint, Linearised, adjoint, held
+from segattr.lrp.call import Call
 
 
 def scaled(factor: Tensor, x: Tensor) -> Adjoint:
@@ -33,7 +34,7 @@ def summed(gradient: Tensor, x: Tensor) -> Tensor:
 
 
 @adjoint("add", "sub", "subtract", "rsub")
-def add(x: Any, y: Any, *, alpha: float = 1, call: Any, roles: Any) -> Linearised:
+def add(x: Any, y: Any, *, alpha: float = 1, call: Call, roles: Any) -> Linearised:
     output = call(x, y) if alpha == 1 else call(x, y, alpha=alpha)
     signs = {"add": (1, alpha), "sub": (1, -alpha), "rsub": (-alpha, 1)}[call.kind]
     carried = [(v, sign) for v, sign, role in zip((x, y), signs, roles, strict=True) if role == "signal"]
@@ -42,13 +43,17 @@ def add(x: Any, y: Any, *, alpha: float = 1, call: Any, roles: Any) -> Linearise
     def back(gradient: Tensor) -> list[Tensor]:
         return [summed(gradient if sign == 1 else sign * gradient, v) for v, sign in carried]
 
-    return Linearised(output, back, {"constant": shift(v, output) for v in others if isinstance(v, Tensor) or v != 0})
+    return Linearised(output, back, shifts(others, output))
 
 
-def shift(value: Any, output: Tensor) -> Tensor:
-    """A number or tensor that is added to an output, with as many axes as that."""
-    value = torch.as_tensor(value, dtype=output.dtype, device=output.device)
-    return value.reshape(*[1] * (output.dim() - value.dim()), *value.shape)
+def shifts(values: list[Any], output: Tensor) -> dict[str, Tensor]:
+    """Of a number or tensor that is added to an output, with as many axes as that; none of a 0."""
+    found = {}
+    for value in values:
+        if isinstance(value, Tensor) or value != 0:
+            value = torch.as_tensor(value, dtype=output.dtype, device=output.device)
+            found["constant"] = value.reshape(*[1] * (output.dim() - value.dim()), *value.shape)
+    return found
 
 
 # --- products
@@ -95,8 +100,7 @@ def _grouped(gradient: Tensor, value: Tensor) -> Tensor:
 def glu(x: Tensor, dim: int = -1) -> Linearised:
     """The first half carries, the sigmoid of the second one is its gate."""
     axis = dim % x.dim()
-    half, other = x.chunk(2, axis)
-    gate = other.detach().sigmoid().unsqueeze(1)
+    gate = x.chunk(2, axis)[1].detach().sigmoid().unsqueeze(1)
 
     def back(gradient: Tensor) -> Tensor:
         carried = gradient * gate

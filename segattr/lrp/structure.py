@@ -68,7 +68,7 @@ def _transposed(
         return tuple(t for t in ((result,) if isinstance(result, Tensor) else result) if t.is_floating_point())
 
     def back(gradient: Any) -> Sequence[Tensor]:
-        _, pull = torch.func.vjp(function, *(at(x) for x in signals(args, roles)))
+        pull = torch.func.vjp(function, *(at(x) for x in signals(args, roles)))[1]
         gradients = (gradient,) if isinstance(gradient, Tensor) else tuple(gradient)
         found: Sequence[Tensor] = torch.vmap(pull, in_dims=1, out_dims=1)(gradients)
         return found
@@ -80,7 +80,7 @@ def _transposed(
 
 
 @adjoint("flatten", "reshape", "view", "squeeze", "unsqueeze", "unflatten", "reshape_as", "view_as")
-def reshape(x: Tensor, *args: Any, call: Callable[..., Tensor], **kwargs: Any) -> Linearised:
+def reshape(x: Tensor, *args: Any, call: Callable[..., Any], **kwargs: Any) -> Linearised:
     """Another shape of the same numbers in the same order."""
     output = call(x, *args, **kwargs)
     if output.shape[:1] == x.shape[:1]:
@@ -95,7 +95,7 @@ def _flatten(module: nn.Flatten, x: Tensor) -> Linearised:
 
 
 @adjoint("adjoint", "mT", "T", "t", "movedim", "moveaxis", "permute", "swapaxes", "swapdims", "transpose")
-def permute(x: Tensor, *args: Any, call: Callable[..., Tensor], **kwargs: Any) -> Linearised:
+def permute(x: Tensor, *args: Any, call: Callable[..., Any], **kwargs: Any) -> Linearised:
     """Another order of the axes, which the operation gives away by what it does to sizes."""
     sizes = torch.empty(*range(1, x.dim() + 1), device="meta")
     back = [0] * x.dim()
@@ -126,7 +126,7 @@ def cat(tensors: Sequence[Tensor], dim: int = 0, *, roles: Any) -> Linearised:
 
 
 @adjoint("mean")
-def mean(x: Tensor, dim: Any = None, keepdim: bool = False, *, call: Callable[..., Tensor]) -> Linearised:
+def mean(x: Tensor, dim: Any = None, keepdim: bool = False, *, call: Callable[..., Any]) -> Linearised:
     axes = sorted(d % x.dim() for d in (dim if isinstance(dim, (tuple, list)) else (dim,)) if d is not None)
     if not axes or 0 in axes:
         return linear_map(x, dim, keepdim, call=call, roles=("signal", "free", "free"))
@@ -144,7 +144,7 @@ def mean(x: Tensor, dim: Any = None, keepdim: bool = False, *, call: Callable[..
 
 
 @adjoint("contiguous", "clone", "positive")
-def same(x: Tensor, *args: Any, call: Callable[..., Tensor], **kwargs: Any) -> Linearised:
+def same(x: Tensor, *args: Any, call: Callable[..., Any], **kwargs: Any) -> Linearised:
     """The same numbers in other memory."""
     return Linearised(call(x, *args, **kwargs), lambda gradient: gradient)
 
@@ -155,7 +155,7 @@ def neg(x: Tensor) -> Linearised:
 
 
 @adjoint("to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda")
-def cast(x: Tensor, *args: Any, call: Callable[..., Tensor], **kwargs: Any) -> Linearised:
+def cast(x: Tensor, *args: Any, call: Callable[..., Any], **kwargs: Any) -> Linearised:
     """Another precision or device."""
     return Linearised(call(x, *args, **kwargs), lambda gradient: gradient.to(x.device, x.dtype))
 
