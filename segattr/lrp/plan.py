@@ -161,7 +161,7 @@ class Saved(NamedTuple):
     adjoint: Adjoint
     shifts: dict[str, Tensor]
     size: Tensor | None  # of its output, for LRP-epsilon
-    output: Any
+    several: Sequence[Tensor] | None  # outputs, where it has more than one
 
 
 class TiedLayer(nn.Module):

@@ -1,5 +1,6 @@
 """Layer-wise relevance propagation (LRP) unrolled into a decoder whose layers are tied to those of the classifier."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -105,7 +106,7 @@ class UnrolledLRP(nn.Module):
         tape = {}
         for name, step in steps.items():
             size = step.output.detach().abs().unsqueeze(1) if self.epsilon and step.weighted else None
-            tape[name] = Saved(step.adjoint, step.shifts, size, step.output)
+            tape[name] = Saved(step.adjoint, step.shifts, size, None if isinstance(step.output, Tensor) else step.output)
         return results[plan.output], tape
 
     def _heat(self, plan: Plan, x: Tensor, start: Tensor, tape: dict[str, Saved]) -> Tensor:
@@ -128,7 +129,7 @@ class UnrolledLRP(nn.Module):
         gradients = {plan.output: start}
         for operation, layer in zip(reversed(plan.carrying), plan.decoder, strict=True):
             step = tape[operation.name]
-            gradient = _gather(operation, gradients, step.output)
+            gradient = _gather(operation, gradients, step.several)
             if step.size is not None:
                 gradient = gradient * (step.size / (step.size + self.epsilon))
             if absorbed is not None:
@@ -139,15 +140,15 @@ class UnrolledLRP(nn.Module):
         return gradients[IMAGES]
 
 
-def _gather(operation: Operation, gradients: dict[Result, Tensor], output: Any) -> Any:
+def _gather(operation: Operation, gradients: dict[Result, Tensor], several: Sequence[Tensor] | None) -> Any:
     """Gradients at the result of an operation, or at its several ones, with zeros where nothing used one."""
-    if isinstance(output, Tensor):
+    if several is None:
         return gradients.pop(operation.outputs[0])
     found = [gradients.pop(result, None) for result in operation.outputs]
     classes = next(gradient.shape[1] for gradient in found if gradient is not None)
     return [
         t.new_zeros(t.shape[:1] + (classes,) + t.shape[1:]) if gradient is None else gradient
-        for gradient, t in zip(found, output, strict=True)
+        for gradient, t in zip(found, several, strict=True)
         if t.is_floating_point()
     ]
 
