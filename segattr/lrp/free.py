@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segattr.lrp.adjoints import Linearised
-from segattr.lrp.trace import Operation
+from segattr.lrp.plan import Operation, Plan, Plans
 from segattr.networks.classes import Classes, check_classes
 from segattr.networks.classifier import taking
 from segattr.networks.modes import evaluating
+from segattr.networks.record import IMAGES, Result
 from segloss.common.checks import check_choice, check_finite, check_floating, shape_text
 
 WIDEST = 256  # channels of a level: makes the U-Net of ResNet-50 about as large as the one of the paper
@@ -21,27 +21,27 @@ class Level(nn.Sequential):
     """One resolution of the decoder: nearest up-sampling, concatenation with the encoder's map, two convolutions.
 
     Args:
-        source: name of the result whose size it goes up to.
+        source: the result whose size it goes up to.
         below: channels that it gets from the level below.
         beside: channels of the encoder's map that are concatenated; 0 for none.
         width: channels that it gives.
     """
 
-    def __init__(self, source: str, below: int, beside: int, width: int) -> None:
+    def __init__(self, source: Result, below: int, beside: int, width: int) -> None:
         layers: list[nn.Module] = []
         for channels in (below + beside, width):
             layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
         super().__init__(*layers)
         self.source, self.beside = source, beside
 
-    def forward(self, x: Tensor, results: dict[str, Tensor]) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, results: dict[Result, Tensor]) -> Tensor:  # type: ignore[override]
         guide = results[self.source]
         x = _resize(x, guide)
         return super().forward(torch.cat([x, guide], 1) if self.beside else x)
 
     def extra_repr(self) -> str:
         concatenated = f", concatenated with its {self.beside} channels" if self.beside else ""
-        return f"up to the size of {self.source}{concatenated}"
+        return f"up to the size of {self.source.name}{concatenated}"
 
 
 class FreeDecoder(nn.Module):
@@ -59,9 +59,7 @@ class FreeDecoder(nn.Module):
     part in the maps: under DistributedDataParallel a loss of the maps alone needs ``find_unused_parameters=True``.
 
     Args:
-        encoder: the classifier itself, whose own head gives the scores.
-        image: name of its input.
-        operations: of the classifier, in order.
+        plans: of the classifier, which is the encoder, and whose own head gives the scores.
         skip: ``"concat"`` for the U-Net, None for the FCN.
         size: of the image to find the resolutions with, ``(C, H, W)``, any that the classifier can take.
 
@@ -75,27 +73,25 @@ class FreeDecoder(nn.Module):
 
     def __init__(
         self,
-        encoder: nn.Module,
-        image: str,
-        operations: list[Operation],
+        plans: Plans,
         skip: Literal["concat"] | None = None,
         size: tuple[int, int, int] = (3, 224, 224),
     ) -> None:
         check_choice("skip", skip, (None, "concat"))
         super().__init__()
-        self.encoder, self.image, self.operations = encoder, image, operations
-        results = self._example(size)
-        *sources, self.bottleneck = _feature_maps(image, operations, results)
-        scores = results[operations[-1].name]
+        self.encoder, self.plans = plans.model, plans
+        results, plan = self._example(size)
+        *sources, self.bottleneck = _feature_maps(plan, results)
+        scores = results[plan.output]
         if scores.dim() != 2:
             raise ValueError(f"model: expected scores [B, K], got {shape_text(scores.shape)}")
         width = results[self.bottleneck].shape[1]
         levels = []
         for source in reversed(sources):
             below, beside = width, results[source].shape[1]
-            if source != image:  # the finest level is as wide as the one before
+            if source != IMAGES:  # the finest level is as wide as the one before
                 width = min(beside, WIDEST)
-            levels.append(Level(source, below, beside if skip and source != image else 0, width))
+            levels.append(Level(source, below, beside if skip and source != IMAGES else 0, width))
         self.decoder = nn.ModuleList(levels).to(scores)
         self.maps = nn.Conv2d(width, scores.shape[1], 1).to(scores)
 
@@ -106,26 +102,21 @@ class FreeDecoder(nn.Module):
             raise ValueError(f"x: expected [B, C, H, W], got {shape_text(x.shape)}")
         check_finite("x", x)
         with taking("x", x):
-            results = self._encode(x)
+            plan = self.plans.plan(x)
+            results = plan.run(self.encoder, x)[0]
         maps = results[self.bottleneck]
         for level in self.decoder:
             maps = level(maps, results)
-        return results[self.operations[-1].name], _choose(_resize(self.maps(maps), x), classes)
+        return results[plan.output], _choose(_resize(self.maps(maps), x), classes)
 
-    def _encode(self, x: Tensor) -> dict[str, Any]:
-        """The results of all operations by name, and the image."""
-        results: dict[str, Any] = {self.image: x}
-        for operation in self.operations:
-            step = operation.run(self.encoder, results)
-            results[operation.name] = step.output if isinstance(step, Linearised) else step
-        return results
-
-    def _example(self, size: tuple[int, int, int]) -> dict[str, Any]:
-        """What :meth:`_encode` gives for a blank image in evaluation mode, which leaves no trace in the encoder."""
+    def _example(self, size: tuple[int, int, int]) -> tuple[dict[Result, Any], Plan]:
+        """The results for a blank image in evaluation mode, which leaves no trace in the encoder."""
         parameter = next(self.encoder.parameters(), torch.empty(0))
         with torch.no_grad(), evaluating(self.encoder):
             try:
-                return self._encode(parameter.new_zeros(1, *size))
+                x = parameter.new_zeros(1, *size)
+                plan = self.plans.plan(x)
+                return plan.run(self.encoder, x)[0], plan
             except RuntimeError as error:
                 raise ValueError(f"size: the classifier does not take an image {shape_text(size)}: {error}") from error
 
@@ -143,28 +134,28 @@ def _resize(x: Tensor, guide: Tensor) -> Tensor:
     return x if x.shape[2:] == guide.shape[2:] else F.interpolate(x, guide.shape[2:], mode="nearest")
 
 
-def _feature_maps(image: str, operations: list[Operation], results: dict[str, Any]) -> list[str]:
-    """Names of the feature maps, the last at each resolution, from fine to coarse; the image where none is as fine."""
-    height = results[image].shape[2]
-    found = {0: image}  # by how often the image is halved
-    for operation in _cut_points(image, operations, results):
-        shape = results[operation.name].shape
+def _feature_maps(plan: Plan, results: dict[Result, Any]) -> list[Result]:
+    """The feature maps, the last at each resolution, from fine to coarse; the image where none is as fine."""
+    height = results[IMAGES].shape[2]
+    found = {0: IMAGES}  # by how often the image is halved
+    for operation in _cut_points(plan):
+        (result,) = operation.outputs
+        shape = results[result].shape
         if len(shape) != 4 or shape[2:].numel() == 1 or operation.kind.lower().startswith("adaptive"):
             break  # global pooling, or the head
-        found[round(math.log2(height / shape[2]))] = operation.name
-    if found == {0: image}:
+        found[round(math.log2(height / shape[2]))] = result
+    if found == {0: IMAGES}:
         raise TypeError("model: expected a classifier with feature maps, such as a ResNet, got none before its head")
     return [found[halvings] for halvings in sorted(found)]
 
 
-def _cut_points(image: str, operations: list[Operation], results: dict[str, Any]) -> list[Operation]:
+def _cut_points(plan: Plan) -> list[Operation]:
     """The operations that everything after them depends on, in order: none later has an input from before them."""
-    tensors = [operation for operation in operations if isinstance(results[operation.name], Tensor)]
-    place = {image: -1} | {operation.name: i for i, operation in enumerate(tensors)}
+    place = {IMAGES: -1} | {r: i for i, operation in enumerate(plan.operations) for r in operation.outputs}
     found = []
-    earliest = len(tensors)
-    for i, operation in reversed(list(enumerate(tensors))):
-        if earliest >= i:
+    earliest = len(plan.operations)
+    for i, operation in reversed(list(enumerate(plan.operations))):
+        if earliest >= i and operation.inputs and len(operation.outputs) == 1:
             found.append(operation)
-        earliest = min([earliest, *(place[name] for name in operation.inputs)])
+        earliest = min([earliest, *(place[result] for result in plan.dependencies(operation))])
     return found[::-1]

@@ -1,43 +1,20 @@
 """Layer-wise relevance propagation (LRP) unrolled into a decoder whose layers are tied to those of the classifier."""
 
-from collections.abc import Iterable
-from typing import Any, Literal, NamedTuple, cast
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from segattr.lrp.adjoints import RULES, Adjoint, batch_statistics, relu, relu_module, untied_relu
+from segattr.lrp.adjoints import RULES, batch_statistics, channels, relu, relu_module, untied_relu
 from segattr.lrp.free import FreeDecoder
-from segattr.lrp.trace import Operation, trace
+from segattr.lrp.plan import Operation, Plan, Plans, Saved
 from segattr.networks.classes import Classes, check_classes
-from segattr.networks.classifier import taking
+from segattr.networks.classifier import Classifier, taking
+from segattr.networks.reader import unwrapped
+from segattr.networks.record import IMAGES, Result
 from segloss.common.checks import check_choice, check_finite, check_floating, check_int, check_number, shape_text
-
-
-class Saved(NamedTuple):
-    """What the decoder needs of an operation that the encoder has run."""
-
-    adjoint: Adjoint
-    shifts: dict[str, Tensor]
-    size: Tensor | None  # of its output, for LRP-epsilon
-
-
-class TiedLayer(nn.Module):
-    """A layer of the decoder: the adjoint of an operation of the encoder, without parameters of its own."""
-
-    def __init__(self, operation: Operation) -> None:
-        super().__init__()
-        self.operation = operation
-
-    def forward(self, gradient: Tensor, step: Saved) -> list[tuple[str, Tensor]]:
-        """Gradients at the inputs of the operation, by their names, from those at its output."""
-        back = step.adjoint(gradient)
-        return list(zip(self.operation.inputs, [back] if isinstance(back, Tensor) else back, strict=True))
-
-    def extra_repr(self) -> str:
-        tied = [operation.label for operation in (self.operation, self.operation.norm) if operation]
-        return f"adjoint of {self.operation.kind}, tied to {' and '.join(tied)}"
 
 
 class UnrolledLRP(nn.Module):
@@ -48,14 +25,11 @@ class UnrolledLRP(nn.Module):
         decoder: one layer for each operation of the encoder, last one first; printing shows what each is tied to.
     """
 
-    def __init__(
-        self, encoder: nn.Module, image: str, operations: list[Operation], epsilon: float, chunk: int | None
-    ) -> None:
+    def __init__(self, plans: Plans, epsilon: float, chunk: int | None) -> None:
         super().__init__()
-        self.encoder = encoder
-        self.decoder = nn.ModuleList(TiedLayer(operation) for operation in reversed(operations) if operation.inputs)
-        self.operations = operations
-        self.image, self.epsilon, self.chunk = image, epsilon, chunk
+        self.encoder = plans.model
+        self.decoder = plans.kept[0].decoder if plans.kept else nn.ModuleList()
+        self.plans, self.epsilon, self.chunk = plans, epsilon, chunk
 
     def forward(self, x: Tensor, classes: Classes | None = None) -> tuple[Tensor, Any]:
         """Class scores and heatmaps.
@@ -75,13 +49,14 @@ class UnrolledLRP(nn.Module):
                 B images; from an operation of the classifier, what its adjoint cannot do.
         """
         _check_chunk(self.chunk)  # which may have been set since
-        scores, tape = self._encode(x)
+        plan = self._plan(x)
+        scores, tape = self._encode(plan, x)
         start, counts = _start(scores, classes)
         parts = start.split(int(self.chunk or max(start.shape[1], 1)), 1)  # also of NumPy
         if self.chunk and torch.is_grad_enabled():  # the decoder runs again in the backward pass, a chunk at a time
-            heat = [checkpoint(self._heat, x, part, tape, use_reentrant=False) for part in parts]
+            heat = [checkpoint(self._heat, plan, x, part, tape, use_reentrant=False) for part in parts]
         else:
-            heat = [self._heat(x, part, tape) for part in parts]
+            heat = [self._heat(plan, x, part, tape) for part in parts]
         maps = heat[0] if len(heat) == 1 else torch.cat(heat, 1)
         return scores, maps if counts is None else [m[:n] for m, n in zip(maps, counts, strict=True)]
 
@@ -105,59 +80,106 @@ class UnrolledLRP(nn.Module):
         Raises:
             TypeError, ValueError: as :meth:`forward`.
         """
-        scores, tape = self._encode(x)
-        absorbed: dict[str, Tensor] = {}
-        self._decode(_start(scores, None)[0], tape, absorbed)
-        return absorbed
+        plan = self._plan(x)
+        scores, tape = self._encode(plan, x)
+        start = _start(scores, None)[0]
+        if all(plan.apart(operation) for operation in plan.carrying if tape[operation.name].shifts):
+            return self._absorbed(plan, start, tape)
+        parts = [self._absorbed(plan, start * _one(start, i), tape, apart=False) for i in range(len(x))]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
-    def _encode(self, x: Tensor) -> tuple[Tensor, dict[str, Saved]]:
-        """The scores, and for every operation its adjoint around what it got."""
+    def _plan(self, x: Tensor) -> Plan:
         check_floating("x", x)
         if x.dim() != 4:
             raise ValueError(f"x: expected [B, C, H, W], got {shape_text(x.shape)}")
         check_finite("x", x)
-        results: dict[str, Any] = {self.image: x}
+        with taking("x", x):
+            plan = self.plans.plan(x)
+        if plan is self.plans.kept[0] and self.decoder is not plan.decoder:  # read only now, or again in a copy
+            self.decoder = plan.decoder
+        return plan
+
+    def _encode(self, plan: Plan, x: Tensor) -> tuple[Tensor, dict[str, Saved]]:
+        """The scores, and for every operation its adjoint around what it got."""
+        with taking("x", x):
+            results, steps = plan.run(self.encoder, x)
         tape = {}
-        for operation in self.operations:
-            with taking("x", x):
-                step = operation.run(self.encoder, results)
-            if operation.inputs:
-                results[operation.name] = step.output
-                size = step.output.detach().abs().unsqueeze(1) if self.epsilon and step.weighted else None
-                tape[operation.name] = Saved(step.adjoint, step.shifts, size)
-            else:
-                results[operation.name] = step
-        return results[self.operations[-1].name], tape
+        for name, step in steps.items():
+            size = step.output.detach().abs().unsqueeze(1) if self.epsilon and step.weighted else None
+            tape[name] = Saved(step.adjoint, step.shifts, size, None if isinstance(step.output, Tensor) else step.output)
+        return results[plan.output], tape
 
-    def _heat(self, x: Tensor, start: Tensor, tape: dict[str, Saved]) -> Tensor:
-        return (self._decode(start, tape) * x.unsqueeze(1)).sum(2)
+    def _heat(self, plan: Plan, x: Tensor, start: Tensor, tape: dict[str, Saved]) -> Tensor:
+        return (self._decode(plan, start, tape) * x.unsqueeze(1)).sum(2)
 
-    def _decode(self, start: Tensor, tape: dict[str, Saved], absorbed: dict[str, Tensor] | None = None) -> Tensor:
+    def _absorbed(self, plan: Plan, start: Tensor, tape: dict[str, Saved], apart: bool = True) -> dict[str, Tensor]:
+        absorbed: dict[str, Tensor] = {}
+        self._decode(plan, start, tape, absorbed, apart)
+        return absorbed
+
+    def _decode(
+        self,
+        plan: Plan,
+        start: Tensor,
+        tape: dict[str, Saved],
+        absorbed: dict[str, Tensor] | None = None,
+        apart: bool = True,
+    ) -> Tensor:
         """Gradients at the image, ``[B, K, C, H, W]``, from those at the scores, ``[B, K, classes]``."""
-        gradients = {self.operations[-1].name: start}
-        for layer in cast(Iterable[TiedLayer], self.decoder):
-            step = tape[layer.operation.name]
-            gradient = gradients.pop(layer.operation.name, None)
-            if gradient is None:  # only the size of its result is used
-                continue
+        gradients = {plan.output: start}
+        for operation, layer in zip(reversed(plan.carrying), plan.decoder, strict=True):
+            step = tape[operation.name]
+            gradient = _gather(operation, gradients, step.several)
             if step.size is not None:
                 gradient = gradient * (step.size / (step.size + self.epsilon))
             if absorbed is not None:
-                for entry, value in _absorbed(layer.operation, gradient, step).items():
+                for entry, value in _absorbed(operation, gradient, step, apart).items():
                     absorbed[entry] = absorbed[entry] + value if entry in absorbed else value  # modules used twice
-            for name, part in layer(gradient, step):
-                gradients[name] = gradients[name] + part if name in gradients else part
-        return gradients[self.image]
+            for result, part in zip(operation.inputs, layer(gradient, step), strict=True):
+                gradients[result] = gradients[result] + part if result in gradients else part
+        return gradients[IMAGES]
 
 
-def _absorbed(operation: Operation, gradient: Tensor, step: Saved) -> dict[str, Tensor]:
-    """What goes to the shifts of an operation instead of its inputs, by name, ``[B, K]``."""
-    total = gradient.flatten(3).sum(3) if gradient.dim() > 3 else gradient
+def _gather(operation: Operation, gradients: dict[Result, Tensor], several: Sequence[Tensor] | None) -> Any:
+    """Gradients at the result of an operation, or at its several ones, with zeros where nothing used one."""
+    if several is None:
+        return gradients.pop(operation.outputs[0])
+    found = [gradients.pop(result, None) for result in operation.outputs]
+    classes = next(gradient.shape[1] for gradient in found if gradient is not None)
+    return [
+        t.new_zeros(t.shape[:1] + (classes,) + t.shape[1:]) if gradient is None else gradient
+        for gradient, t in zip(found, several, strict=True)
+        if t.is_floating_point()
+    ]
+
+
+def _absorbed(operation: Operation, gradient: Any, step: Saved, apart: bool) -> dict[str, Tensor]:
+    """What goes to the shifts of an operation instead of its inputs, by name, ``[B, K]``.
+
+    Where images do not lie apart along the first axis, ``[1, K]``, of all of them together.
+    """
     entries = {}
     for name, shift in step.shifts.items():
         place = operation.norm.label if operation.norm and name.startswith("norm.") else operation.label
-        entries[f"{place}.{name.removeprefix('norm.')}"] = total @ shift
+        entries[f"{place}.{name.removeprefix('norm.')}"] = _inner(gradient, shift, apart)
     return entries
+
+
+def _inner(gradient: Tensor, shift: Tensor, apart: bool) -> Tensor:
+    """Inner products with a shift, which is per channel, or broadcasts."""
+    if shift.dim() == 1 and apart:
+        return (gradient.flatten(3).sum(3) if gradient.dim() > 3 else gradient) @ shift
+    if shift.dim() == 1:
+        shift = channels(shift, gradient)
+    else:
+        shift = shift.reshape(*[1] * (gradient.dim() - 1 - shift.dim()), *shift.shape).unsqueeze(1)
+    products = (gradient * shift).flatten(2).sum(2)
+    return products if apart else products.sum(0, keepdim=True)
+
+
+def _one(start: Tensor, image: int) -> Tensor:
+    """1 for one of the images, 0 for all other ones."""
+    return (torch.arange(len(start), device=start.device) == image).to(start.dtype)[:, None, None]
 
 
 def _check_chunk(chunk: object) -> None:
@@ -191,6 +213,8 @@ def unroll(
     batch_norm: Literal["eval", "batch"] = "eval",
     epsilon: float = 0.0,
     chunk: int | None = None,
+    gates: Literal["constant", "refuse"] = "constant",
+    example: Tensor | None = None,
 ) -> UnrolledLRP | FreeDecoder:
     r"""Turns a classifier into a segmentation network: LRP of all classes as a decoder that shares its parameters.
 
@@ -251,6 +275,7 @@ def unroll(
     check_choice("upsampling", upsampling, ("tied", "nearest"))
     check_choice("skip", skip, (None, "concat"))
     check_choice("batch_norm", batch_norm, ("eval", "batch"))
+    check_choice("gates", gates, ("constant", "refuse"))
     check_number("epsilon", epsilon, least=0)
     _check_chunk(chunk)
     if (weights == "free") != (upsampling == "nearest") or (skip and weights == "tied"):
@@ -262,12 +287,20 @@ def unroll(
         raise ValueError(
             "weights: expected 'tied' with activations='relu', epsilon or chunk: a free decoder has none, got 'free'"
         )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     rules = dict(RULES)
     if activations == "relu":
         rules |= {operation: untied_relu for operation, rule in RULES.items() if rule in (relu, relu_module)}
     if batch_norm == "batch":
-        rules |= {nn.BatchNorm1d: batch_statistics, nn.BatchNorm2d: batch_statistics}
-    image, operations = trace(model, rules)
+        rules |= {operation: batch_statistics for operation, rule in RULES.items() if rule is RULES[nn.BatchNorm2d]}
+    plans = Plans(_inside(model), rules, gates, example)
     if weights == "free":
-        return FreeDecoder(model, image, operations, skip=skip)
-    return UnrolledLRP(model, image, operations, float(epsilon), chunk)
+        return FreeDecoder(plans, skip=skip)
+    return UnrolledLRP(plans, float(epsilon), chunk)
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    """The classifier in what it is wrapped in."""
+    model = unwrapped(model)
+    return model.model if isinstance(model, Classifier) and model.model is not None else model

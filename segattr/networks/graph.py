@@ -120,7 +120,11 @@ def common(one: Recording, two: Recording, model: nn.Module) -> Graph:
 
 def run(node: Node, model: nn.Module, results: Mapping[Result, Any], images: int) -> Any:
     """Runs an operation as the network does."""
-    args, kwargs = filled((node.args, node.kwargs), model, results, images)
+    return call(node, model, *filled((node.args, node.kwargs), model, results, images))
+
+
+def call(node: Node, model: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Runs what an operation of the network calls with other arguments."""
     if node.how == "module":
         return model.get_submodule(node.target)(*args, **kwargs)
     if node.how == "property":

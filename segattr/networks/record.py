@@ -114,7 +114,9 @@ class Recording:
 IMAGES = Result("images")
 
 # Properties of tensors that are no numbers of it; with methods they need no record.
-_VALUES = frozenset(("bool", "item", "int", "float", "index", "tolist", "numpy", "array", "equal", "allclose"))
+_VALUES = frozenset(
+    ("__bool__", "__int__", "__float__", "__index__", "__array__", "item", "tolist", "numpy", "equal", "allclose")
+)
 _ACTIVE = threading.local()
 
 
@@ -390,7 +392,7 @@ def _named(func: Any) -> tuple[str, str, Any]:
         name = str(func.__self__.__name__)
         return name, "property", name
     kind = name.strip("_")
-    if kind in _VALUES:
+    if name in _VALUES:
         return kind, "value", name
     if isinstance(func, FunctionType) and func.__module__ != "torch._tensor":
         return kind, "function", name if "<locals>" in func.__qualname__ and hasattr(F, name) else func

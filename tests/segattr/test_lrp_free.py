@@ -14,7 +14,7 @@ from torchvision.models.vgg import cfgs, make_layers
 
 from segattr.lrp.adjoints import RULES, batch_statistics
 from segattr.lrp.free import FreeDecoder
-from segattr.lrp.trace import trace
+from segattr.lrp.plan import Plans
 
 Skip = Literal["concat"] | None
 SKIPS = pytest.mark.parametrize("skip", [None, "concat"])
@@ -59,8 +59,7 @@ class Small(nn.Module):
 
 def free(model: nn.Module, skip: Skip = "concat", size: int = 64, batch_norm: str = "eval") -> FreeDecoder:
     rules = RULES | ({nn.BatchNorm2d: batch_statistics} if batch_norm == "batch" else {})
-    image, operations = trace(model, rules)
-    return FreeDecoder(model, image, operations, skip, (3, size, size))
+    return FreeDecoder(Plans(model, rules, "constant", None), skip, (3, size, size))
 
 
 @pytest.fixture(scope="module", params=itertools.product(CLASSIFIERS, [None, "concat"]), ids=str)
@@ -235,9 +234,9 @@ def test_building_leaves_the_classifier_as_it_was() -> None:
 
 def test_only_the_new_weights_draw_random_numbers() -> None:
     model = Small().train()
-    image, operations = trace(model, RULES)
+    plans = Plans(model, RULES, "constant", None)
     torch.manual_seed(1)
-    network = FreeDecoder(model, image, operations, "concat", (3, 64, 64))
+    network = FreeDecoder(plans, "concat", (3, 64, 64))
     after = torch.rand(1)
     torch.manual_seed(1)
     for layer in [*network.decoder.modules(), network.maps]:

@@ -1,0 +1,30 @@
+"""What an operation of a classifier calls, for its rule."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from segattr.networks.graph import call
+from segattr.networks.record import Node
+
+
+class Call:
+    """What an operation calls, with its own arguments or others, and never in place."""
+
+    def __init__(self, node: Node, model: nn.Module) -> None:
+        self.node, self.model, self.kind = node, model, node.kind
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if overwrites(self.node) and isinstance(args[0], Tensor):
+            args = (args[0].clone(), *args[1:])
+        if self.kind == "view" and not isinstance(args[1], torch.dtype):  # a rule may order memory in another way
+            return args[0].reshape(*args[1:], **kwargs)
+        return call(self.node, self.model, args, kwargs)
+
+
+def overwrites(node: Node) -> bool:
+    """Whether an operation may overwrite its first argument."""
+    named = str(getattr(node.target, "__name__", node.target))
+    in_place = named.endswith("_") and not named.endswith("__")
+    return node.kind == "setitem" or in_place or bool(node.kwargs.get("inplace")) or any(a is True for a in node.args)
