@@ -215,7 +215,13 @@ def rib(
     loss = partial(rib_margin, margin=LARGEST if reference else margin, reduction="sum")
     limit = margin if stop else None
     autocast = torch.autocast(images.device.type, enabled=False)
-    with evaluating(clf), attributes_kept(clf), autocast, torch.inference_mode(False), torch.enable_grad():
+    with (
+        evaluating(clf),
+        attributes_kept(list(clf.modules())),
+        autocast,
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
         with taking("images", images):
             maps = [] if len(images) else [model(images)[0].detach()]
         for image, tag in zip(images.detach(), tags, strict=True):

@@ -63,14 +63,17 @@ class Reader:
         Raises:
             TypeError: a network whose code cannot be followed.
         """
-        compiling = torch.compiler.is_compiling()
-        if not compiling:
-            self._forget_replaced()
-        for graph in self.graphs:
-            if self._fits(graph, images) and (compiling or self._verified(graph, images)):
-                return graph
-        if compiling:
+        if torch.compiler.is_compiling():
+            for graph in self.graphs:
+                if self._fits(graph, images, graph.modes):
+                    return graph
             raise RuntimeError(f"x: expected a size that was run before compilation, got {shape_text(images.shape)}")
+        modules = list(self.model.modules())
+        modes = [module.training for module in modules]
+        self.graphs = [graph for graph in self.graphs if graph.modules == modules]  # else of modules that were replaced
+        for graph in self.graphs:
+            if self._fits(graph, images, modes) and self._verified(graph, images):
+                return graph
         return self._read(tuple(images.shape[1:]), images.dtype, images.device, any_size=not self.graphs)
 
     def again(self) -> Graph:
@@ -80,20 +83,13 @@ class Reader:
         last = self.graphs[0]
         return self.graph(_noise(1, last.shape(IMAGES)[1:], last.dtype, last.device))
 
-    def _fits(self, graph: Graph, images: Tensor) -> bool:
-        if graph.dtype != images.dtype or graph.device != images.device:
-            return False
-        if not self.evaluate and graph.modes != [module.training for module in self.model.modules()]:
-            return False
-        return graph.size is None or graph.size == tuple(images.shape[2:])
-
-    def _forget_replaced(self) -> None:
-        modules = list(self.model.modules())
-        self.graphs = [
-            graph
-            for graph in self.graphs
-            if len(graph.modules) == len(modules) and all(map(lambda a, b: a is b, graph.modules, modules))
-        ]
+    def _fits(self, graph: Graph, images: Tensor, modes: list[bool]) -> bool:
+        same = graph.dtype == images.dtype and graph.device == images.device
+        return (
+            same
+            and (self.evaluate or graph.modes == modes)
+            and (graph.size is None or graph.size == tuple(images.shape[2:]))
+        )
 
     def _first(self, example: Tensor | None) -> None:
         """Reads the network on the example, or on the first size that it takes."""

@@ -153,7 +153,11 @@ def untouched(model: nn.Module) -> Iterator[None]:
     devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.is_cuda}
     numbers = random.getstate()
     try:
-        with attributes_kept(model), torch.random.fork_rng([device.index for device in devices]), _full_precision():
+        with (
+            attributes_kept(list(model.modules())),
+            torch.random.fork_rng([device.index for device in devices]),
+            _full_precision(),
+        ):
             for module in model.modules():
                 for name, buffer in module._buffers.items():
                     module._buffers[name] = None if buffer is None else buffer.clone()
@@ -170,9 +174,8 @@ def _full_precision() -> Iterator[None]:
 
 
 @contextmanager
-def attributes_kept(model: nn.Module) -> Iterator[None]:
-    """What forward code and hooks store in a module, or append to a container in it, does not stay there."""
-    modules = list(model.modules())
+def attributes_kept(modules: list[nn.Module]) -> Iterator[None]:
+    """What forward code and hooks store in modules, or append to a container in them, does not stay there."""
     attributes = [dict(module.__dict__) for module in modules]
     contents = [(value, value.copy()) for own in attributes for value in own.values() if _is_container(value)]
     try:
