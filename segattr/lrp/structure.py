@@ -20,7 +20,20 @@ from segattr.lrp.call import Call
     *("interpolate", "upsample", "upsample_nearest", "upsample_bilinear", "kron", "masked_select", "narrow"),
     *("pixel_shuffle", "pixel_unshuffle", "repeat", "repeat_interleave", "roll", "rot90", "select"),
     *("split", "split_with_sizes", "sum", "take_along_dim", "tensor_split", "tile", "trace", "tril", "triu", "unbind"),
-    *("movedim", "moveaxis", "vsplit", "einsum", "matmul", "bmm", "mm", "mv", "inner", "outer", "tensordot", "bilinear"),
+    *(
+        "movedim",
+        "moveaxis",
+        "vsplit",
+        "einsum",
+        "matmul",
+        "bmm",
+        "mm",
+        "mv",
+        "inner",
+        "outer",
+        "tensordot",
+        "bilinear",
+    ),
 )
 def linear_map(*args: Any, call: Callable[..., Any], roles: Any, **kwargs: Any) -> Linearised:
     """The transposed map of an operation that is linear in each of its arguments that relevance goes to."""

@@ -106,7 +106,9 @@ class UnrolledLRP(nn.Module):
         tape = {}
         for name, step in steps.items():
             size = step.output.detach().abs().unsqueeze(1) if self.epsilon and step.weighted else None
-            tape[name] = Saved(step.adjoint, step.shifts, size, None if isinstance(step.output, Tensor) else step.output)
+            tape[name] = Saved(
+                step.adjoint, step.shifts, size, None if isinstance(step.output, Tensor) else step.output
+            )
         return results[plan.output], tape
 
     def _heat(self, plan: Plan, x: Tensor, start: Tensor, tape: dict[str, Saved]) -> Tensor:

@@ -147,11 +147,11 @@ PIECEWISE: dict[str, Code] = {
     "linear of images along the second axis": lambda x: F.linear(
         x.flatten(2).permute(2, 0, 1), free(x).flatten().diag(), free(x).flatten()
     ).transpose(0, 1),
-    "linear of all tokens of all images": lambda x: F.linear(
-        x.flatten(2).permute(2, 0, 1).reshape(-1, 8), free(x).flatten().diag(), free(x).flatten()
-    )
-    .view(48, len(x), 8)
-    .transpose(0, 1),
+    "linear of all tokens of all images": lambda x: (
+        F.linear(x.flatten(2).permute(2, 0, 1).reshape(-1, 8), free(x).flatten().diag(), free(x).flatten())
+        .view(48, len(x), 8)
+        .transpose(0, 1)
+    ),
     "where": lambda x: torch.where(free(x) > 0, x, 0.3),
     "masked_fill": lambda x: x.masked_fill(free(x) > 0, 2.0),
     "an assignment": overwriting,
