@@ -14,7 +14,7 @@ from segattr.lrp.structure import local_map
 
 @adjoint("leaky_relu")
 def leaky_relu(x: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Linearised:
-    factor = torch.where(x > 0, 1.0, negative_slope).to(x.dtype)
+    factor = torch.ones_like(x).masked_fill(x <= 0, negative_slope)
     return Linearised(F.leaky_relu(x, negative_slope), scaled(factor, x))
 
 

@@ -86,6 +86,7 @@ _CARRIERS: dict[str, tuple[int, ...]] = {
 }
 # Names of arguments that functions and methods of torch may be called by.
 _NAMES = ({"input", "query", "tensors", "self"}, {"other", "key", "mat2", "exponent"})
+_THIRD = {"scaled_dot_product_attention": {"value"}}
 # Operations that also give indices.
 _CHOOSING = frozenset(("max", "min", "median", "nanmedian", "mode", "sort", "topk", "kthvalue", "cummax", "cummin"))
 
@@ -331,7 +332,7 @@ class Planner:
         if node.how == "module":
             inputs = [r for r in results_in((args, kwargs)) if self.roles[r] == "signal"]
             return Arguments(args, kwargs, mapped(self._role, args), tuple(inputs))
-        args, kwargs = _by_place(args, kwargs)
+        args, kwargs = _by_place(node)
         roles = list(mapped(self._role, args))
         if node.kind in GATES or node.kind in _BLANK:
             roles = _without_signals(roles)
@@ -428,10 +429,10 @@ class Arguments(NamedTuple):
     inputs: tuple[Result, ...]
 
 
-def _by_place(args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """With the first arguments by their places, also where they are given by name."""
-    args, kwargs = list(args), dict(kwargs)
-    for names in _NAMES[len(args) :]:
+def _by_place(node: Node) -> tuple[Any, Any]:
+    """Its arguments, the first of them by their places, also where they are given by name."""
+    args, kwargs = list(node.args), dict(node.kwargs)
+    for names in (*_NAMES, _THIRD.get(node.kind, set()))[len(args) :]:
         args += [kwargs.pop(name) for name in names & kwargs.keys()]
     return tuple(args), kwargs
 

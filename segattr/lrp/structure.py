@@ -8,18 +8,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segattr.lrp.adjoints import Linearised, adjoint, held
+from segattr.lrp.call import Call
 
 # --- any linear map, by what autograd knows of it
 
 
 @adjoint(
-    *("as_strided", "avg_pool1d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool3d", "broadcast_to"),
+    *("avg_pool1d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool3d", "broadcast_to"),
     *("channel_shuffle", "native_channel_shuffle", "chunk", "cumsum", "diagonal", "diff", "dsplit", "expand"),
     *("expand_as", "flip", "fliplr", "flipud", "fold", "gather", "getitem", "grid_sample", "hsplit", "index_select"),
     *("interpolate", "upsample", "upsample_nearest", "upsample_bilinear", "kron", "masked_select", "narrow"),
     *("pixel_shuffle", "pixel_unshuffle", "repeat", "repeat_interleave", "roll", "rot90", "select"),
     *("split", "split_with_sizes", "sum", "take_along_dim", "tensor_split", "tile", "trace", "tril", "triu", "unbind"),
-    *("unfold", "vsplit", "einsum", "matmul", "bmm", "mm", "mv", "inner", "outer", "tensordot", "bilinear"),
+    *(
+        "movedim",
+        "moveaxis",
+        "vsplit",
+        "einsum",
+        "matmul",
+        "bmm",
+        "mm",
+        "mv",
+        "inner",
+        "outer",
+        "tensordot",
+        "bilinear",
+    ),
 )
 def linear_map(*args: Any, call: Callable[..., Any], roles: Any, **kwargs: Any) -> Linearised:
     """The transposed map of an operation that is linear in each of its arguments that relevance goes to."""
@@ -28,7 +42,7 @@ def linear_map(*args: Any, call: Callable[..., Any], roles: Any, **kwargs: Any) 
 
 @adjoint(
     *("addbmm", "addcdiv", "addcmul", "addmm", "addmv", "addr", "baddbmm", "copy", "hstack", "index_add"),
-    *("index_copy", "index_fill", "index_put", "lerp", "masked_fill", "masked_scatter", "overwritten", "scatter"),
+    *("index_copy", "index_fill", "index_put", "lerp", "masked_fill", "masked_scatter", "scatter"),
     *("scatter_add", "select_scatter", "setitem", "slice_scatter", "stack", "vstack", "dstack", "where", "fill"),
 )
 def affine_map(*args: Any, call: Callable[..., Any], roles: Any, **kwargs: Any) -> Linearised:
@@ -76,6 +90,43 @@ def _transposed(
     return back
 
 
+# --- maps of single numbers, which batches of the vector-Jacobian product of torch get wrong or do slowly
+
+
+@adjoint("as_strided", "unfold")
+def moved(x: Tensor, *args: Any, call: Callable[..., Any], **kwargs: Any) -> Linearised:
+    """Each number of the output is one of the input: which one, the operation says if it is given their places."""
+    if getattr(call, "kind", "") == "unfold" and len(args) < 3:  # of torch.nn.functional, where nothing is missing
+        return linear_map(x, *args, call=call, roles=("signal", *["free"] * len(args)), **kwargs)
+    source = call(torch.arange(x.numel(), device=x.device).view(x.shape), *args, **kwargs)
+    return Linearised(call(x, *args, **kwargs), lambda gradient: _brought(gradient, source, x.shape))
+
+
+@adjoint("overwritten")
+def overwritten_view(old: Tensor, new: Tensor, *geometry: Any, call: Callable[..., Tensor], roles: Any) -> Linearised:
+    """What comes from the new numbers, and what is left of the old ones."""
+    output = call(old, new, *geometry)
+    places = torch.arange(new.numel(), device=new.device).view(new.shape)
+    source = call(torch.full_like(old, -1, dtype=torch.int64), places, *geometry)
+    kept = (source < 0).unsqueeze(1)
+
+    def back(gradient: Tensor) -> list[Tensor]:
+        parts = gradient * kept, _brought(gradient * ~kept, source.clamp(min=0), new.shape)
+        return [part for part, role in zip(parts, roles, strict=False) if role == "signal"]
+
+    if roles[:2] == ("signal", "signal"):
+        return Linearised(output, back)
+    zeros = _with((old, new), roles[:2], iter([torch.zeros_like(x) for x in signals((old, new), roles[:2])]))
+    return Linearised(output, back, {"constant": call(*zeros, *geometry)})
+
+
+def _brought(gradient: Tensor, source: Tensor, shape: torch.Size) -> Tensor:
+    """Gradients summed at the places of an input of some shape, from those of an output made of numbers there."""
+    first = gradient.movedim(1, 0).flatten(1)
+    summed = first.new_zeros(len(first), shape.numel()).index_add(1, source.flatten(), first)
+    return summed.unflatten(1, shape).movedim(0, 1)
+
+
 # --- frequent ones
 
 
@@ -94,18 +145,25 @@ def _flatten(module: nn.Flatten, x: Tensor) -> Linearised:
     return reshape(x, module.start_dim, module.end_dim, call=torch.flatten)
 
 
-@adjoint("adjoint", "mT", "T", "t", "movedim", "moveaxis", "permute", "swapaxes", "swapdims", "transpose")
-def permute(x: Tensor, *args: Any, call: Callable[..., Any], **kwargs: Any) -> Linearised:
-    """Another order of the axes, which the operation gives away by what it does to sizes."""
-    sizes = torch.empty(*range(1, x.dim() + 1), device="meta")
-    back = [0] * x.dim()
-    for place, size in enumerate(call(sizes, *args, **kwargs).shape):
-        back[size - 1] = place + 1
+@adjoint("permute", "transpose", "swapaxes", "swapdims", "t", "T", "mT", "adjoint")
+def permute(x: Tensor, *args: Any, call: Call, **kwargs: Any) -> Linearised:
+    """Another order of the axes."""
+    if kwargs:
+        return linear_map(x, *args, call=call, roles=("signal", *["free"] * len(args)), **kwargs)
+    order = _order(call.kind, x.dim(), args)
+    back = [0, *(order.index(axis) + 1 for axis in range(x.dim()))]
+    return Linearised(call(x, *args), lambda gradient: gradient.movedim(1, 0).permute(back).movedim(0, 1))
 
-    def permuted(gradient: Tensor) -> Tensor:
-        return gradient.movedim(1, 0).permute(0, *back).movedim(0, 1)
 
-    return Linearised(call(x, *args, **kwargs), permuted)
+def _order(kind: str, count: int, args: Any) -> list[int]:
+    axes = list(range(count))
+    if kind == "permute":
+        return [axes[axis] for axis in (args[0] if isinstance(args[0], (tuple, list)) else args)]
+    if kind == "T":
+        return axes[::-1]
+    one, other = args or (-2, -1)
+    axes[one], axes[other] = axes[other], axes[one]
+    return axes
 
 
 @adjoint("cat", "concat", "concatenate")
