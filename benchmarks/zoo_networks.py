@@ -1,5 +1,6 @@
 """The networks of :mod:`benchmarks.zoo`: from three libraries, with random weights, and images that each takes."""
 
+from copy import deepcopy
 from collections.abc import Callable
 from typing import Any
 
@@ -57,11 +58,12 @@ ese_vovnet19b_slim_dw eca_vovnet39b vovnet39a legacy_xception xception41 xceptio
 """.split()
 
 # Settings of small networks, by the name of their configuration.
+_SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96}
 TRANSFORMERS: dict[str, dict[str, Any]] = {
-    "ViTConfig": {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96},
-    "DeiTConfig": {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96},
-    "BeitConfig": {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96},
-    "Dinov2Config": {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3},
+    "ViTConfig": _SMALL,
+    "DeiTConfig": _SMALL | {"architectures": ["DeiTForImageClassificationWithTeacher"]},
+    "BeitConfig": _SMALL,
+    "Dinov2Config": _SMALL,
     "ConvNextConfig": {"hidden_sizes": [16, 24, 32, 48], "depths": [1, 1, 2, 1]},
     "ConvNextV2Config": {"hidden_sizes": [16, 24, 32, 48], "depths": [1, 1, 2, 1]},
     "SwinConfig": {"embed_dim": 24, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 4, 8]},
@@ -71,8 +73,8 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     "MobileNetV2Config": {"depth_multiplier": 0.5},
     "EfficientNetConfig": {"width_coefficient": 0.5, "depth_coefficient": 0.5, "hidden_dim": 640},
     "SegformerConfig": {"hidden_sizes": [16, 24, 32, 48], "decoder_hidden_size": 32},
-    "PvtV2Config": {"hidden_sizes": [16, 24, 32, 48], "depths": [1, 1, 1, 1]},
-    "LevitConfig": {"hidden_sizes": [32, 48, 64], "num_attention_heads": [2, 3, 4], "key_dim": [8, 8, 8]},
+    "PvtV2Config": {"hidden_sizes": [16, 32, 40, 64], "depths": [1, 1, 1, 1]},
+    "LevitConfig": {"hidden_sizes": [32, 48, 64], "num_attention_heads": [2, 3, 4], "key_dim": [8, 8, 8], "architectures": ["LevitForImageClassificationWithTeacher"]},
     "PoolFormerConfig": {"hidden_sizes": [16, 24, 32, 48], "depths": [1, 1, 1, 1]},
 }
 
@@ -105,7 +107,7 @@ def images_for(model: nn.Module) -> Tensor:
         images = torch.randn(2, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         try:
             with torch.no_grad():
-                model(images)
+                deepcopy(model)(images)  # some adapt to the first images that they see
         except Exception:  # whatever it says to a size that it does not take
             continue
         return images
