@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 
-def _status(key: str) -> int:
+def status(key: str) -> int:
     """A field of the process status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
@@ -15,9 +15,9 @@ def _status(key: str) -> int:
 def _measure(prepare: Callable[..., Callable[[], object]], arguments: tuple[Any, ...], result: Any) -> None:
     call = prepare(*arguments)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = _status("VmRSS")
+    before = status("VmRSS")
     kept = call()
-    result.put(_status("VmHWM") - before)
+    result.put(status("VmHWM") - before)
     del kept
 
 

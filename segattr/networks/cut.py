@@ -396,7 +396,7 @@ def weights(graph: Graph, model: nn.Module, cut: Result, layout: Layout) -> tupl
             break
     weighted = [node for node, kind in zip(after, kinds, strict=True) if kind in _WEIGHTED]
     plain = all(kind in (*_SHAPES, *_IDENTITIES, *_POOLS, *_WEIGHTED, "mean") for kind in kinds)
-    if not plain or len(weighted) != 1 or not layout.is_map:
+    if not plain or len(weighted) != 1 or layout.prefix:
         return None, last
     return (_module(weighted[0]) if _is_average(graph, model, cut, layout, weighted[0]) else None), last
 
@@ -414,10 +414,10 @@ def _is_average(graph: Graph, model: nn.Module, cut: Result, layout: Layout, lay
     with torch.no_grad(), untouched(model), evaluating(model):
         results = {parts.cut: maps}
         _run(parts.after, model, results, len(maps))
-        logits = results[parts.output]
+        logits = results[parts.output].reshape(len(maps), -1)  # also of a single class
         averages = _maps(maps, layout).mean((2, 3))  # type: ignore[union-attr]
         weight = module.weight.flatten(1)
-        if logits.dim() != 2 or weight.shape != (logits.shape[1], averages.shape[1]):
+        if weight.shape != (logits.shape[1], averages.shape[1]):
             return False
         expected = averages @ weight.mT + (0 if module.bias is None else module.bias)
     near = 1e-2 * float(expected.abs().nan_to_num().max())
