@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from segattr.networks.graph import Different, Graph, common
 from segattr.networks.modes import evaluating
-from segattr.networks.record import IMAGES, logits_of, record, untouched
+from segattr.networks.record import IMAGES, Recording, logits_of, record, untouched
 from segloss.common.checks import shape_text
 
 # Sizes that most networks take, each with an odd one that tells whether operations depend on the size.
@@ -100,44 +100,42 @@ class Reader:
         tensor = next(tensors, torch.empty(0, device="cpu"))
         for shape in _shapes(self.model):
             try:
-                with self._mode(), untouched(self.model), torch.no_grad():
-                    self.model(_noise(2, shape, tensor.dtype, tensor.device))
+                one = self._record(2, shape, tensor.dtype, tensor.device)
             except Exception:  # whatever the network says to images that it does not take
                 continue
-            self._read(shape, tensor.dtype, tensor.device)
+            self._read(shape, tensor.dtype, tensor.device, one=one)
             return
 
-    def _read(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, any_size: bool = True) -> Graph:
-        """The graph of images of this shape, or of any size where two sizes give the same."""
+    def _read(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        any_size: bool = True,
+        one: Recording | None = None,
+    ) -> Graph:
+        """The graph of images of this shape, of which there is a recording; of any size where two sizes give one."""
         other = (shape[0], *_SIZES.get(shape[1:], shape[1:])) if any_size else shape
         while True:
+            one = one or self._record(2, shape, dtype, device)
             try:
-                graph, images, logits = self._recorded_twice(shape, other, dtype, device)
-            except Different as different:
-                if other != shape:
-                    other = shape
-                elif not self._take_whole(different):
-                    raise TypeError(f"model: its code cannot be followed, runs of it differ: {different}") from None
+                two = self._record(3, other, dtype, device)
+                graph = common(one, two, self.model)
+            except Exception as error:  # also whatever the network says to a size that it does not take
+                if other == shape:
+                    if not isinstance(error, Different):
+                        raise
+                    if not self._take_whole(error):
+                        raise TypeError(f"model: its code cannot be followed, runs of it differ: {error}") from None
+                    one = None
+                other = shape
                 continue
-            if self._equal(graph, images, logits):
+            if self._equal(graph, two.images, two.values):
                 self.graphs.insert(0, graph)
                 return graph
             if other == shape:
                 raise TypeError("model: its code cannot be followed: what was seen of it gives other logits")
             other = shape
-
-    def _recorded_twice(
-        self, shape: tuple[int, ...], other: tuple[int, ...], dtype: torch.dtype, device: torch.device
-    ) -> tuple[Graph, Tensor, Tensor]:
-        with self._mode():
-            one = self._record(2, shape, dtype, device)
-            try:
-                two = self._record(3, other, dtype, device)
-            except Exception as error:  # whatever the network says to a size that it does not take
-                if other == shape:
-                    raise
-                raise Different(str(error)) from error
-            return common(one, two, self.model), two.images, two.values
 
     def _take_whole(self, different: Different) -> bool:
         """A module whose code depends on the images becomes one operation: the innermost that is none yet."""
@@ -147,10 +145,11 @@ class Reader:
                 return True
         return False
 
-    def _record(self, count: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
+    def _record(self, count: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Recording:
         images = _noise(count, shape, dtype, device)
         whole = {self.model.get_submodule(path) for path in self.whole}
-        return record(self.model, images, leaf=lambda m: m in whole or self.leaf(m), atomic=self.atomic)
+        with self._mode():
+            return record(self.model, images, leaf=lambda m: m in whole or self.leaf(m), atomic=self.atomic)
 
     def _verified(self, graph: Graph, images: Tensor) -> bool:
         """Whether the graph gives the logits of the network, for images of this size."""
