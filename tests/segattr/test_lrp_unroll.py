@@ -426,7 +426,7 @@ def test_images_that_no_scores_depend_on_are_refused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return torch.zeros_like(x).mean((2, 3))
 
-    with pytest.raises(TypeError, match="model: expected logits, .* got no function of the images"):
+    with pytest.raises(TypeError, match=r"model: expected logits, .* got no function of the images"):
         unroll(Constant())
 
 
