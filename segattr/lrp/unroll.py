@@ -249,7 +249,8 @@ def unroll(
 
     Masks, indices of maxima and gates are constants. So a loss of the heatmaps reaches weights through the decoder
     only, and neither biases nor shifts of batch normalisation at all; :class:`segattr.lrp.HeatmapLoss` adds a loss of
-    the scores that does. Under DistributedDataParallel a loss of the heatmaps alone needs ``find_unused_parameters=True``.
+    the scores that does. Under DistributedDataParallel a loss of the heatmaps alone needs
+    ``find_unused_parameters=True``.
 
     Where this differs from the authors' code: overlapping maxima add up (``max_unpool2d`` there overwrites them), tied
     weights are one parameter (two leaves there), nothing is divided by activations.
