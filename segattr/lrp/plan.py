@@ -21,74 +21,14 @@ from segattr.lrp.adjoints import (
 )
 from segattr.lrp.call import Call
 from segattr.lrp.gates import GATED
+from segattr.lrp.roles import BLANK, CHOOSING, GATES, Arguments, arguments, flat
 from segattr.networks.graph import Graph, filled, needed, results_in, store
 from segattr.networks.modes import evaluating
 from segattr.networks.reader import Reader
-from segattr.networks.record import IMAGES, Attribute, Node, Result, mapped
+from segattr.networks.record import IMAGES, Attribute, Node, Result
 
 Rules = Mapping[type | str, Rule]
 Gates = Literal["constant", "refuse"]
-
-# Results that only choose, scale or normalise something: they depend on the image, but carry no relevance.
-GATES = frozenset(
-    (
-        *(
-            "sigmoid",
-            "hardsigmoid",
-            "softmax",
-            "softmin",
-            "log_softmax",
-            "gumbel_softmax",
-            "logsumexp",
-            "special_expit",
-        ),
-        *("exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sqrt", "rsqrt", "reciprocal", "rpow", "rdiv"),
-        *("norm", "vector_norm", "linalg_norm", "linalg_vector_norm", "matrix_norm", "var", "std", "var_mean"),
-        *("std_mean", "sign", "sgn", "heaviside", "gt", "lt", "ge", "le", "eq", "ne", "isnan", "isinf", "isfinite"),
-        *("argmax", "argmin", "argsort", "floor", "ceil", "round", "trunc", "erf", "sin", "cos", "cosine_similarity"),
-        *("cdist", "detach", "data", "long", "int", "bool", "byte", "any", "all", "prod", "cov", "corrcoef"),
-    )
-)
-# Results that have only their shape from an image.
-_BLANK = frozenset(
-    (
-        *("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones"),
-        *("new_empty", "new_full", "new_tensor"),
-    )
-)
-# Among the arguments at these places the first that can carries; the other ones are its gates.
-_FACTORS: dict[str, tuple[int, ...]] = {
-    **dict.fromkeys(("mul", "multiply", "matmul", "bmm", "mm", "mv", "inner", "outer", "tensordot", "kron"), (0, 1)),
-    **dict.fromkeys(("addmm", "addbmm", "baddbmm", "addmv", "addr", "addcmul", "bilinear"), (1, 2)),
-    **dict.fromkeys(("einsum",), tuple(range(1, 9))),
-}
-# Arguments that can carry, where not all can.
-_CARRIERS: dict[str, tuple[int, ...]] = {
-    **dict.fromkeys(("div", "divide", "truediv", "true_divide", "pow", "float_power", "linear", "batch_norm"), (0,)),
-    **dict.fromkeys((f"conv{n}d" for n in (1, 2, 3)), (0,)),
-    **dict.fromkeys((f"conv_transpose{n}d" for n in (1, 2, 3)), (0,)),
-    **dict.fromkeys(("layer_norm", "group_norm", "instance_norm", "rms_norm", "prelu", "clamp", "masked_fill"), (0,)),
-    **dict.fromkeys(("expand_as", "view_as", "reshape_as", "type_as", "grid_sample", "gather", "getitem"), (0,)),
-    **dict.fromkeys(("index_select", "take_along_dim", "masked_select", "clamp_min", "clamp_max", "clip", "to"), (0,)),
-    "bilinear": (0,),
-    "scaled_dot_product_attention": (2,),
-    "addcdiv": (0, 1),
-    "where": (1, 2),
-    "lerp": (0, 1),
-    "setitem": (0, 2),
-    "index_put": (0, 2),
-    "index_add": (0, 3),
-    "index_copy": (0, 3),
-    "index_fill": (0,),
-    "scatter": (0, 3),
-    "scatter_add": (0, 3),
-    "masked_scatter": (0, 2),
-}
-# Names of arguments that functions and methods of torch may be called by.
-_NAMES = ({"input", "query", "tensors", "self"}, {"other", "key", "mat2", "exponent"})
-_THIRD = {"scaled_dot_product_attention": {"value"}}
-# Operations that also give indices.
-_CHOOSING = frozenset(("max", "min", "median", "nanmedian", "mode", "sort", "topk", "kthvalue", "cummax", "cummin"))
 
 
 @dataclass
@@ -262,6 +202,9 @@ class Plans:
         plan = self._of(graph)
         with evaluating(self.model):
             scores: Tensor = plan.run(self.model, images)[0][plan.output]
+            first = plan.run(self.model, images[:1])[0][plan.output] if len(images) > 1 else scores
+        if (first - scores[:1]).abs().max() > 1e-2 * scores.abs().max():
+            raise TypeError("model: expected scores of an image that are the same whatever other images are beside it")
         return scores
 
     def _is_leaf(self, module: nn.Module) -> bool:
@@ -313,11 +256,11 @@ class Planner:
     # --- from the images on: what can carry
 
     def _follow(self, node: Node) -> None:
-        given = self.arguments[node.name] = self._arguments(node)
+        given = self.arguments[node.name] = arguments(node, self.roles)
         dependent = {self.roles[r] for r in results_in((node.args, node.kwargs))} - {"free"}
-        role = "signal" if given.inputs else "gate" if dependent and node.kind not in _BLANK else "free"
+        role = "signal" if given.inputs else "gate" if dependent and node.kind not in BLANK else "free"
         for result in node.results():
-            self.roles[result] = "gate" if role == "signal" and result.index == 1 and node.kind in _CHOOSING else role
+            self.roles[result] = "gate" if role == "signal" and result.index == 1 and node.kind in CHOOSING else role
             if role == "gate":
                 self.makers[result] = self._maker(node, dependent)
 
@@ -325,28 +268,6 @@ class Planner:
         if "signal" in dependent:
             return node
         return next(self.makers[r] for r in results_in((node.args, node.kwargs)) if r in self.makers)
-
-    def _arguments(self, node: Node) -> "Arguments":
-        """What an operation gets, by name only where that says nothing about relevance."""
-        args, kwargs = node.args, node.kwargs
-        if node.how == "module":
-            inputs = [r for r in results_in((args, kwargs)) if self.roles[r] == "signal"]
-            return Arguments(args, kwargs, mapped(self._role, args), tuple(inputs))
-        args, kwargs = _by_place(node)
-        roles = list(mapped(self._role, args))
-        if node.kind in GATES or node.kind in _BLANK:
-            roles = _without_signals(roles)
-        able = _CARRIERS.get(node.kind, range(len(roles)))
-        roles = [role if i in able else _without_signals(role) for i, role in enumerate(roles)]
-        factors = [i for i in _FACTORS.get(node.kind, ()) if i < len(roles) and roles[i] == "signal"]
-        for i in factors[1:]:
-            roles[i] = "gate"
-        return Arguments(args, kwargs, tuple(roles), tuple(_inputs(args, tuple(roles))))
-
-    def _role(self, value: Any) -> Any:
-        if isinstance(value, (tuple, list)):
-            return mapped(self._role, value)
-        return self.roles[value] if isinstance(value, Result) else "free"
 
     # --- from the scores back: what does carry
 
@@ -393,7 +314,7 @@ class Planner:
         if node.kind in GATES:
             return any(self._carries(r) for r in results_in((node.args, node.kwargs)))
         given = self.arguments[node.name]
-        return carries and (self._rule(node)[0] in GATED or "gate" in _leaves(given.roles))
+        return carries and (self._rule(node)[0] in GATED or "gate" in flat(given.roles))
 
     # --- operations
 
@@ -418,37 +339,6 @@ class Planner:
             if own and isinstance(module, nn.modules.batchnorm._BatchNorm) and not computed(module):
                 return self.rules[nn.BatchNorm2d], path
         return self.rules.get(node.kind), None
-
-
-class Arguments(NamedTuple):
-    """Of an operation, with the role of each positional one, and those that relevance could go to."""
-
-    args: Any
-    kwargs: Any
-    roles: Any
-    inputs: tuple[Result, ...]
-
-
-def _by_place(node: Node) -> tuple[Any, Any]:
-    """Its arguments, the first of them by their places, also where they are given by name."""
-    args, kwargs = list(node.args), dict(node.kwargs)
-    for names in (*_NAMES, _THIRD.get(node.kind, set()))[len(args) :]:
-        args += [kwargs.pop(name) for name in names & kwargs.keys()]
-    return tuple(args), kwargs
-
-
-def _without_signals(roles: Any) -> Any:
-    return mapped(_without_signals, roles) if isinstance(roles, (tuple, list)) else roles.replace("signal", "gate")
-
-
-def _inputs(args: Any, roles: Any) -> list[Result]:
-    if isinstance(roles, (tuple, list)):
-        return [found for arg, role in zip(args, roles, strict=True) for found in _inputs(arg, role)]
-    return [args] if roles == "signal" else []
-
-
-def _leaves(roles: Any) -> list[str]:
-    return [leaf for role in roles for leaf in _leaves(role)] if isinstance(roles, (tuple, list)) else [roles]
 
 
 def _places(nodes: list[Node]) -> str:

@@ -61,15 +61,18 @@ class UnrolledLRP(nn.Module):
         return scores, maps if counts is None else [m[:n] for m, n in zip(maps, counts, strict=True)]
 
     def ledger(self, x: Tensor) -> dict[str, Tensor]:
-        r"""Relevance that goes to biases and batch normalisation instead of pixels.
+        r"""Relevance that goes to biases and other constants instead of pixels.
 
         .. math:: s_c = \sum_{pixels} heat_c + \sum_{entries} absorbed_c
 
         for every class c. An operation that adds :math:`b` to its output z has the entry
         :math:`\langle b, \partial s_c / \partial z \rangle`: ``"<layer>.bias"``; batch normalisation also has
-        ``"<layer>.mean_shift"``, :math:`b = -\gamma \mu / \sqrt{\sigma^2 + \epsilon}`. The sum is not that with
+        ``"<layer>.mean_shift"``, :math:`b = -\gamma \mu / \sqrt{\sigma^2 + \epsilon}`; bounds of a clamp have
+        ``"<operation>.saturation"``, activations that are not 0 at 0 ``".at_zero"``, padding ``".value"``, all other
+        constants that are added or concatenated ``".constant"``. The sum is not that with
         ``epsilon > 0``, which takes relevance away by itself, or ``activations="relu"``. It runs the classifier: in
         training mode dropout is drawn anew, and with ``batch_norm="batch"`` running statistics are updated.
+        Where a constant is added to windows or tokens of all images, it takes a pass for each image.
 
         Args:
             x: images, ``[B, C, H, W]``.
@@ -228,16 +231,37 @@ def unroll(
     classes in one batch, can be trained, and reads the parameters of the classifier, of which there is one copy:
     training, moving or loading one is training, moving or loading the other.
 
-    Masks and indices of maxima are constants. So a loss of the heatmaps reaches weights through the decoder only, and
-    neither biases nor shifts of batch normalisation at all; :class:`segattr.lrp.HeatmapLoss` adds a loss of the scores
-    that does. Under DistributedDataParallel a loss of the heatmaps alone needs ``find_unused_parameters=True``.
+    Other networks have gates, which are held constant, so that the heatmaps are no longer input times gradient, but
+    scores are still conserved (see :meth:`UnrolledLRP.ledger`):
+
+    - an activation such as SiLU, GELU or tanh is :math:`x \, g(x) + f(0)` with g as gate: the identity rule of
+      AttnLRP;
+    - results of sigmoid, softmax, exp, roots, norms and comparisons are gates, and so is what is made of gates alone:
+      attention weights (the AH rule of Ali et al.), squeeze and excitation;
+    - of a product, matrix products among them, the first factor that is no gate carries the relevance, all other ones
+      are its gates (signal-take-all of Arras et al.); of a quotient the numerator, of a power x times its remaining
+      power, of ``scaled_dot_product_attention`` the values;
+    - layer, group, instance and RMS normalisation divide by a constant, while the mean carries (the LN rule of Ali
+      et al.).
+
+    What a saturated ReLU6, padding, a class token, a gate that is added or ``+ 1`` give, whatever the image is, goes to
+    the ledger.
+
+    Masks, indices of maxima and gates are constants. So a loss of the heatmaps reaches weights through the decoder
+    only, and neither biases nor shifts of batch normalisation at all; :class:`segattr.lrp.HeatmapLoss` adds a loss of
+    the scores that does. Under DistributedDataParallel a loss of the heatmaps alone needs
+    ``find_unused_parameters=True``.
 
     Where this differs from the authors' code: overlapping maxima add up (``max_unpool2d`` there overwrites them), tied
     weights are one parameter (two leaves there), nothing is divided by activations.
 
     Args:
-        model: classifier from images ``[B, C, H, W]`` to scores ``[B, K]`` that torch.fx can trace. Its modes are left
-            as they are; branches that depend on them are those of evaluation mode. Its forward hooks do not run.
+        model: classifier from images ``[B, C, H, W]`` to scores ``[B, K]``, or an object with ``logits``. It is run on
+            noise to see what it does, for each other size of images again where that depends on it. Its modes are left
+            as they are; branches that depend on them are those of evaluation mode. Weights that hooks or
+            parametrizations compute are computed at each call. Of a network compiled by ``torch.compile``, or wrapped
+            in ``DataParallel``, ``DistributedDataParallel`` or ``AveragedModel``, the network inside is unrolled, of a
+            :class:`segattr.Classifier` the network that it was split from.
         activations: of a tied decoder: ``"tied"``, the masks of the classifier; ``"relu"``, ReLU of the decoder's own
             signal, which is the weight-sharing auto-encoder (WS-AE) of the paper's ablation.
         weights: ``"tied"``, or ``"free"``, a decoder with parameters of its own and one branch for all classes.
@@ -249,16 +273,24 @@ def unroll(
             layer and batch normalisation shrinks by :math:`|z| / (|z| + \epsilon)`. For attribution only: the factor is
             taken as a constant in the backward pass, where its derivative would give rare huge gradients.
         chunk: classes decoded at once, to save memory; in training the decoder then runs twice. All if None.
+        gates: ``"constant"``, or ``"refuse"`` for a network with gates, whose heatmaps are not input times gradient.
+        example: images that the model takes, of which only the shape, precision and device count; None to try usual
+            ones.
 
     Returns:
         A module from images to ``(scores [B, K], heatmaps [B, K, H, W])``; see :meth:`UnrolledLRP.forward`.
 
     Raises:
-        TypeError: a model that cannot be traced, with an operation that has no adjoint, or with other outputs.
+        TypeError: a model whose code cannot be followed, as it reads numbers out of images, say; with operations that
+            have no adjoint (all are named; see :func:`segattr.lrp.adjoint`); with other outputs, probabilities among
+            them.
         ValueError: options that do not go together, ``epsilon`` below 0, ``chunk`` below 1.
 
     Source:
         *Model Guidance via Explanations Turns Image Classifiers into Segmentation Models*, sec. 2, tables 1 and 3.
+        Gates: *AttnLRP: Attention-Aware Layer-Wise Relevance Propagation for Transformers* (Achtibat et al., 2024);
+        *XAI for Transformers: Better Explanations through Conservative Propagation* (Ali et al., 2022); *Explaining and
+        Interpreting LSTMs* (Arras et al., 2019).
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))

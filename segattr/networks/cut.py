@@ -210,6 +210,7 @@ def _is_felt(graph: Graph, model: nn.Module, point: Result, layout: Layout) -> b
         graph.device, graph.dtype
     )
     with untouched(model), evaluating(model):
+        _fill_zeros(model)
         results = {IMAGES: images}
         with torch.no_grad():
             _run(parts.before, model, results, len(images))
@@ -221,6 +222,14 @@ def _is_felt(graph: Graph, model: nn.Module, point: Result, layout: Layout) -> b
             _run(parts.after, model, results, len(images))
             (gradient,) = torch.autograd.grad(results[parts.output].sum(), leaf, allow_unused=True)
     return gradient is not None and bool(gradient.any())
+
+
+def _fill_zeros(model: nn.Module) -> None:
+    """Puts other weights in place of those that are all zero, as heads and scales of branches often are at first."""
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None and not weight.any():
+                module._parameters[name] = nn.Parameter(torch.ones_like(weight).cumsum(-1) if weight.dim() else weight)
 
 
 def _before_head(graph: Graph, model: nn.Module, last: Result, known: dict[Result, Layout]) -> Result:

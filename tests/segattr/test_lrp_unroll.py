@@ -382,7 +382,7 @@ class Attended(nn.Sequential):
         (nn.GroupNorm(2, 8), r"group_norm \(node group_norm, in gate\)"),
         (Gate(), r"sigmoid \(node sigmoid, in gate\), mul \(node mul, in gate\)"),
         (Attention(), r"softmax \(node softmax, in gate\), matmul \(node matmul_1, in gate\)"),
-        (Attended(nn.MultiheadAttention(8, 2)), r".*softmax .*in gate\.1\)"),
+        (Attended(nn.MultiheadAttention(8, 2, batch_first=True)), r".*softmax .*in gate\.1\)"),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -426,7 +426,7 @@ def test_images_that_no_scores_depend_on_are_refused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return torch.zeros_like(x).mean((2, 3))
 
-    with pytest.raises(TypeError, match="model: expected logits, .* got no function of the images"):
+    with pytest.raises(TypeError, match=r"model: expected logits, .* got no function of the images"):
         unroll(Constant())
 
 
@@ -589,6 +589,12 @@ def test_an_operation_that_nobody_registered_is_opened(x: Tensor) -> None:
     model = randomise(Small(Half()))
     assert "gate.offset" not in unroll(model).ledger(x)
     assert error(unroll(model)(x)[1], input_times_gradient(model, x)[1]) < 1e-12
+
+
+@pytest.mark.parametrize("gate", [lambda x: x.flip(0), lambda x: x * x.std()], ids=["flip", "gate"])
+def test_images_that_are_of_matter_to_each_other_are_refused(gate: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(TypeError, match="model: expected scores of an image that are the same whatever other images"):
+        unroll(randomise(Small(gate)))
 
 
 class OptionalArgument(Small):
