@@ -229,7 +229,7 @@ def _fill_zeros(model: nn.Module) -> None:
     for module in model.modules():
         for name, weight in module._parameters.items():
             if weight is not None and not weight.any():
-                module._parameters[name] = nn.Parameter(torch.ones_like(weight).cumsum(-1) if weight.dim() else weight)
+                module._parameters[name] = nn.Parameter(torch.rand_like(weight))
 
 
 def _before_head(graph: Graph, model: nn.Module, last: Result, known: dict[Result, Layout]) -> Result:
@@ -315,10 +315,15 @@ def _collapsed(graph: Graph, cut: Result) -> tuple[list[Node], dict[Result, Resu
     for i, node in enumerate(graph.nodes):
         for result in results_in((node.args, node.kwargs)):
             users.setdefault(result, []).append(i)
+    alone = {cut}  # made of the feature map and of no other result that depends on the images
+    for node in graph.nodes[place + 1 :]:
+        if alone.issuperset(graph.dependent.intersection(results_in((node.args, node.kwargs)))):
+            alone.update(node.results())
     chosen, end = {}, -1
     calls = sorted(enumerate(graph.calls), key=lambda entry: (entry[1].start, -entry[0]))  # the outermost first
     for _, call in calls:
-        one_side = call.stop <= place + 1 or call.start > place
+        takes = graph.dependent.intersection(results_in((call.args, call.kwargs)))
+        one_side = call.stop <= place + 1 or (call.start > place and alone.issuperset(takes))
         if call.path and call.start >= end and call.stop > call.start and one_side:
             inner = {r for node in graph.nodes[call.start : call.stop] for r in node.results()}
             used = {r for r in inner if any(not call.start <= i < call.stop for i in users.get(r, []))}

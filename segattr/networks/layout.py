@@ -21,6 +21,8 @@ _OF_MAPS = frozenset(
 )
 _MOVES = ("permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims", "T", "mT")
 _RESHAPES = ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")
+# Products, by the place of the factor that has the last axis of the result; the first factor has the others.
+_PRODUCTS = {"matmul": 1, "bmm": 1, "scaled_dot_product_attention": 2}
 _PRIMES = (2, 3, 5, 7, 11, 13, 17, 19)
 
 
@@ -45,16 +47,25 @@ def layouts(graph: Graph) -> dict[Result, Layout]:
     """The layouts of the results that depend on the images, as far as they can be told."""
     known: dict[Result, Layout] = {IMAGES: Layout(_CHANNELS_FIRST)}
     for node in graph.nodes:
+        source = next((r for r in results_in(node.args) if r in known), None)
+        if source is not None and "?" in known[source].axes and _is_of_maps(node, graph, graph.shape(source)):
+            known[source] = Layout(_CHANNELS_FIRST)  # or it could not be read so
         for result in node.results():
             if result in graph.dependent:
                 known[result] = _layout(node, graph, graph.shape(result), known)
     return known
 
 
+def _is_of_maps(node: Node, graph: Graph, shape: tuple[int, ...]) -> bool:
+    return node.kind.lower() in _OF_MAPS and len(shape) == 4 and shape[0] == graph.shape(IMAGES)[0]
+
+
 def _layout(node: Node, graph: Graph, shape: tuple[int, ...], known: dict[Result, Layout]) -> Layout:
     sources = [r for r in results_in((node.args, node.kwargs)) if r in known]
-    if node.kind.lower() in _OF_MAPS and len(shape) == 4:
+    if _is_of_maps(node, graph, shape):
         return Layout(_CHANNELS_FIRST)
+    if node.kind in _PRODUCTS:
+        return _product(known.get(node.args[0]), known.get(node.args[_PRODUCTS[node.kind]]), shape)
     if len(sources) == 1:
         found = _of_one(node, known[sources[0]], graph.shape(sources[0]), shape)
         if found is not None:
@@ -65,6 +76,13 @@ def _layout(node: Node, graph: Graph, shape: tuple[int, ...], known: dict[Result
         if graph.shape(source) == shape and "?" not in known[source].axes:
             return known[source]
     return Layout(("?",) * len(shape))
+
+
+def _product(one: Layout | None, other: Layout | None, shape: tuple[int, ...]) -> Layout:
+    if one is None or other is None or len(one.axes) != len(shape):
+        return Layout(("?",) * len(shape))
+    tokens = one if "N" in one.axes[:-1] else other
+    return Layout((*one.axes[:-1], other.axes[-1]), tokens.grid, tokens.prefix)
 
 
 def _of_one(node: Node, source: Layout, before: tuple[int, ...], shape: tuple[int, ...]) -> Layout | None:
@@ -120,6 +138,8 @@ def _reshaped(source: Layout, before: Sequence[int], shape: Sequence[int]) -> La
             axes, grid = [*axes, "N"], (before[a], before[a + 1])
         elif list(names) == ["N"] and count == 2 and source.prefix == 0 and tuple(shape[b:j]) == grid:
             axes += ["H", "W"]
+        elif count == 2 and len(names) == 1 and names[0] in ("H", "W"):  # patches, and pixels in each
+            axes += [*names, "?"]
         else:
             axes += ["?"] * count
     return Layout(tuple(axes), grid, source.prefix)
