@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from segattr.networks.graph import Different, Graph, common, dependents, needed, results_in, run, store
+from segattr.networks.graph import Different, Graph, Size, common, dependents, needed, results_in, run, store
 from segattr.networks.layout import Layout, layouts
 from segattr.networks.modes import evaluating
 from segattr.networks.reader import Reader
@@ -334,6 +334,8 @@ def _collapsed(graph: Graph, cut: Result) -> tuple[list[Node], dict[Result, Resu
     i = 0
 
     def rename(value: Any) -> Any:
+        if isinstance(value, Size):
+            return replace(value, result=rename(value.result))
         return renamed.get(value, value) if isinstance(value, Result) else mapped(rename, value)
 
     while i < len(graph.nodes):

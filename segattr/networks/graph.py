@@ -1,5 +1,6 @@
 """The operations of a network for batches of any size: what two recordings of it have in common."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,14 @@ class Batch:
     """Stands for a multiple of the number of images among the arguments of an operation."""
 
     factor: int
+
+
+@dataclass(frozen=True)
+class Size:
+    """Stands for the size of a result of its operation along some axes among the other arguments."""
+
+    result: Result
+    axes: tuple[int, ...]
 
 
 class Different(Exception):
@@ -81,11 +90,13 @@ def common(one: Recording, two: Recording, model: nn.Module) -> Graph:
     counts = len(one.images), len(two.images)
     nodes: list[Node] = []
     axes: dict[Result, int | None] = {IMAGES: 0}
+    sizes = {IMAGES: (tuple(one.images.shape), tuple(two.images.shape))}  # of each result in both
     for a, b in zip(one.nodes, two.nodes, strict=False):
         if (a.name, a.how, len(a.shapes), a.within) != (b.name, b.how, len(b.shapes), b.within):
             raise Different(f"{a.place} and {b.place}", _shared(a.within, b.within))
         try:
-            args, kwargs = _merged((a.args, a.kwargs), (b.args, b.kwargs), counts)
+            known = {result: sizes[result] for result in results_in((a.args, a.kwargs))}
+            args, kwargs = _merged((a.args, a.kwargs), (b.args, b.kwargs), counts, known)
         except Different as different:
             raise Different(f"{a.place}: {different}", a.within) from None
         except TypeError as error:
@@ -93,11 +104,12 @@ def common(one: Recording, two: Recording, model: nn.Module) -> Graph:
         nodes.append(Node(a.name, a.kind, a.target, a.how, args, kwargs, a.within, a.shapes, a.single))
         for result, shape, other in zip(a.results(), a.shapes, b.shapes, strict=True):
             axes[result] = _axis(shape, other, counts)
+            sizes[result] = shape, other
     if len(one.nodes) != len(two.nodes):
         raise Different("the number of operations")
     calls = []
     for call, again in zip(one.calls, two.calls, strict=True):
-        args, kwargs = _merged((call.args, call.kwargs), (again.args, again.kwargs), counts)
+        args, kwargs = _merged((call.args, call.kwargs), (again.args, again.kwargs), counts, {})
         calls.append(Call(call.path, args, kwargs, call.start, call.stop, call.outputs))
     images = one.images
     same = one.images.shape[2:] == two.images.shape[2:]
@@ -148,6 +160,8 @@ def filled(arguments: Any, model: nn.Module, results: Mapping[Result, Any], imag
             return _attribute(model, value.path)
         if isinstance(value, Batch):
             return value.factor * images
+        if isinstance(value, Size):
+            return _along(results[value.result].shape, value.axes)
         return mapped(fill, value)
 
     return fill(arguments)
@@ -215,8 +229,11 @@ def _axis(shape: tuple[int, ...], other: tuple[int, ...], counts: tuple[int, int
     return None
 
 
-def _merged(one: Any, two: Any, counts: tuple[int, int]) -> Any:
-    """Arguments of both recordings as one, with :class:`Batch` for multiples of the number of images."""
+Sizes = Mapping[Result, tuple[tuple[int, ...], tuple[int, ...]]]
+
+
+def _merged(one: Any, two: Any, counts: tuple[int, int], sizes: Sizes) -> Any:
+    """Arguments of both recordings as one, with :class:`Batch` and :class:`Size` for numbers that differ."""
     if isinstance(one, Tensor) and isinstance(two, Tensor):
         if one.shape != two.shape or not torch.equal(one, two):
             raise TypeError("takes a tensor that no function of torch made of the images, and another for other images")
@@ -226,19 +243,40 @@ def _merged(one: Any, two: Any, counts: tuple[int, int]) -> Any:
     if isinstance(one, (tuple, list)):
         if len(one) != len(two):
             raise Different(f"{one} and {two}")
-        merged: Any = [_merged(a, b, counts) for a, b in zip(one, two, strict=True)]
+        merged: Any = [_merged(a, b, counts, sizes) for a, b in zip(one, two, strict=True)]
         return merged if isinstance(one, list) else tuple(merged)
     if isinstance(one, dict):
         if one.keys() != two.keys():
             raise Different(f"{one} and {two}")
-        return {key: _merged(value, two[key], counts) for key, value in one.items()}
+        return {key: _merged(value, two[key], counts, sizes) for key, value in one.items()}
     if isinstance(one, slice):
-        return slice(*_merged((one.start, one.stop, one.step), (two.start, two.stop, two.step), counts))
+        return slice(*_merged((one.start, one.stop, one.step), (two.start, two.stop, two.step), counts, sizes))
     if _same(one, two):
         return one
-    if isinstance(one, int) and one % counts[0] == 0 and one // counts[0] * counts[1] == two:
-        return Batch(one // counts[0])
-    raise Different(f"{one} and {two}")
+    if not isinstance(one, int):
+        raise Different(f"{one} and {two}")
+    found = _size(one, two, sizes, 1) or _batch(one, two, counts) or _size(one, two, sizes, 2)
+    if found is None:
+        raise Different(f"{one} and {two}")
+    return found
+
+
+def _size(one: int, two: int, sizes: Sizes, count: int) -> Size | None:
+    """An axis, or several beside each other, of what an operation takes, with these sizes in the two recordings."""
+    for result, (before, after) in sizes.items():
+        for first in range(len(before) - count + 1):
+            axes = tuple(range(first, first + count))
+            if len(before) == len(after) and (_along(before, axes), _along(after, axes)) == (one, two):
+                return Size(result, axes)
+    return None
+
+
+def _batch(one: int, two: int, counts: tuple[int, int]) -> Batch | None:
+    return Batch(one // counts[0]) if one % counts[0] == 0 and one // counts[0] * counts[1] == two else None
+
+
+def _along(shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
+    return math.prod(shape[axis] for axis in axes)
 
 
 def _shared(one: tuple[str, ...], two: tuple[str, ...]) -> tuple[str, ...]:

@@ -269,6 +269,7 @@ def test_it_learns_two_images(skip: Skip, batch_norm: str) -> None:
 
 
 def test_it_compiles_to_one_graph() -> None:
+    torch.compiler.reset()
     network = free(Small()).eval()
     compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
     x = torch.rand(2, 3, 17, 16)

@@ -446,6 +446,7 @@ def test_a_transformer_compiles_to_one_graph() -> None:
     torch.manual_seed(0)
     model = Transformer(True).double().eval()
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    torch.compiler.reset()
     eager = unroll(model, example=x)
     compiled = torch.compile(unroll(model, example=x), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), eager(x))
@@ -459,6 +460,7 @@ def test_operations_compile(name: str) -> None:
     code: Any = STRUCTURE.get(name) or PIECEWISE[name]
     model = randomise(Net(code))
     x = torch.randn(2, 3, 6, 8, dtype=torch.float64)
+    torch.compiler.reset()
     eager = unroll(model, example=x)
     compiled = torch.compile(unroll(model, example=x), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), eager(x))

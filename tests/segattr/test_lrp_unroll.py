@@ -179,6 +179,7 @@ def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
     ids=lambda options: next(iter(options), "tied"),
 )
 def test_it_compiles_to_one_graph(model: nn.Module, x: Tensor, options: dict[str, Any]) -> None:
+    torch.compiler.reset()
     eager = unroll(model, **options)
     compiled = torch.compile(unroll(model, **options), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), eager(x))
