@@ -37,10 +37,14 @@ def judge(model: nn.Module, images: Tensor, methods: list[str]) -> dict[str, str
     found = {}
     clf = None
     if methods != ["unroll"]:
-        found["split"], clf = _verdict(model, lambda: _split(model, images), lambda clf: _check_split(model, images, clf))
+        found["split"], clf = _verdict(
+            model, lambda: _split(model, images), lambda clf: _check_split(model, images, clf)
+        )
     for name in methods:
         if name == "unroll":
-            found[name], _ = _verdict(model, lambda: _unrolled(model, images), lambda r: _check_unroll(model, images, r))
+            found[name], _ = _verdict(
+                model, lambda: _unrolled(model, images), lambda r: _check_unroll(model, images, r)
+            )
         elif name != "split":
             found[name] = found["split"] if clf is None else _of_classifier(name, model, images, clf)
     return found
@@ -182,7 +186,7 @@ def _maps(clf: Classifier, images: Tensor) -> Tensor:
 
 def _check_cam(model: nn.Module, images: Tensor, clf: Classifier, found: Tensor) -> None:
     """The head is the last layer of the network that gives as many results as there are logits."""
-    layers: list[tuple[nn.Module, Tensor]] = []
+    layers: list[tuple[nn.Linear | nn.Conv2d, Tensor]] = []
     hooks = [
         module.register_forward_hook(lambda layer, _, result: layers.append((layer, result)))
         for module in model.modules()
@@ -229,7 +233,7 @@ def _check_advcam(model: nn.Module, images: Tensor, clf: Classifier, found: Tens
 
 
 def _unrolled(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    unrolled = lrp.unroll(model)
+    unrolled: Any = lrp.unroll(model)
     with torch.no_grad():
         scores, heat = unrolled(images, CLASSES)
         return scores, heat, unrolled.ledger(images)

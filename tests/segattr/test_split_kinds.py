@@ -241,7 +241,7 @@ class Block(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm, self.attention = nn.LayerNorm(width), nn.MultiheadAttention(width, 2, batch_first=True)
-        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 9), nn.GELU(), nn.Linear(9, width))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
@@ -276,10 +276,11 @@ def of_tokens(tokens: Tensor, before: int) -> Tensor:
 def test_the_map_of_a_class_token_is_the_input_of_the_last_block(registers: int) -> None:
     net = ready(ViT(registers))
     seen: list[Tensor] = []
-    net.blocks[1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().requires_grad_()) or seen[-1])
+    hook = net.blocks[1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     logits = net(SQUARES)
+    hook.remove()
     (gradient,) = torch.autograd.grad(logits[:, 1].sum(), seen[0])
-    tokens, clf = seen[0], split(net)
+    tokens, clf = seen[0].detach(), split(net)
     maps, others = clf.features(SQUARES)
     close(maps, of_tokens(tokens, 1 + registers))
     close(others, tokens[:, : 1 + registers])
@@ -391,7 +392,8 @@ def test_other_weightings_by_their_formulas(name: str, weighting: Any) -> None:
 
 
 def test_several_layers_are_averaged_at_the_size_of_the_largest() -> None:
-    net = ready(nn.Sequential(trunk(), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(CHANNELS, 5, 1), nn.Flatten(2), Averaged()))
+    layers = [trunk(), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(CHANNELS, 5, 1), nn.Flatten(2), Averaged()]
+    net = ready(nn.Sequential(*layers))
     layers = [net[0], "2"]
     large, small = (normalize(grad_cam(net, IMAGES, [1], layer=layer), "minmax") for layer in layers)
     assert large.shape[2:] == (12, 9)
