@@ -76,7 +76,7 @@ def _send(name: str, methods: list[str], pipe: Connection) -> None:
 
 
 def _failed(name: str, methods: list[str], problem: str) -> Row:
-    return {"name": name, "family": "", **{method: f"wrong: {problem[:300]}" for method in methods}}
+    return {"name": name, "family": "", **dict.fromkeys(methods, f"wrong: {problem[:300]}")}
 
 
 def tables(rows: list[Row], where: dict[str, Any]) -> str:
@@ -101,14 +101,18 @@ def tables(rows: list[Row], where: dict[str, Any]) -> str:
             told = method != "split" and verdict == row.get("split")
             if verdict != "right" and not told:
                 reasons.setdefault(f"`{method}` {_kind_of(verdict)}", []).append(row["name"].partition("/")[2])
-    lines += [f"- {reason}: {len(own)} ({', '.join(own[:6])}{', ...' if len(own) > 6 else ''})" for reason, own in sorted(reasons.items())]
+    lines += [
+        f"- {reason}: {len(own)} ({', '.join(own[:6])}{', ...' if len(own) > 6 else ''})"
+        for reason, own in sorted(reasons.items())
+    ]
     seconds = [row["seconds"] for row in rows if "seconds" in row]
     megabytes = [row["megabytes"] for row in rows if "megabytes" in row]
     if seconds:
         lines += [
             "",
-            f"All methods with their checks take {median(seconds):.1f} s of a network in the median, {max(seconds):.0f} s at most, "
-            f"and {median(megabytes):.0f} MB beyond the network, {max(megabytes)} MB at most, on one thread.",
+            f"All methods of a network, with their checks, take {median(seconds):.1f} s in the median and at most "
+            f"{max(seconds):.0f} s, and {median(megabytes):.0f} MB beyond the network and at most {max(megabytes)} MB, "
+            "on one thread.",
         ]
     return "\n".join(lines) + "\n"
 
@@ -149,7 +153,9 @@ def main(arguments: list[str] | None = None) -> int:
     rows = {row["name"]: row for row in stored["networks"]}
 
     os.environ["OMP_NUM_THREADS"] = "1"
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["benchmarks.zoo_networks", "benchmarks.zoo_checks", "timm", "transformers"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(
+        ["benchmarks.zoo_networks", "benchmarks.zoo_checks", "timm", "transformers"]
+    )
     chosen = [name for name in names() if fnmatch(name, options.only)]
     if not chosen:
         parser.error(f"--only: expected a pattern of networks, got {options.only}")

@@ -28,6 +28,10 @@ class Wrong(Exception):
     """What a method gave is not what the network says."""
 
 
+class Refused(Exception):
+    """A method says, later, why it cannot be done."""
+
+
 class Unknown(Exception):
     """The network cannot be asked."""
 
@@ -37,10 +41,12 @@ def judge(model: nn.Module, images: Tensor, methods: list[str]) -> dict[str, str
     found = {}
     clf = None
     if methods != ["unroll"]:
-        found["split"], clf = _verdict(model, lambda: _split(model, images), lambda clf: _check_split(model, images, clf))
+        found["split"], clf = _verdict(model, lambda: split(model), lambda clf: _check_split(model, images, clf))
     for name in methods:
         if name == "unroll":
-            found[name], _ = _verdict(model, lambda: _unrolled(model, images), lambda r: _check_unroll(model, images, r))
+            found[name], _ = _verdict(
+                model, lambda: _unrolled(model, images), lambda r: _check_unroll(model, images, r)
+            )
         elif name != "split":
             found[name] = found["split"] if clf is None else _of_classifier(name, model, images, clf)
     return found
@@ -66,6 +72,8 @@ def _verdict(model: nn.Module, call: Callable[[], Any], check: Callable[[Any], N
         return f"wrong: leaves {', '.join(changed[:4])}", result
     try:
         check(result)
+    except Refused as error:
+        return f"refused: {error}", None
     except Wrong as error:
         return f"wrong: {error}", result
     except Unknown as error:
@@ -156,17 +164,13 @@ def _compare(what: str, found: Tensor, expected: Tensor, tolerance: float = TOLE
 # --- the methods
 
 
-def _split(model: nn.Module, images: Tensor) -> Classifier:
-    clf = split(model)
-    with torch.no_grad():
-        clf(images)  # some networks are read only when the first images come
-    return clf
-
-
 def _check_split(model: nn.Module, images: Tensor, clf: Classifier) -> None:
+    try:
+        maps = _maps(clf, images)  # some networks are read only when the first images come
+    except (TypeError, ValueError) as error:
+        raise Refused(str(error)) from error
     with torch.no_grad():
         _compare("logits", clf(images), logits(model(images)))
-        maps = _maps(clf, images)
     (height, width), (h, w) = images.shape[2:], maps.shape[2:]
     if h * w < 2:
         raise Wrong(f"maps of {h} x {w}")
@@ -182,7 +186,7 @@ def _maps(clf: Classifier, images: Tensor) -> Tensor:
 
 def _check_cam(model: nn.Module, images: Tensor, clf: Classifier, found: Tensor) -> None:
     """The head is the last layer of the network that gives as many results as there are logits."""
-    layers: list[tuple[nn.Module, Tensor]] = []
+    layers: list[tuple[nn.Linear | nn.Conv2d, Tensor]] = []
     hooks = [
         module.register_forward_hook(lambda layer, _, result: layers.append((layer, result)))
         for module in model.modules()
@@ -229,7 +233,7 @@ def _check_advcam(model: nn.Module, images: Tensor, clf: Classifier, found: Tens
 
 
 def _unrolled(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    unrolled = lrp.unroll(model)
+    unrolled: Any = lrp.unroll(model)
     with torch.no_grad():
         scores, heat = unrolled(images, CLASSES)
         return scores, heat, unrolled.ledger(images)

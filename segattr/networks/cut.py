@@ -20,7 +20,7 @@ _SHAPES = ("flatten", "view", "reshape", "squeeze", "unsqueeze", "contiguous", "
 _IDENTITIES = ("identity", "dropout", "dropout2d", "feature_dropout")
 _POOLS = (
     *("adaptiveavgpool2d", "adaptive_avg_pool2d", "adaptivemaxpool2d", "adaptive_max_pool2d", "avgpool2d"),
-    "avg_pool2d",
+    *("avg_pool2d", "adaptiveavgpool1d", "adaptive_avg_pool1d"),
 )
 _POWERS = ("clamp", "clamp_min", "pow", "square", "abs")  # what generalised means do before they average
 _WEIGHTED = ("linear", "conv1d", "conv2d")

@@ -21,7 +21,7 @@ _OF_MAPS = frozenset(
 )
 _MOVES = ("permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims", "T", "mT")
 _RESHAPES = ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")
-# Products, by the place of the factor that has the last axis of the result; the first factor has the others.
+# Products, by the place of the factor that has the last axis of the result; the first one has the others.
 _PRODUCTS = {"matmul": 1, "bmm": 1, "scaled_dot_product_attention": 2}
 _PRIMES = (2, 3, 5, 7, 11, 13, 17, 19)
 
@@ -64,8 +64,8 @@ def _layout(node: Node, graph: Graph, shape: tuple[int, ...], known: dict[Result
     sources = [r for r in results_in((node.args, node.kwargs)) if r in known]
     if _is_of_maps(node, graph, shape):
         return Layout(_CHANNELS_FIRST)
-    if node.kind in _PRODUCTS:
-        return _product(known.get(node.args[0]), known.get(node.args[_PRODUCTS[node.kind]]), shape)
+    if len(sources) > _PRODUCTS.get(node.kind, len(sources)):
+        return _product(known[sources[0]], known[sources[_PRODUCTS[node.kind]]], shape)
     if len(sources) == 1:
         found = _of_one(node, known[sources[0]], graph.shape(sources[0]), shape)
         if found is not None:
@@ -78,8 +78,8 @@ def _layout(node: Node, graph: Graph, shape: tuple[int, ...], known: dict[Result
     return Layout(("?",) * len(shape))
 
 
-def _product(one: Layout | None, other: Layout | None, shape: tuple[int, ...]) -> Layout:
-    if one is None or other is None or len(one.axes) != len(shape):
+def _product(one: Layout, other: Layout, shape: tuple[int, ...]) -> Layout:
+    if len(one.axes) != len(shape):
         return Layout(("?",) * len(shape))
     tokens = one if "N" in one.axes[:-1] else other
     return Layout((*one.axes[:-1], other.axes[-1]), tokens.grid, tokens.prefix)

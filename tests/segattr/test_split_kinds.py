@@ -237,11 +237,74 @@ def test_an_example_tells_a_size_that_is_not_usual() -> None:
         close(clf.features(images), net.tokens(images).mT.unflatten(2, (5, 5)))
 
 
+class Shrinking(nn.Module):
+    """Patches cut by reshaping, attention whose queries are every fourth token, and windows, which hide the map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.values, self.last, self.fc = nn.Linear(48, 8), nn.Linear(8, 8), nn.Linear(8, CHANNELS), linear()
+
+    def tokens(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        x = x.view(b, c, h // 4, 4, w // 4, 4).permute(0, 2, 4, 3, 5, 1).reshape(b, h * w // 16, 48)
+        x = self.stem(x)
+        queries = x.view(b, h // 4, w // 4, 8)[:, ::2, ::2].reshape(b, h * w // 64, 8)
+        heads = [y.view(b, -1, 2, 4).transpose(1, 2) for y in (queries, x, self.values(x))]
+        weights = (heads[0] @ heads[1].transpose(-2, -1)).softmax(-1)
+        return self.last((weights @ heads[2]).transpose(1, 2).reshape(b, -1, 8))
+
+    def maps(self, x: Tensor) -> Tensor:
+        b, h, w = len(x), x.shape[2] // 8, x.shape[3] // 8
+        x = self.tokens(x).view(b, h // 2, 2, w // 2, 2, CHANNELS).transpose(2, 3).flatten(1, 2).tanh()
+        return x.view(b, h // 2, w // 2, 2, 2, CHANNELS).permute(0, 5, 1, 3, 2, 4).reshape(b, CHANNELS, h, w)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.adaptive_avg_pool2d(self.maps(x), 1).flatten(1))
+
+
+class ShrinkingTokens(Shrinking):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.tokens(x).mean(1))
+
+
+@pytest.mark.parametrize("kind", [Shrinking, ShrinkingTokens])
+def test_tokens_of_patches_attention_and_windows(kind: type[nn.Module]) -> None:
+    net = ready(kind())
+    images = torch.randn(2, 3, 32, 48, dtype=torch.float64)
+    expected = net.maps(images) if kind is Shrinking else net.tokens(images).mT.unflatten(2, (4, 6))
+    clf = split(net)
+    close(clf.features(images), expected)
+    close(clf(images), net(images))
+    close(cam(net, images), torch.einsum("kd,bdhw->bkhw", net.fc.weight, expected))
+
+
+class Passing(nn.Module):
+    """A block behind the feature map takes another map too, which it does not need."""
+
+    class Both(nn.Module):
+        def forward(self, x: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+            return x.tanh().mean((2, 3)), other + 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.both, self.fc = trunk(), self.Both(), linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.both(self.trunk(x), x)[0])
+
+
+def test_a_block_behind_the_map_may_take_what_it_does_not_need() -> None:
+    net = ready(Passing())
+    clf = split(net, "trunk")
+    close(clf.features(IMAGES), net.trunk(IMAGES))
+    close(clf(IMAGES), net(IMAGES))
+
+
 class Block(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm, self.attention = nn.LayerNorm(width), nn.MultiheadAttention(width, 2, batch_first=True)
-        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 9), nn.GELU(), nn.Linear(9, width))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
@@ -276,10 +339,11 @@ def of_tokens(tokens: Tensor, before: int) -> Tensor:
 def test_the_map_of_a_class_token_is_the_input_of_the_last_block(registers: int) -> None:
     net = ready(ViT(registers))
     seen: list[Tensor] = []
-    net.blocks[1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().requires_grad_()) or seen[-1])
+    hook = net.blocks[1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     logits = net(SQUARES)
+    hook.remove()
     (gradient,) = torch.autograd.grad(logits[:, 1].sum(), seen[0])
-    tokens, clf = seen[0], split(net)
+    tokens, clf = seen[0].detach(), split(net)
     maps, others = clf.features(SQUARES)
     close(maps, of_tokens(tokens, 1 + registers))
     close(others, tokens[:, : 1 + registers])
@@ -391,7 +455,8 @@ def test_other_weightings_by_their_formulas(name: str, weighting: Any) -> None:
 
 
 def test_several_layers_are_averaged_at_the_size_of_the_largest() -> None:
-    net = ready(nn.Sequential(trunk(), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(CHANNELS, 5, 1), nn.Flatten(2), Averaged()))
+    layers = [trunk(), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(CHANNELS, 5, 1), nn.Flatten(2), Averaged()]
+    net = ready(nn.Sequential(*layers))
     layers = [net[0], "2"]
     large, small = (normalize(grad_cam(net, IMAGES, [1], layer=layer), "minmax") for layer in layers)
     assert large.shape[2:] == (12, 9)
