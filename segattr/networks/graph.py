@@ -1,6 +1,5 @@
 """The operations of a network for batches of any size: what two recordings of it have in common."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -276,7 +275,10 @@ def _batch(one: int, two: int, counts: tuple[int, int]) -> Batch | None:
 
 
 def _along(shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
-    return math.prod(shape[axis] for axis in axes)
+    along = 1
+    for axis in axes:  # what torch.compile can follow
+        along = along * shape[axis]
+    return along
 
 
 def _shared(one: tuple[str, ...], two: tuple[str, ...]) -> tuple[str, ...]:

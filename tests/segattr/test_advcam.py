@@ -162,9 +162,11 @@ def test_the_model_is_untouched(variant: str, training: bool) -> None:
         if len(calls) == 2:  # in the middle of the climb
             raise RuntimeError("in the model")
 
+    clf = split(model)
+    assert clf.linear is model.get_submodule("fc")
     handle = model.get_submodule("layer3").register_forward_hook(fail)
     with pytest.raises(RuntimeError, match="in the model"):
-        advcam(model, x, steps=2, **VARIANTS[variant])
+        advcam(clf, x, steps=2, **VARIANTS[variant])
     handle.remove()
     assert_untouched(model, before)
 
