@@ -376,7 +376,7 @@ def test_no_images_and_no_pixels() -> None:
         ({"scale_factor": 0.0}, ValueError, "scale_factor: expected a finite number above 0 and of at most 1"),
         ({"scale_factor": 1.5}, ValueError, "scale_factor: expected a finite number above 0 and of at most 1"),
         ({"scale_factor": 0.2}, ValueError, r"scale_factor: expected to leave at least 1 pixel of \[1, 3, 4, 5\]"),
-        ({"method": "lowrank"}, ValueError, "method: expected one of 'auto', 'exact', 'blocksparse', got 'lowrank'"),
+        ({"method": "lowrank"}, ValueError, "method: expected one of 'auto', 'exact', 'blocksparse', 'lattice', got 'lowrank'"),
         ({"tolerance": 1.0}, ValueError, "tolerance: expected a finite number above 0 and below 1"),
         ({"backend": "cuda"}, ValueError, "backend: expected one of 'auto', 'torch', 'triton', got 'cuda'"),
         ({"backend": "triton"}, ValueError, "backend: expected a CUDA device for 'triton', got an image on cpu"),
