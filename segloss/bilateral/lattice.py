@@ -24,8 +24,9 @@ from torch import Tensor
 
 _SCALE = 1.02  # of the lattice; at 1 the variances of both kernels agree, a little above it their shapes do
 _MARGIN = 3  # cells around an image: vertices lie up to 1 below the corners of their simplices, neighbours 1 beyond
+_FLAT = 0.1  # sigmas: features that differ by less are the same, to .5% of a weight
 _FARTHEST = {torch.float32: 2.0**15, torch.float64: 2.0**40}  # from 0, in sigmas; places are accurate to .01 there
-_MOST_KEYS, _MOST_NUMBERS = 2.0**62, 2.0**31
+_MOST_KEYS, _MOST_NUMBERS = 2**62, 2**31
 
 
 class LatticeError(ValueError):
@@ -37,9 +38,10 @@ class Lattice:
 
     def __init__(self, features: Tensor, image: int = 0) -> None:
         """``image`` is its number in errors."""
+        features = _checked(features, image)
         dims, pixels = features.shape
         plane = _embed(features)
-        extents = _extents(plane, features, image)
+        extents = _extents(plane, image)
         corners, places, ranks = _simplices(plane)
         weights = _barycentric(places)
         keys, steps = _keys(corners, ranks, extents)
@@ -53,7 +55,9 @@ class Lattice:
         self._spread = pixel, starts.to(torch.int32), self._weights.flatten()[order]
         self._neighbours = _neighbours(ordered[starts], steps)
         self._scale = _constant(dims)
-        self._rest = 1 - self._scale * _diagonal(weights, ranks, self._vertices.t(), self._neighbours)  # E, [N]
+        self._rest = 1 - self._scale * _diagonal(
+            weights, ranks, self._vertices.t().contiguous(), self._neighbours
+        )  # E, [N]
 
     def filtered(self, values: Tensor) -> Tensor:
         """``[K, N]`` to the same."""
@@ -88,11 +92,25 @@ def gaussian_filter(values: Tensor, features: Tensor) -> Tensor:
     return Lattices(features).filtered(values)
 
 
+def _checked(features: Tensor, image: int) -> Tensor:
+    """The features that tell pixels apart: of others, a lattice has only errors."""
+    low, high = torch.aminmax(features, dim=1)
+    extents, reach = (high - low).tolist(), torch.maximum(-low, high).max().item()
+    if not reach <= _FARTHEST[features.dtype]:  # nor NaN
+        raise LatticeError(
+            f"method: 'lattice' is not accurate on image {image}, where colours or places are {2 * reach:.2g} sigmas "
+            "apart; expected a larger sigma_rgb or sigma_xy, or another method"
+        )
+    if (len(features) + 1) ** 2 * features.shape[1] >= _MOST_NUMBERS:
+        raise LatticeError(f"method: 'lattice' is for fewer than {features.shape[1]} pixels; expected another method")
+    return features[[i for i, extent in enumerate(extents) if extent > _FLAT]]
+
+
 def _embed(features: Tensor) -> Tensor:
     """Coordinates in the plane, ``[D + 1, N]``, in cells; the last dimensions of the features have the last ones."""
     dims = len(features)
     plane = features.new_empty(dims + 1, features.shape[1])
-    total = torch.zeros_like(features[0])
+    total = features.new_zeros(features.shape[1])
     for i in range(dims, 0, -1):
         feature = features[i - 1] * (math.sqrt(2 / 3) * _SCALE / math.sqrt(i * (i + 1)))
         plane[i] = total - i * feature
@@ -101,22 +119,16 @@ def _embed(features: Tensor) -> Tensor:
     return plane
 
 
-def _extents(plane: Tensor, features: Tensor, image: int) -> list[int]:
+def _extents(plane: Tensor, image: int) -> list[int]:
     """Cells along the coordinates 1 to D."""
     low, high = torch.aminmax(plane[1:], dim=1)
-    cells = (high.double() - low).ceil() + 2 * _MARGIN
-    *extents, reach = torch.cat([cells, features.abs().max()[None]]).tolist()
-    count = len(plane)
-    if not (reach <= _FARTHEST[features.dtype] and count * math.prod(extents) < _MOST_KEYS):  # NaN neither
+    extents = [int(cells) for cells in ((high.double() - low).ceil() + 2 * _MARGIN).tolist()]
+    if len(plane) * math.prod(extents) >= _MOST_KEYS:
         raise LatticeError(
-            f"method: 'lattice' cannot tell the colours and places of image {image} apart, which are up to "
-            f"{2 * reach:.2g} sigmas from each other; expected a larger sigma_rgb or sigma_xy, or another method"
+            f"method: 'lattice' cannot number the vertices of image {image}, which is {' x '.join(map(str, extents))} "
+            "cells large; expected a larger sigma_rgb or sigma_xy, or another method"
         )
-    if count**2 * plane.shape[1] >= _MOST_NUMBERS:
-        raise LatticeError(
-            f"method: 'lattice' cannot number the vertices of {plane.shape[1]} pixels; expected another method"
-        )
-    return [int(extent) for extent in extents]
+    return extents
 
 
 def _simplices(plane: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -197,13 +209,15 @@ def _diagonal(weights: Tensor, ranks: Tensor, vertices: Tensor, neighbours: list
     their numbers, up for one order of the blurs and down for the other. What leads behind is the same the other way
     round. Paths of up to 3 steps are looked up; longer ones are taken to exist with the square of the share of these.
     """
-    count = len(weights)
-    after = torch.stack([F.pad(pair[:, 0], (0, 1), value=len(pair)) for pair in neighbours])
-    missing = after.shape[1] - 1
-    along = ranks.argsort(0, descending=True).to(torch.int32)  # [D + 1, N]: directions of the steps
+    count, missing = len(weights), len(neighbours[0])
+    after = torch.cat([F.pad(pair[:, 0], (0, 1), value=missing) for pair in neighbours])
+    along = torch.zeros_like(ranks)  # [D + 1, N]: directions of the steps
+    for direction in range(1, count):
+        for t in range(count):
+            along[t].add_(ranks[direction] == count - 1 - t, alpha=direction)
 
     def step(vertex: Tensor, direction: Tensor) -> Tensor:
-        return after.flatten().index_select(0, direction * after.shape[1] + vertex)
+        return after.index_select(0, torch.add(vertex, direction, alpha=missing + 1))
 
     # Steps along x, y, z from each vertex: what comes after x, and after x and y, exists; "yz" comes after y, then z.
     x, y, z = along, along.roll(-1, 0), along.roll(-2, 0)
@@ -221,11 +235,9 @@ def _diagonal(weights: Tensor, ranks: Tensor, vertices: Tensor, neighbours: list
         torch.where((y < x) == (x < z), has_y, has_yz).to(torch.int8)  # yxz, else yzx
         + torch.where((y < x) == (x < z), has_z & has_xz, has_xz),  # zxy, else xzy
     )
+    both = paths / 2  # the share of paths of 3 steps
+    shares = [torch.ones_like(both), (1 + has_y.to(both.dtype)) / 2, both] + [both.square()] * (count - 3)
     total = weights.square().sum(0)
-    for i in range(count):
-        ahead = weights.roll(-i - 1, 0)
-        reached = ahead[0] + (1 + has_y[i].to(weights.dtype)) / 4 * ahead[1]
-        for m in range(3, count + 1):
-            reached += (paths[i] if m == 3 else paths[i].square() / 2) * ahead[m - 1] / 2**m
-        total += weights[i] * reached
+    for m, share in enumerate(shares[:count], 1):
+        total += (share * weights * weights.roll(-m, 0)).sum(0) * 2.0 ** (1 - m)
     return total
