@@ -159,7 +159,9 @@ def dense_crf(
         messages come from all other pixels. The authors' released code, and pydensecrf, which is built on it, keep the
         pixel itself, a further :math:`w_m Q^k_p / D^m_p`, and approximate K by a lattice. IRN_CRF: the released code of
         *Weakly Supervised Learning of Instance Segmentation with Inter-pixel Relations*; BBAM_CRF: that of *BBAM:
-        Bounding Box Attribution Map for Weakly Supervised Semantic and Instance Segmentation*.
+        Bounding Box Attribution Map for Weakly Supervised Semantic and Instance Segmentation*; DEEPLAB_CRF: that of
+        *DeepLab: Semantic Image Segmentation with Deep Convolutional Nets, Atrous Convolution, and Fully Connected
+        CRFs*, for ResNet-101. The lattice: *Fast High-Dimensional Filtering Using the Permutohedral Lattice*.
 
     Example:
         A pixel of unknown class takes that of the pixels of its colour:
