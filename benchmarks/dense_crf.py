@@ -76,8 +76,9 @@ def truths(name: str, preset: str, classes: int, folder: Path | None) -> Tensor:
     file = folder / f"{name}_{preset}_{classes}.npy" if folder else None
     if file is not None and file.exists():
         return torch.from_numpy(np.load(file))
-    arguments = maps(classes), photograph(name)
-    found = torch.cat([dense_crf(*arguments, own=own, **PRESETS[preset], **TRUTH).argmax(1) for own in (False, True)])
+    settings = PRESETS[preset] | TRUTH
+    probabilities, image = maps(classes), photograph(name)
+    found = torch.cat([dense_crf(probabilities, image, own=own, **settings).argmax(1) for own in (False, True)])
     if file is not None:
         np.save(file, found.byte().numpy())
     return found

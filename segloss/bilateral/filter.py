@@ -67,9 +67,9 @@ def bilateral_filter(
     Returns:
         ``[B, K, H, W]``, float32 (float64 where values or image are float64); :func:`bilateral_error` tells its error.
         Gradients of the values are those of the approximate W, the gradients of image and sigmas those of the exact one
-        up to the tolerance, by pairs of tiles: with the lattice they take most of the time of a training step. Where values are not checked, on CUDA and under ``torch.compile`` (see
-        :func:`~segloss.check_values`), NaN, infinity and values beyond the limit may give NaN and infinity anywhere in
-        their image.
+        up to the tolerance, by pairs of tiles: with the lattice they take most of the time of a training step. Where
+        values are not checked, on CUDA and under ``torch.compile`` (see :func:`~segloss.check_values`), NaN, infinity
+        and values beyond the limit may give NaN and infinity anywhere in their image.
 
     Raises:
         TypeError: ``values`` or ``image`` that are not floating point, sigmas that are not numbers.
@@ -78,12 +78,13 @@ def bilateral_filter(
             ``backend`` that cannot run.
         ToleranceError: a ValueError; ``method="lowrank"`` and an image on which its error is above the tolerance, as
             on noise and strongly textured images.
-        segloss.bilateral.LatticeError: a ValueError; ``method="lattice"`` and sigmas that are too small for it: colours or places more
-            than 65,000 of them apart (float64: 2e12), or lattices with more places than 62 bits can number.
+        segloss.bilateral.LatticeError: a ValueError; ``method="lattice"`` and sigmas that are too small for it, with
+            colours or places more than 65,000 of them apart (float64: 2e12) or more vertices than 62 bits can number;
+            more than 60 million pixels.
 
     Source:
         The affinities of *Approximate Size Targets Are Sufficient for Accurate Semantic Segmentation*, eq. (3), with
-        the kernel of *Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials*. The lattice is that of
+        the kernel of *Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials*. The lattice:
         *Fast High-Dimensional Filtering Using the Permutohedral Lattice*.
 
     Example:
