@@ -355,7 +355,8 @@ def _bilateral(
 
 def _prepared(image: Tensor, sigma_rgb: float, sigma_xy: float, settings: dict[str, Any]) -> Filter:
     def prepared(method: str) -> Filter:
-        return PreparedFilter(image, sigma_rgb=sigma_rgb, sigma_xy=sigma_xy, **{**settings, "method": method})
+        options = {**settings, "method": method, "alternate": True}
+        return PreparedFilter(image, sigma_rgb=sigma_rgb, sigma_xy=sigma_xy, **options)
 
     if settings["method"] != "auto":
         return prepared(settings["method"])

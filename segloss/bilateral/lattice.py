@@ -17,6 +17,7 @@ those of the D + 1 steps are all different.
 """
 
 import math
+from itertools import cycle
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,8 @@ _SCALE = 1.02  # of the lattice; at 1 the variances of both kernels agree, a lit
 _MARGIN = 3  # cells around an image: vertices lie up to 1 below the corners of their simplices, neighbours 1 beyond
 _FLAT = 0.1  # sigmas: features that differ by less are the same, to .5% of a weight
 _FARTHEST = {torch.float32: 2.0**15, torch.float64: 2.0**40}  # from 0, in sigmas; places are accurate to .01 there
+_UP, _DOWN = 1, -1  # orders of the blurs
+_BOTH = (_UP, _DOWN)
 _MOST_KEYS, _MOST_NUMBERS = 2**62, 2**31
 
 
@@ -59,30 +62,36 @@ class Lattice:
             weights, ranks, self._vertices.t().contiguous(), self._neighbours
         )  # E, [N]
 
-    def filtered(self, values: Tensor) -> Tensor:
-        """``[K, N]`` to the same."""
+    def filtered(self, values: Tensor, orders: tuple[int, ...] = _BOTH) -> Tensor:
+        """``[K, N]`` to the same; with the mean of some ``orders`` of the blurs."""
         rows = values.t().contiguous()
         pixels, starts, weights = self._spread
-        forth = rows.new_zeros(len(starts) + 1, rows.shape[1])  # the last vertex is that of all that do not exist
-        forth[:-1] = F.embedding_bag(pixels, rows, starts, mode="sum", per_sample_weights=weights)
-        back = forth.clone()
-        for there, here in zip(self._neighbours, reversed(self._neighbours), strict=True):
-            forth[:-1].add_(F.embedding_bag(there, forth, mode="sum"), alpha=0.5)
-            back[:-1].add_(F.embedding_bag(here, back, mode="sum"), alpha=0.5)
-        forth.add_(back).mul_(self._scale / 2)
-        gathered = F.embedding_bag(self._vertices, forth, mode="sum", per_sample_weights=self._weights)
+        total = rows.new_zeros(len(starts) + 1, rows.shape[1])  # the last vertex is that of all that do not exist
+        spread = F.embedding_bag(pixels, rows, starts, mode="sum", per_sample_weights=weights)
+        for order in orders:
+            blurred = F.pad(spread, (0, 0, 0, 1))
+            for pair in self._neighbours[::order]:
+                blurred[:-1].add_(F.embedding_bag(pair, blurred, mode="sum"), alpha=0.5)
+            total.add_(blurred, alpha=self._scale / len(orders))
+        gathered = F.embedding_bag(self._vertices, total, mode="sum", per_sample_weights=self._weights)
         return torch.addcmul(gathered.t(), self._rest, values)
 
 
 class Lattices:
-    """W~ of a batch of images, ``features [B, D, N]``, N > 0."""
+    """W~ of a batch of images, ``features [B, D, N]``, N > 0.
 
-    def __init__(self, features: Tensor) -> None:
+    ``alternate``: every call has one order of the blurs, and the next one the other. For iterations, where a kernel
+    that is symmetric in the mean of two calls does.
+    """
+
+    def __init__(self, features: Tensor, *, alternate: bool = False) -> None:
         self._lattices = [Lattice(image, b) for b, image in enumerate(features)]
+        self._orders = cycle([(_UP,), (_DOWN,)] if alternate else [_BOTH])
 
     def filtered(self, values: Tensor) -> Tensor:
         """``[B, K, N]`` to the same."""
-        return torch.stack([lattice.filtered(v) for lattice, v in zip(self._lattices, values, strict=True)])
+        orders = next(self._orders)
+        return torch.stack([lattice.filtered(v, orders) for lattice, v in zip(self._lattices, values, strict=True)])
 
 
 def gaussian_filter(values: Tensor, features: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ class PreparedFilter:
         sigma_rgb, sigma_xy, tolerance, backend: as of :func:`segloss.bilateral_filter`.
         method: ``"exact"``, ``"blocksparse"``, ``"lattice"``, or ``"auto"``: exact below 2,500 pixels, then
             block-sparse.
+        alternate: of the lattice, whose kernel is the mean of two that are not symmetric: take one of them in a call,
+            and the other in the next, at nearly half the time. For iterations.
 
     Raises:
         TypeError, ValueError: as :func:`segloss.bilateral_filter`.
@@ -47,6 +49,7 @@ class PreparedFilter:
         method: str = "auto",
         tolerance: float = 1e-2,
         backend: str = "auto",
+        alternate: bool = False,
     ) -> None:
         check_guide(image, image, "image")
         if image.numel() == 0:
@@ -57,7 +60,7 @@ class PreparedFilter:
             features = guide_features(image, sigma_rgb, sigma_xy)
         self._image = image
         self._dtype = features.dtype
-        self._run = prepare(features, plan)
+        self._run = prepare(features, plan, alternate=alternate)
 
     def __call__(self, values: Tensor) -> Tensor:
         """``[B, K, H, W]`` to the same shape, for any K, and for any B where there is one image.
