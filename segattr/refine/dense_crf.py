@@ -133,7 +133,8 @@ def dense_crf(
             interpolated. It loses detail; the kernel of position alone and :math:`\ln P` keep their resolution.
         method: ``"exact"`` visits all pairs of pixels, ``"blocksparse"`` leaves out or approximates those that count
             little, ``"lattice"`` replaces the bilateral kernel by one on a permutohedral lattice, a hundred times
-            faster on photographs. ``"auto"`` is exact below 2,500 pixels, block-sparse below 10,000, and
+            faster on photographs: there it gave 1 to 2.6% of the pixels another label than the block-sparse kernel at
+            a tolerance of 2e-2 does (4 classes, ``IRN_CRF`` and ``BBAM_CRF``). ``"auto"`` is exact below 2,500 pixels, block-sparse below 10,000, and
             from there takes the lattice, or block-sparse for sigmas so small that a lattice cannot tell its vertices
             apart. There is no low rank: its error is small in proportion to the whole image, not to the small D of
             rare colours, and narrow kernels need too many landmarks.
