@@ -8,7 +8,7 @@ weights 1/2, 1, 1/2 (B_j), and gathered again:
 
 Only vertices of simplices with pixels exist; the others hold 0. Directions then do not commute, but the mean of both
 orders is symmetric. The constant c is that of the continuum, with which W~ has the scale of the Gaussian, and the
-diagonal E gives each pixel its weight of 1 with itself.
+diagonal E gives each pixel its weight of 1 with itself: exactly for D <= 2, and nearly for others.
 
 A vertex has the coordinates (D + 1) n_i + k with integers n_i, its cell, and the same remainder k for all i. Its key is
 one integer: k + (D + 1) (n_1 + L_1 (n_2 + L_2 (n_3 ...))) with the extents L_i of an image. Vertices of a simplex are
