@@ -136,8 +136,8 @@ def dense_crf(
             photographs it gave 1 to 2.6% of the pixels another label than the block-sparse kernel at a tolerance of
             2e-2 does (4 classes, ``IRN_CRF`` and ``BBAM_CRF``). ``"auto"`` is exact below 2,500 pixels, block-sparse
             below 10,000, and from there takes the lattice, or block-sparse for sigmas so small that a lattice cannot
-            tell its vertices apart. There is no low rank: its error is small in proportion to the whole image, not to the small D of
-            rare colours, and narrow kernels need too many landmarks.
+            tell its vertices apart. There is no low rank: its error is small in proportion to the whole image, not to
+            the small D of rare colours, and narrow kernels need too many landmarks.
         tolerance: of the block-sparse method, as in :func:`~segloss.bilateral_filter`; the lattice has none.
         backend: as in :func:`~segloss.bilateral_filter`.
 
