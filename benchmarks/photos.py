@@ -24,7 +24,7 @@ def photo(name: str, side: int) -> Tensor:
     """The central square of a bundled photograph, or uniform noise: ``[1, 3, side, side]`` in [0, 1]."""
     if name == "noise":
         return torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
-    image = _bundled(name)
+    image = bundled(name)
     square = min(image.shape[:2])
     top, left = (image.shape[0] - square) // 2, (image.shape[1] - square) // 2
     image = image[top : top + square, left : left + square]
@@ -53,7 +53,7 @@ def truth(image: Tensor, values: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor
     return torch.stack(filtered), torch.stack(sums)
 
 
-def _bundled(name: str) -> np.ndarray:
+def bundled(name: str) -> np.ndarray:
     if name in ("china", "flower"):
         from sklearn.datasets import load_sample_image
 

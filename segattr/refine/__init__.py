@@ -1,6 +1,6 @@
 """Refinement: from localisation maps to masks."""
 
-from segattr.refine.dense_crf import BBAM_CRF, IRN_CRF, CRFSettings, dense_crf, label_probabilities
+from segattr.refine.dense_crf import BBAM_CRF, DEEPLAB_CRF, IRN_CRF, CRFSettings, dense_crf, label_probabilities
 from segattr.refine.grow_seeds import grow_seeds
 from segattr.refine.instance_masks import instance_masks, semantic_labels
 from segattr.refine.merge_proposals import merge_proposals
@@ -9,6 +9,7 @@ from segattr.refine.random_walk import random_walk
 
 __all__ = [
     "BBAM_CRF",
+    "DEEPLAB_CRF",
     "IRN_CRF",
     "CRFSettings",
     "dense_crf",

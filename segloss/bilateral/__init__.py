@@ -7,11 +7,13 @@ the arguments that every function of this kernel shares, and ``make_plan``, what
 
 from segloss.bilateral.filter import bilateral_error, bilateral_filter
 from segloss.bilateral.guide import check_guide, check_sigma, guide_colour, guide_features
+from segloss.bilateral.lattice import LatticeError
 from segloss.bilateral.operator import ToleranceError
 from segloss.bilateral.plan import Plan, check_plan, make_plan
 from segloss.bilateral.prepared import PreparedFilter
 
 __all__ = [
+    "LatticeError",
     "Plan",
     "PreparedFilter",
     "ToleranceError",

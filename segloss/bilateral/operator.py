@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segloss.bilateral import blocksparse, lowrank
+from segloss.bilateral import blocksparse, lattice, lowrank
 from segloss.bilateral.error import sample_pixels, sampled_error
 from segloss.bilateral.plan import Plan
 from segloss.bilateral.reference import guide_gradient_reference
@@ -28,7 +28,7 @@ def _bilateral(values: Tensor, features: Tensor, *settings: Any) -> tuple[Tensor
     with torch.autocast(values.device.type, enabled=False), full_precision():
         if plan.method in _LOW_RANK and values.numel() > 0:
             return _choose(values, features, landmarks, plan)
-        return _by_tiles(values, features, plan), landmarks
+        return _directly(values, features, plan), landmarks
 
 
 def _bilateral_with(values: Tensor, features: Tensor, landmarks: Tensor, *settings: Any) -> Tensor:
@@ -36,7 +36,7 @@ def _bilateral_with(values: Tensor, features: Tensor, landmarks: Tensor, *settin
     with torch.autocast(values.device.type, enabled=False), full_precision():
         if plan.method in _LOW_RANK and values.numel() > 0:
             return _filter(values, features, landmarks, plan)
-        return _by_tiles(values, features, plan)
+        return _directly(values, features, plan)
 
 
 def _no_landmarks(features: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ def _bilateral_energy(
     plan = Plan(*settings)
     with torch.autocast(values.device.type, enabled=False), full_precision():
         if plan.method not in _LOW_RANK or values.numel() == 0:
-            return (_partner(values, mask, quadratic) * _by_tiles(values, features, plan)).sum((1, 2))
+            return (_partner(values, mask, quadratic) * _directly(values, features, plan)).sum((1, 2))
         inputs = values if quadratic or complete else torch.cat([values, mask], 1)
         energies = []
         for b in range(len(values)):
@@ -116,21 +116,30 @@ def _filter(values: Tensor, features: Tensor, landmarks: Tensor, plan: Plan) -> 
     return filtered
 
 
+def _directly(values: Tensor, features: Tensor, plan: Plan) -> Tensor:
+    """By the methods without landmarks."""
+    if plan.method == "lattice":
+        return lattice.gaussian_filter(values, features)
+    return _by_tiles(values, features, plan)
+
+
 def _by_tiles(values: Tensor, features: Tensor, plan: Plan) -> Tensor:
     run = _kernels().gaussian_filter if _on_triton(plan, values) else blocksparse.gaussian_filter
     return run(values, features, _cutoff(plan))
 
 
-def prepare(features: Tensor, plan: Plan) -> Callable[[Tensor], Tensor]:
-    """What :class:`Bilateral` makes of ``values [B, K, N]``, N > 0, by tiles whatever the plan; without gradients.
+def prepare(features: Tensor, plan: Plan, *, alternate: bool = False) -> Callable[[Tensor], Tensor]:
+    """What :class:`Bilateral` makes of ``values [B, K, N]``, N > 0, by lattice or else by tiles; without gradients.
 
-    For many values of the same features: which pairs of tiles count is found once. Triton finds them in next to no
-    time, again for each of the values.
+    For many values of the same features: the lattice, and which pairs of tiles count, are found once. Triton finds
+    pairs in next to no time, again for each of the values. ``alternate`` is for the lattice.
     """
     device = features.device.type
     run: Callable[[Tensor], Tensor]
     with torch.no_grad(), torch.autocast(device, enabled=False), full_precision():
-        if _on_triton(plan, features):
+        if plan.method == "lattice":
+            run = lattice.Lattices(features, alternate=alternate).filtered
+        elif _on_triton(plan, features):
             run = partial(_kernels().gaussian_filter, features=features, tolerance=_cutoff(plan))
         else:
             run = blocksparse.prepare(features, _cutoff(plan)).filtered

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from segloss.common.checks import check_choice, check_number
 
-_METHODS = ("auto", "exact", "blocksparse", "lowrank")
+_METHODS = ("auto", "exact", "blocksparse", "lowrank", "lattice")
 _BACKENDS = ("auto", "torch", "triton")
 _PRECISIONS = ("auto", "float32")
 _HAS_TRITON = find_spec("triton") is not None

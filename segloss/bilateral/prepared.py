@@ -8,23 +8,27 @@ from segloss.bilateral.operator import prepare
 from segloss.bilateral.plan import make_plan
 from segloss.common.checks import check_choice, check_finite, check_floating, check_like, shape_text
 
-_METHODS = ("auto", "exact", "blocksparse")  # those that visit pairs of pixels
+_METHODS = ("auto", "exact", "blocksparse", "lattice")  # those that know all of an image before they see values
 
 
 class PreparedFilter:
     r""":func:`segloss.bilateral_filter` of one batch of images, for many values, without gradients.
 
-    Which pairs of pixels count is found once, when it is made; iterations on the same images, as those of a dense CRF,
-    pay for the products only.
+    Which pairs of pixels count, or the lattice, is found once, when it is made; iterations on the same images, as those
+    of a dense CRF, pay for the products only.
 
     Args:
         image: guide, ``[B, C, H, W]``, at least one pixel, in the unit of ``sigma_rgb``; the results have its dtype
             (float32 for anything narrower).
         sigma_rgb, sigma_xy, tolerance, backend: as of :func:`segloss.bilateral_filter`.
-        method: ``"exact"``, ``"blocksparse"``, or ``"auto"``: exact below 2,500 pixels, then block-sparse.
+        method: ``"exact"``, ``"blocksparse"``, ``"lattice"``, or ``"auto"``: exact below 2,500 pixels, then
+            block-sparse.
+        alternate: of the lattice, whose kernel is the mean of two that are not symmetric: take one of them in a call,
+            and the other in the next, at nearly half the time. For iterations.
 
     Raises:
         TypeError, ValueError: as :func:`segloss.bilateral_filter`.
+        LatticeError: a ValueError; ``method="lattice"`` and an image that it is not for.
 
     Source:
         The W of :func:`segloss.bilateral_filter`.
@@ -45,6 +49,7 @@ class PreparedFilter:
         method: str = "auto",
         tolerance: float = 1e-2,
         backend: str = "auto",
+        alternate: bool = False,
     ) -> None:
         check_guide(image, image, "image")
         if image.numel() == 0:
@@ -55,7 +60,7 @@ class PreparedFilter:
             features = guide_features(image, sigma_rgb, sigma_xy)
         self._image = image
         self._dtype = features.dtype
-        self._run = prepare(features, plan)
+        self._run = prepare(features, plan, alternate=alternate)
 
     def __call__(self, values: Tensor) -> Tensor:
         """``[B, K, H, W]`` to the same shape, for any K, and for any B where there is one image.

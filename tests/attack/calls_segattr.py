@@ -468,6 +468,7 @@ def dense_crf() -> Call:
         "sigma_xy": 5.0,
         "smooth_weight": 3.0,
         "smooth_sigma_xy": 2.0,
+        "own": False,
         "valid": ~masks(2, 6, 5),
         "scale_factor": 0.5,
         "method": "exact",

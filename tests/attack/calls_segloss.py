@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import segloss
+from segloss.bilateral import LatticeError
 from tests.attack.call import Call, Calls, module
 
 Arguments = dict[str, Any]
@@ -142,7 +143,8 @@ def filtering(**settings: Any) -> Callable[[], Call]:
     def make() -> Call:
         arguments = {"values": torch.randn(B, K, H, W), "image": image(), "sigma_rgb": 0.2, "sigma_xy": 3.0}
         arguments |= {"method": "exact", "tolerance": 0.01, "backend": "auto", "precision": "auto"} | settings
-        errors = (segloss.ToleranceError,) if settings.get("method") == "lowrank" else ()
+        refusals = {"lowrank": (segloss.ToleranceError,), "lattice": (LatticeError,)}
+        errors = refusals.get(arguments["method"], ())
         return Call(segloss.bilateral_filter, arguments, of("values"), errors=errors)
 
     return make
@@ -278,6 +280,7 @@ CALLS: Calls = {
     "segloss.bilateral_filter": filtering(),
     "segloss.bilateral_filter blocksparse": filtering(method="blocksparse"),
     "segloss.bilateral_filter lowrank": filtering(method="lowrank"),
+    "segloss.bilateral_filter lattice": filtering(method="lattice"),
     "segloss.bilateral_filter tensors": filtering(sigma_rgb=torch.tensor(0.2), sigma_xy=torch.tensor(3.0)),
     "segloss.boundary_constraint": simple(segloss.boundary_constraint, boundary, per_image("logits")),
     "segloss.check_values": lambda: Call(check_values_and_back, {"enabled": True}),

@@ -8,7 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from segattr.refine import BBAM_CRF, IRN_CRF, dense_crf, label_probabilities
+from segattr.refine import BBAM_CRF, DEEPLAB_CRF, IRN_CRF, dense_crf, label_probabilities
+from segattr.refine.dense_crf import _smooth
+from segloss.bilateral import guide_features
+from segloss.bilateral.reference import gaussian_filter_reference
 
 
 def brute_force(
@@ -376,7 +379,11 @@ def test_no_images_and_no_pixels() -> None:
         ({"scale_factor": 0.0}, ValueError, "scale_factor: expected a finite number above 0 and of at most 1"),
         ({"scale_factor": 1.5}, ValueError, "scale_factor: expected a finite number above 0 and of at most 1"),
         ({"scale_factor": 0.2}, ValueError, r"scale_factor: expected to leave at least 1 pixel of \[1, 3, 4, 5\]"),
-        ({"method": "lowrank"}, ValueError, "method: expected one of 'auto', 'exact', 'blocksparse', got 'lowrank'"),
+        (
+            {"method": "lowrank"},
+            ValueError,
+            "method: expected one of 'auto', 'exact', 'blocksparse', 'lattice', got 'lowrank'",
+        ),
         ({"tolerance": 1.0}, ValueError, "tolerance: expected a finite number above 0 and below 1"),
         ({"backend": "cuda"}, ValueError, "backend: expected one of 'auto', 'torch', 'triton', got 'cuda'"),
         ({"backend": "triton"}, ValueError, "backend: expected a CUDA device for 'triton', got an image on cpu"),
@@ -452,3 +459,66 @@ def test_the_largest_images_give_finite_probabilities(scale_factor: float) -> No
 def test_tensors_without_values() -> None:
     with pytest.raises(ValueError, match="probabilities: expected a tensor with values"):
         dense_crf(torch.rand(1, 2, 6, 4, device="meta"), torch.rand(1, 3, 6, 4, device="meta"))
+
+
+def off(refined: Tensor, expected: Tensor) -> float:
+    """Share of the pixels with another label."""
+    return (refined.argmax(1) != expected.argmax(1)).double().mean().item()
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("preset", [IRN_CRF, BBAM_CRF, DEEPLAB_CRF])
+def test_the_lattice_makes_most_of_the_changes_of_the_exact_kernel(preset: dict[str, float], own: bool) -> None:
+    probabilities, image = smooth_scene(60, 52, dtype=torch.float32)
+    exact, lattice = (
+        dense_crf(probabilities, image, **preset, own=own, method=method) for method in ("exact", "lattice")
+    )
+    assert off(lattice, exact) < min(0.04, off(probabilities, exact) / 2)
+
+
+def test_the_lattice_is_the_default_from_10000_pixels_where_it_can_be() -> None:
+    for size, sigma_rgb, method in (
+        ((99, 100), 0.1, "blocksparse"),
+        ((100, 100), 0.1, "lattice"),
+        ((100, 100), 1e-7, "blocksparse"),
+    ):
+        probabilities, image = smooth_scene(*size, dtype=torch.float32)
+        settings = {"iterations": 1, "tolerance": 0.3, "sigma_xy": 4.0, "sigma_rgb": sigma_rgb}
+        same = dense_crf(probabilities, image, **settings)
+        torch.testing.assert_close(same, dense_crf(probabilities, image, method=method, **settings), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="method: 'lattice' is not accurate on image 0"):
+        dense_crf(probabilities, image, method="lattice", sigma_rgb=1e-7)
+
+
+def test_own_messages_are_those_of_pixels_to_themselves() -> None:
+    probabilities, image = scene(2, 3, 7, 6, contrast=0.05)
+    settings = {"iterations": 1, "weight": 2.0, "smooth_weight": 0.5}
+    without, kept = (dense_crf(probabilities, image, own=own, **settings) for own in (False, True))
+    features = guide_features(image, 5 / 255, 50.0)
+    one = torch.ones(2, 1, 42, dtype=torch.float64)
+    message = torch.zeros(2, 3, 42, dtype=torch.float64)
+    for weight, guide in ((2.0, features), (0.5, features[:, -2:] * 50 / 3)):
+        message += weight * probabilities.flatten(2) / gaussian_filter_reference(one, guide)
+    expected = (without.log() + message.view_as(without)).softmax(1)
+    torch.testing.assert_close(kept, expected)
+
+
+def test_pixels_that_are_not_valid_do_not_count_on_the_lattice_either() -> None:
+    probabilities, image = smooth_scene(40, 36)
+    valid = torch.ones(1, 40, 36, dtype=torch.bool)
+    valid[:, 5:20, 3:20] = False
+    changed = torch.where(valid, probabilities, 0.25)
+    options = {"valid": valid, "method": "lattice"}
+    refined, again = (dense_crf(p, image, **options)[:, :, valid[0]] for p in (probabilities, changed))
+    torch.testing.assert_close(refined, again)
+
+
+@pytest.mark.parametrize("sigma", [0.3, 3.0, 40.0, math.inf])
+@pytest.mark.parametrize("size", [(1, 1), (31, 33), (64, 97)])
+def test_the_kernel_of_position_is_exact_to_rounding(sigma: float, size: tuple[int, int]) -> None:
+    probabilities, _ = scene(2, 3, *size)
+    found = _smooth(probabilities[:, :1], sigma)(probabilities)
+    rows, columns = (
+        torch.exp(-((torch.arange(n)[:, None] - torch.arange(n)).double() / sigma).square() / 2) for n in size
+    )
+    torch.testing.assert_close(found, rows @ probabilities @ columns)

@@ -425,7 +425,7 @@ def test_threads_and_random_numbers_stay_as_they_were() -> None:
         (
             {"method": "fast"},
             ValueError,
-            "method: expected one of 'auto', 'exact', 'blocksparse', 'lowrank', got 'fast'",
+            "method: expected one of 'auto', 'exact', 'blocksparse', 'lowrank', 'lattice', got 'fast'",
         ),
         ({"precision": "half"}, ValueError, "precision: expected one of 'auto', 'float32', got 'half'"),
         ({"backend": "triton"}, ValueError, "backend: expected a CUDA device for 'triton', got an image on cpu"),

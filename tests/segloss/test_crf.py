@@ -212,7 +212,7 @@ def test_masks_reach_the_gradient_of_the_image() -> None:
         ({"scale_factor": 0.1}, ValueError, "scale_factor: expected to leave at least 1 pixel of .* got 0.1"),
         ({"sigma_rgb": -1}, ValueError, "sigma_rgb: expected a number above 0, got -1"),
         ({"sigma_xy": math.nan}, ValueError, "sigma_xy: expected a number above 0, got nan"),
-        ({"method": "lattice"}, ValueError, "method: expected one of"),
+        ({"method": "fast"}, ValueError, "method: expected one of"),
         ({"backend": "numpy"}, ValueError, "backend: expected one of"),
         ({"tolerance": 1.0}, ValueError, "tolerance: expected a finite number above 0 and below 1, got 1.0"),
     ],
@@ -226,7 +226,7 @@ def test_arguments_that_make_no_sense_are_refused(changes: dict[str, Any], error
 def test_modules_refuse_their_settings_when_they_are_made() -> None:
     for make in (
         lambda: segloss.PottsCRF(form="cubic"),
-        lambda: segloss.PottsCRF(method="lattice"),
+        lambda: segloss.PottsCRF(method="fast"),
         lambda: segloss.PottsCRF(normalize="images"),
         lambda: segloss.PottsCRF(tolerance=0.0),
         lambda: segloss.PottsCRF(scale_factor=7),

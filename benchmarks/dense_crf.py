@@ -1,0 +1,165 @@
+"""``dense_crf`` beside pydensecrf: time, labels off the truth and memory, on one core.
+
+Both run 10 iterations on photographs of 375 x 500 pixels, the size of VOC's, in turns in one process; the time of a
+method is the median of its rounds, in seconds of the processor: both have one thread. The truth is mean field with the
+block-sparse kernel at a tolerance of 2e-2, each method's own: pydensecrf, and ``own=True`` here, keep the message of a
+pixel to itself. Memory is the peak above the inputs. Writes dense_crf.json and dense_crf.md.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from statistics import geometric_mean, median
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.__main__ import HERE, environment
+from benchmarks.frontier import one_thread
+from benchmarks.memory import peak_bytes
+from benchmarks.photos import bundled
+from segattr.refine import BBAM_CRF, IRN_CRF, dense_crf
+
+PHOTOS = ["china", "flower", "rocket", "motorcycle"]  # astronaut, chelsea and coffee served to choose the lattice
+PRESETS: dict[str, dict[str, Any]] = {"IRN": dict(IRN_CRF), "BBAM": dict(BBAM_CRF)}
+SIZE = (375, 500)
+PEER, OURS, OWN = "pydensecrf", "dense_crf", "dense_crf own=True"
+TRUTH: dict[str, Any] = {"method": "blocksparse", "tolerance": 2e-2}
+
+
+def photograph(name: str) -> Tensor:
+    """The largest part of a photograph with this ratio of sides, in levels of a byte: ``[1, 3, 375, 500]``."""
+    pixels = bundled(name)
+    height, width = pixels.shape[:2]
+    tall, wide = min(height, width * SIZE[0] // SIZE[1]), min(width, height * SIZE[1] // SIZE[0])
+    top, left = (height - tall) // 2, (width - wide) // 2
+    part = torch.from_numpy(pixels[top : top + tall, left : left + wide].copy()).permute(2, 0, 1)[None]
+    return F.interpolate(part.float(), SIZE, mode="area").round_().div_(255)
+
+
+def maps(classes: int) -> Tensor:
+    """Blurred random probabilities, as maps of classifiers are."""
+    coarse = 2 * torch.randn(1, classes, 12, 16, generator=torch.Generator().manual_seed(0))
+    return F.interpolate(coarse, SIZE, mode="bilinear").softmax(1)
+
+
+def pydensecrf(probabilities: Tensor, image: Tensor, settings: dict[str, Any]) -> Tensor:
+    """The released code's inference, with symmetric normalisation, which is its default."""
+    _, classes, height, width = probabilities.shape
+    model = import_module("pydensecrf.densecrf").DenseCRF2D(width, height, classes)
+    model.setUnaryEnergy(-probabilities[0].clamp(min=1e-5).log().flatten(1).contiguous().numpy())
+    model.addPairwiseGaussian(sxy=settings["smooth_sigma_xy"], compat=settings["smooth_weight"])
+    levels = (255 * image[0]).round().byte().permute(1, 2, 0).contiguous().numpy()
+    colour = {"srgb": 255 * settings["sigma_rgb"], "rgbim": levels}
+    model.addPairwiseBilateral(sxy=settings["sigma_xy"], compat=settings["weight"], **colour)
+    return torch.from_numpy(np.array(model.inference(settings["iterations"]))).view_as(probabilities)
+
+
+def inference(method: str, name: str, preset: str, classes: int) -> Callable[[], Tensor]:
+    torch.set_num_threads(1)
+    probabilities, image, settings = maps(classes), photograph(name), PRESETS[preset]
+    if method == PEER:
+        return lambda: pydensecrf(probabilities, image, settings)
+    return lambda: dense_crf(probabilities, image, own=method == OWN, **settings)
+
+
+def truths(name: str, preset: str, classes: int, folder: Path | None) -> Tensor:
+    """Labels without and with a pixel's own message, ``[2, H, W]``; kept in a folder, since they take minutes."""
+    file = folder / f"{name}_{preset}_{classes}.npy" if folder else None
+    if file is not None and file.exists():
+        return torch.from_numpy(np.load(file))
+    settings = PRESETS[preset] | TRUTH
+    probabilities, image = maps(classes), photograph(name)
+    found = torch.cat([dense_crf(probabilities, image, own=own, **settings).argmax(1) for own in (False, True)])
+    if file is not None:
+        np.save(file, found.byte().numpy())
+    return found
+
+
+def compare(name: str, preset: str, classes: int, rounds: int, folder: Path | None) -> list[dict[str, Any]]:
+    methods = [PEER, OURS, OWN]
+    runs = {method: inference(method, name, preset, classes) for method in methods}
+    truth = truths(name, preset, classes, folder)
+    seconds: dict[str, list[float]] = {method: [] for method in methods}
+    rows = []
+    labels = {method: run().argmax(1)[0] for method, run in runs.items()}  # and warms up
+    for _ in range(rounds):
+        for method, run in runs.items():
+            start = time.process_time()
+            run()
+            seconds[method].append(time.process_time() - start)
+    for method in methods:
+        rows.append(
+            {
+                "photo": name,
+                "preset": preset,
+                "classes": classes,
+                "method": method,
+                "seconds": median(seconds[method]),
+                "time_ratio": median(seconds[method]) / median(seconds[PEER]),
+                "labels_off": (labels[method] != truth[int(method != OURS)]).double().mean().item(),
+                "megabytes": peak_bytes(inference, method, name, preset, classes) / 2**20,
+            }
+        )
+    return rows
+
+
+def markdown(rows: list[dict[str, Any]], where: dict[str, Any]) -> str:
+    lines = [
+        "# Dense CRF",
+        "",
+        f"{where['date']}, {where['processor']} ({where['instructions']}), 1 thread, load {where['load']:.1f}, torch "
+        f"{where['torch']}, pydensecrf2 {where['pydensecrf2']}. 375 x 500, 10 iterations. Labels off the truth of the "
+        "same definition; peak memory above the inputs.",
+        "",
+        "| photograph | preset | classes | method | time | of pydensecrf | labels off | memory |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['photo']} | {row['preset']} | {row['classes']} | {row['method']} | {row['seconds']:.3f} s "
+            f"| {row['time_ratio']:.2f} | {100 * row['labels_off']:.2f}% | {row['megabytes']:.0f} MB |"
+        )
+    lines.append("")
+    for classes in sorted({row["classes"] for row in rows}):
+        for method in (OURS, OWN):
+            ratios = [row["time_ratio"] for row in rows if row["method"] == method and row["classes"] == classes]
+            lines.append(
+                f"- {method}, {classes} classes: {geometric_mean(ratios):.2f} of pydensecrf's time (geometric mean)"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.dense_crf", description=__doc__)
+    parser.add_argument("--photos", nargs="+", choices=PHOTOS, default=PHOTOS)
+    parser.add_argument("--classes", nargs="+", type=int, default=[4])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--truths", type=Path, help="folder that keeps the truths, which take minutes, for another run")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for dense_crf.json and dense_crf.md")
+    options = parser.parse_args()
+    where = environment() | {"pydensecrf2": version("pydensecrf2")}
+    rows = []
+    with one_thread():
+        for classes in options.classes:
+            for name in options.photos:
+                for preset in PRESETS:
+                    rows += compare(name, preset, classes, options.rounds, options.truths)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "dense_crf.json").write_text(json.dumps({"environment": where, "results": rows}, indent=1) + "\n")
+    table = markdown(rows, where)
+    (options.out / "dense_crf.md").write_text(table)
+    print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
