@@ -78,7 +78,7 @@ def bilateral_filter(
             ``backend`` that cannot run.
         ToleranceError: a ValueError; ``method="lowrank"`` and an image on which its error is above the tolerance, as
             on noise and strongly textured images.
-        segloss.bilateral.LatticeError: a ValueError; ``method="lattice"`` and sigmas that are too small for it, with
+        ValueError: ``method="lattice"`` and sigmas that are too small for it, with
             colours or places more than 65,000 of them apart (float64: 2e12) or more vertices than 62 bits can number;
             more than 60 million pixels.
 

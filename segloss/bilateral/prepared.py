@@ -28,7 +28,7 @@ class PreparedFilter:
 
     Raises:
         TypeError, ValueError: as :func:`segloss.bilateral_filter`.
-        LatticeError: a ValueError; ``method="lattice"`` and an image that it is not for.
+        ValueError: ``method="lattice"`` and an image that it is not for.
 
     Source:
         The W of :func:`segloss.bilateral_filter`.
