@@ -609,6 +609,7 @@ CALLS: dict[str, Callable[[], Call]] = {
     "segattr.refine.BBAM_CRF": lambda: published_crf(refine.BBAM_CRF),
     "segattr.refine.CRFSettings": lambda: Call(refine.CRFSettings, dict(refine.IRN_CRF), fixed=tuple(refine.IRN_CRF)),
     "segattr.refine.IRN_CRF": lambda: published_crf(refine.IRN_CRF),
+    "segattr.refine.DEEPLAB_CRF": lambda: published_crf(refine.DEEPLAB_CRF),
     "segattr.refine.dense_crf": dense_crf,
     "segattr.refine.grow_seeds": grow_seeds,
     "segattr.refine.instance_masks": instance_masks,
