@@ -263,7 +263,7 @@ class Planner:
         dependent = {self.roles[r] for r in results_in((node.args, node.kwargs))} - {"free"}
         role = "signal" if given.inputs else "gate" if dependent and node.kind not in BLANK else "free"
         for result in node.results():
-            self.roles[result] = "gate" if role == "signal" and result.index == 1 and node.kind in CHOOSING else role
+            self.roles[result] = "gate" if role == "signal" and result.part == 1 and node.kind in CHOOSING else role
             if role == "gate":
                 self.makers[result] = self._maker(node, dependent)
 
@@ -353,9 +353,9 @@ def _places(nodes: list[Node]) -> str:
 
 
 def _text(output: Any) -> str:
-    if isinstance(output, (tuple, list)):
-        return f"({', '.join(map(_text, output))})"
-    return output.name if isinstance(output, Result) else type(output).__name__
+    if isinstance(output, Result):
+        return output.name
+    return f"({', '.join(map(_text, output))})" if isinstance(output, (tuple, list)) else type(output).__name__
 
 
 def _fold(operations: list[Operation], output: Result) -> list[Operation]:

@@ -77,9 +77,9 @@ def arguments(node: Node, roles: Mapping[Result, str]) -> Arguments:
     """
 
     def role(value: Any) -> Any:
-        if isinstance(value, (tuple, list)):
-            return mapped(role, value)
-        return roles[value] if isinstance(value, Result) else "free"
+        if isinstance(value, Result):
+            return roles[value]
+        return mapped(role, value) if isinstance(value, (tuple, list)) else "free"
 
     if node.how == "module":
         inputs = [r for r in results_in((node.args, node.kwargs)) if roles[r] == "signal"]

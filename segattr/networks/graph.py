@@ -76,7 +76,7 @@ class Graph:
 
     def __post_init__(self) -> None:
         self.made = {result: node for node in self.nodes for result in node.results()}
-        self.shapes = {r: node.shapes[r.index or 0] for r, node in self.made.items()}
+        self.shapes = {r: node.shapes[r.part or 0] for r, node in self.made.items()}
 
 
 def common(one: Recording, two: Recording, model: nn.Module) -> Graph:
@@ -171,7 +171,8 @@ def store(node: Node, output: Any, results: dict[Result, Any]) -> None:
     if node.single:
         results[Result(node.name)] = output
     else:
-        results |= {Result(node.name, i): tensor for i, tensor in enumerate(_flat(output))}
+        for i, tensor in enumerate(_flat(output)):
+            results[Result(node.name, i)] = tensor
 
 
 def results_in(arguments: Any) -> list[Result]:
@@ -239,7 +240,7 @@ def _merged(one: Any, two: Any, counts: tuple[int, int], sizes: Sizes) -> Any:
         return one
     if type(one) is not type(two):
         raise Different(f"{one} and {two}")
-    if isinstance(one, (tuple, list)):
+    if isinstance(one, (tuple, list)) and not isinstance(one, Result):
         if len(one) != len(two):
             raise Different(f"{one} and {two}")
         merged: Any = [_merged(a, b, counts, sizes) for a, b in zip(one, two, strict=True)]

@@ -147,7 +147,7 @@ def _reshaped(source: Layout, before: Sequence[int], shape: Sequence[int]) -> La
 
 def _indexed(source: Layout, index: Any, before: Sequence[int], shape: Sequence[int]) -> Layout | None:
     """Slices keep axes, numbers take them away."""
-    entries = list(index) if isinstance(index, tuple) else [index]
+    entries = list(index) if isinstance(index, tuple) and not isinstance(index, Result) else [index]
     if Ellipsis in entries:
         place = entries.index(Ellipsis)
         entries[place : place + 1] = [slice(None)] * (len(before) - len(entries) + 1)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):  # as keys of dictionaries, torch.compile takes no other ones
     """Stands for a result among the arguments of an operation: that of another, or one of its several."""
 
     name: str
-    index: int | None = None
+    part: int | None = None
 
 
 @dataclass(frozen=True)
@@ -433,6 +432,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def mapped(function: Callable[[Any], Any], value: Any) -> Any:
     """A structure of tuples, lists, dictionaries and slices with a function applied to what is in it."""
+    if isinstance(value, Result):
+        return value
     if isinstance(value, tuple):
         return tuple(function(entry) for entry in value)
     if isinstance(value, list):
