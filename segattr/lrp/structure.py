@@ -112,7 +112,7 @@ def overwritten_view(old: Tensor, new: Tensor, *geometry: Any, call: Callable[..
 
     def back(gradient: Tensor) -> list[Tensor]:
         parts = gradient * kept, _brought(gradient * ~kept, source.clamp(min=0), new.shape)
-        return [part for part, role in zip(parts, roles, strict=False) if role == "signal"]
+        return [part for part, role in zip(parts, roles[: len(parts)], strict=True) if role == "signal"]
 
     if roles[:2] == ("signal", "signal"):
         return Linearised(output, back)

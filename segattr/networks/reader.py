@@ -151,7 +151,7 @@ class Reader:
         if not self.compare or size in graph.verified:
             return True
         with self._mode(), torch.no_grad():
-            image = images[:1].detach()
+            image = images[:1].detach() if len(images) else _noise(1, images.shape[1:], images.dtype, images.device)
             with untouched(self.model):
                 torch.manual_seed(0)
                 values = logits_of(self.model(image))
