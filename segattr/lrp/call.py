@@ -10,13 +10,19 @@ from segattr.networks.record import Node
 
 
 class Call:
-    """What an operation calls, with its own arguments or others, and never in place."""
+    """What an operation calls, with its own arguments or others, and never in place.
 
-    def __init__(self, node: Node, model: nn.Module) -> None:
-        self.node, self.model, self.kind = node, model, node.kind
+    Args:
+        node: the operation.
+        model: that it is part of.
+        overwrites: whether it may overwrite its first argument.
+    """
+
+    def __init__(self, node: Node, model: nn.Module, overwrites: bool) -> None:
+        self.node, self.model, self.kind, self.overwrites = node, model, node.kind, overwrites
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if overwrites(self.node) and isinstance(args[0], Tensor):
+        if self.overwrites and isinstance(args[0], Tensor):
             args = (args[0].clone(), *args[1:])
         if self.kind == "view" and not isinstance(args[1], torch.dtype):  # a rule may order memory in another way
             return args[0].reshape(*args[1:], **kwargs)

@@ -20,7 +20,7 @@ from segattr.lrp.adjoints import (
     convolution,
     convolution_module,
 )
-from segattr.lrp.call import Call
+from segattr.lrp.call import Call, overwrites
 from segattr.lrp.gates import GATED
 from segattr.lrp.roles import BLANK, CHOOSING, GATES, Arguments, arguments, flat
 from segattr.networks.graph import Graph, filled, needed, results_in, store
@@ -60,6 +60,7 @@ class Operation:
     norm: "Operation | None" = None
 
     def __post_init__(self) -> None:
+        self.overwrites = overwrites(self.node)
         parameters = inspect.signature(self.rule).parameters if self.rule is not None else ()
         self.takes_roles, self.takes_call = "roles" in parameters, "call" in parameters
 
@@ -79,13 +80,13 @@ class Operation:
         """Runs the rule with the arguments filled in; its errors name the operation."""
         args, kwargs = filled((self.args, self.kwargs), model, results, images)
         if self.rule is None:
-            return Call(self.node, model)(*args, **kwargs)
+            return Call(self.node, model, self.overwrites)(*args, **kwargs)
         if self.path is not None:
             args = (model.get_submodule(self.path), *args)
         if self.takes_roles:
             kwargs["roles"] = self.roles
         if self.takes_call:
-            kwargs["call"] = Call(self.node, model)
+            kwargs["call"] = Call(self.node, model, self.overwrites)
         if self.norm is not None:
             norm, module = self.norm.rule, model.get_submodule(self.norm.path or "")
             assert norm is not None
