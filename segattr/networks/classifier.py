@@ -201,8 +201,7 @@ def undisturbed(network: Callable[..., Any], function: Callable[[], Any], *, con
         state |= {name: parameter.detach() for name, parameter in caller.named_parameters()}
     elsewhere = torch.accelerator.current_accelerator() or torch.device("cpu")  # functions do not tell
     device = next((tensor.device for tensor in state.values()), elsewhere)
-    hooked = [module for module in caller.modules() if module._forward_pre_hooks]  # which may compute its weights
-    with torch.autocast(device.type, enabled=False), attributes_kept(hooked):
+    with torch.autocast(device.type, enabled=False), attributes_kept(list(caller.modules())):
         return functional_call(caller, state, (function,))
 
 

@@ -220,6 +220,7 @@ class _Recorder(TorchFunctionMode):
         self.nodes: list[Node] = []
         self.calls: list[Call] = []
         self.within: list[str] = []
+        self.opening: list[Any] = []  # functions that are being followed
         self.used: dict[str, int] = {IMAGES.name: 1}
         self.paths: dict[int, str] = {}
         for path, module in model.named_modules():
@@ -235,9 +236,14 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         kind, how, target = _named(func)
-        if how == "function" and not self.atomic(kind) and (opened := _opened(func)):
-            with self:
-                return opened(*args, **kwargs)
+        # One that a helper of it reports once more, as torch.meshgrid is, cannot be followed.
+        if how == "function" and func not in self.opening and not self.atomic(kind) and (opened := _opened(func)):
+            self.opening.append(func)
+            try:
+                with self:
+                    return opened(*args, **kwargs)
+            finally:
+                self.opening.pop()
         given = [*_tensors((args, kwargs))]
         stand_ins = self.stand_in((args, kwargs))
         versions = [_version(tensor) for tensor in given]

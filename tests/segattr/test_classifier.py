@@ -292,6 +292,31 @@ def test_parameters_can_be_replaced_for_a_call(name: str) -> None:
     assert torch.equal(clf(x), logits(model(x)))
 
 
+class Grid(nn.Module):
+    """A function of torch that a helper of it reports, and a cache filled in every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.out = body(), nn.Linear(6, 4)
+        self.cache: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.trunk(x)
+        grid = torch.stack(torch.meshgrid(*(torch.arange(n) for n in maps.shape[2:]), indexing="ij")).sum(0)
+        self.cache["grid"] = grid
+        return self.out((maps + grid).mean((2, 3)))
+
+
+def test_a_function_that_a_helper_reports_is_one_operation_and_caches_stay_empty() -> None:
+    model, x = Grid().eval(), torch.randn(2, 3, 17, 13)
+    clf = split(model)
+    assert not model.cache
+    assert torch.equal(undisturbed(clf, lambda: clf(x)), model(x))
+    model.cache.clear()
+    undisturbed(clf, lambda: clf(x))
+    assert not model.cache
+
+
 def test_splitting_leaves_no_trace() -> None:
     model = Mean().eval()
     model.out.requires_grad_(False)
