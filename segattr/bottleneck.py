@@ -15,7 +15,7 @@ from segattr.networks.classes import Classes, check_classes
 from segattr.networks.classifier import Classifier, as_classifier, check_images, taking
 from segattr.networks.features import Features, checked_features, count_classes, head_gradient, head_logits
 from segattr.networks.modes import evaluating
-from segattr.networks.record import attributes_kept
+from segattr.networks.reader.record import attributes_kept
 from segloss.bottleneck import rib_margin
 from segloss.common.checks import (
     check_bool,

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from segattr.networks.graph import call
-from segattr.networks.record import Node
+from segattr.networks.reader.graph import call
+from segattr.networks.reader.record import Node
 
 
 class Call:

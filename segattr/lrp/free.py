@@ -11,7 +11,7 @@ from segattr.lrp.plan import Operation, Plan, Plans
 from segattr.networks.classes import Classes, check_classes
 from segattr.networks.classifier import taking
 from segattr.networks.modes import evaluating
-from segattr.networks.record import IMAGES, Result
+from segattr.networks.reader.record import IMAGES, Result
 from segloss.common.checks import check_choice, check_finite, check_floating, shape_text
 
 WIDEST = 256  # channels of a level: makes the U-Net of ResNet-50 about as large as the one of the paper

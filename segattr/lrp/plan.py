@@ -23,10 +23,10 @@ from segattr.lrp.adjoints import (
 from segattr.lrp.call import Call, overwrites
 from segattr.lrp.gates import GATED
 from segattr.lrp.roles import BLANK, CHOOSING, GATES, Arguments, arguments, flat
-from segattr.networks.graph import Graph, filled, needed, results_in, store
 from segattr.networks.modes import evaluating
-from segattr.networks.reader import Reader
-from segattr.networks.record import IMAGES, Attribute, Node, Result
+from segattr.networks.reader.graph import Graph, filled, needed, results_in, store
+from segattr.networks.reader.read import Reader
+from segattr.networks.reader.record import IMAGES, Attribute, Node, Result
 
 Rules = Mapping[type | str, Rule]
 Gates = Literal["constant", "refuse"]
@@ -153,8 +153,8 @@ class Plan:
 
     def apart(self, operation: Operation) -> bool:
         """Whether images lie along the first axis of what an operation gives, which has no other meaning."""
-        graph, images = self.graph, self.graph.shape(IMAGES)[0]
-        return all(graph.axes[r] == 0 and graph.shape(r)[0] == images for r in operation.outputs)
+        graph, images = self.graph, self.graph.shapes[IMAGES][0]
+        return all(graph.axes[r] == 0 and graph.shapes[r][0] == images for r in operation.outputs)
 
 
 class Plans:

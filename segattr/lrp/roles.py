@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from segattr.networks.graph import results_in
-from segattr.networks.record import Node, Result, mapped
+from segattr.networks.reader.graph import results_in
+from segattr.networks.reader.record import Node, Result, mapped
 
 # Results that only choose, scale or normalise something: they depend on the image, but carry no relevance.
 GATES = frozenset(

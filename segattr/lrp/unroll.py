@@ -12,8 +12,8 @@ from segattr.lrp.free import FreeDecoder
 from segattr.lrp.plan import Operation, Plan, Plans, Saved
 from segattr.networks.classes import Classes, check_classes
 from segattr.networks.classifier import Classifier, taking
-from segattr.networks.reader import unwrapped
-from segattr.networks.record import IMAGES, Result
+from segattr.networks.reader.read import unwrapped
+from segattr.networks.reader.record import IMAGES, Result
 from segloss.common.checks import check_choice, check_finite, check_floating, check_int, check_number, shape_text
 
 

@@ -1,6 +1,6 @@
 """Reading networks: what every method that makes maps asks of a classifier or a detector.
 
-- ``record``, ``graph``, ``reader``: what a network does with an image, as a list of operations.
+- ``reader``: what a network does with an image, as a list of operations.
 - ``layout``, ``cut``, ``classifier``, ``features``: a classifier in two parts, features and head, and what they give.
 - ``classes``: the classes that maps are wanted for.
 - ``modes``: evaluation mode that is put back.

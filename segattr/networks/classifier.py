@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from segattr.networks.cut import Cut, weights_of
-from segattr.networks.reader import unwrapped
-from segattr.networks.record import attributes_kept
+from segattr.networks.reader.read import unwrapped
+from segattr.networks.reader.record import attributes_kept
 from segloss.common.checks import check_finite, check_floating, shape_text
 
 ClassWeights: TypeAlias = nn.Linear | nn.Conv2d
@@ -249,7 +249,7 @@ def check_images(images: object, name: str = "images") -> None:
 
 
 def _path(model: nn.Module, layer: str | nn.Module) -> str:
-    """The name of a submodule by which torch.fx knows it: the first one, where it has several."""
+    """The name of a submodule by which the reader knows it: the first one, where it has several."""
     if not isinstance(layer, (str, nn.Module)):
         raise TypeError(f"layer: expected the name of a submodule or a module, got {type(layer).__name__}")
     modules = dict(model.named_modules(remove_duplicate=False))

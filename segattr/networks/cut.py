@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from segattr.networks.graph import Different, Graph, Size, common, dependents, needed, results_in, run, store
 from segattr.networks.layout import Layout, layouts
 from segattr.networks.modes import evaluating
-from segattr.networks.reader import Reader
-from segattr.networks.record import IMAGES, Node, Result, mapped, record, untouched
+from segattr.networks.reader.graph import Different, Graph, Size, common, dependents, needed, results_in, run, store
+from segattr.networks.reader.read import Reader
+from segattr.networks.reader.record import IMAGES, Node, Result, mapped, record, untouched
 from segloss.common.checks import shape_text
 
 Maps = Tensor | tuple[Tensor, Tensor]  # maps, and tokens that come before them
@@ -125,7 +125,7 @@ def _cut(graph: Graph, model: nn.Module, layer: str | None) -> Parts:
     else:
         cut = _last_map(graph, model, points, known)
     if known[cut].is_tokens and graph.size is None:  # the shape of their map is that of this size
-        graph.size = graph.shape(IMAGES)[2:]
+        graph.size = graph.shapes[IMAGES][2:]
     parts = _parts(graph, cut, known[cut])
     for node in (*parts.before, *parts.after):
         if node.how == "value" or (node.kind == "nonzero" and node.how != "module"):
@@ -134,7 +134,7 @@ def _cut(graph: Graph, model: nn.Module, layer: str | None) -> Parts:
 
 
 def _parts(graph: Graph, cut: Result, layout: Layout) -> Parts:
-    shape = graph.shape(cut)
+    shape = graph.shapes[cut]
     size = layout.grid if layout.is_tokens else tuple(shape[layout.axes.index(axis)] for axis in "HW")
     nodes, renamed = _collapsed(graph, cut)
     inner, output = renamed.get(cut, cut), renamed.get(graph.outputs, graph.outputs)
@@ -171,7 +171,7 @@ def _bottlenecks(graph: Graph) -> list[Result]:
 def _last_map(graph: Graph, model: nn.Module, points: list[Result], known: dict[Result, Layout]) -> Result:
     for point in points[:-1]:
         layout = known[point]
-        if _pixels(graph.shape(point), layout) < 2:
+        if _pixels(graph.shapes[point], layout) < 2:
             continue
         if layout.is_map:
             return _before_head(graph, model, point, known)
@@ -206,7 +206,7 @@ def _pixels(shape: tuple[int, ...], layout: Layout) -> int:
 def _is_felt(graph: Graph, model: nn.Module, point: Result, layout: Layout) -> bool:
     """Whether the logits depend on tokens of the map, and not only on those before it."""
     parts = _parts(graph, point, layout)
-    images = torch.randn(graph.shape(IMAGES), generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(
+    images = torch.randn(graph.shapes[IMAGES], generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(
         graph.device, graph.dtype
     )
     with untouched(model), evaluating(model):
@@ -255,7 +255,7 @@ def _before_head(graph: Graph, model: nn.Module, last: Result, known: dict[Resul
             if not _is_pointwise(graph, model, node):
                 break
             cut, weighted = source, True
-        elif graph.shape(source) != graph.shape(place) or "pool" in kind:
+        elif graph.shapes[source] != graph.shapes[place] or "pool" in kind:
             break
         place = source
     return cut
@@ -288,7 +288,7 @@ def _named(graph: Graph, layer: str, points: list[Result], known: dict[Result, L
         raise ValueError(f"layer: expected one that the logits depend on alone, got {layer}: {problem}")
     layout = known[found]
     if not layout.is_map and not layout.is_tokens:
-        got = shape_text(graph.shape(found))
+        got = shape_text(graph.shapes[found])
         raise ValueError(f"layer: expected one that gives a feature map [B, D, h, w], got {got}: {_REMEDY}")
     return found
 
@@ -423,7 +423,7 @@ def _is_average(graph: Graph, model: nn.Module, cut: Result, layout: Layout, lay
     if not isinstance(module, (nn.Linear, nn.Conv2d)):
         return False
     parts = _parts(graph, cut, layout)
-    shape = graph.shape(cut)
+    shape = graph.shapes[cut]
     maps = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(
         graph.device, graph.dtype
     )

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from segattr.networks.graph import Graph, results_in
-from segattr.networks.record import IMAGES, Node, Result
+from segattr.networks.reader.graph import Graph, results_in
+from segattr.networks.reader.record import IMAGES, Node, Result
 
 Axes = tuple[str, ...]  # "B" images, "C" channels, "H", "W", "N" tokens, "?" unknown
 
@@ -48,16 +48,16 @@ def layouts(graph: Graph) -> dict[Result, Layout]:
     known: dict[Result, Layout] = {IMAGES: Layout(_CHANNELS_FIRST)}
     for node in graph.nodes:
         source = next((r for r in results_in(node.args) if r in known), None)
-        if source is not None and "?" in known[source].axes and _is_of_maps(node, graph, graph.shape(source)):
+        if source is not None and "?" in known[source].axes and _is_of_maps(node, graph, graph.shapes[source]):
             known[source] = Layout(_CHANNELS_FIRST)  # or it could not be read so
         for result in node.results():
             if result in graph.dependent:
-                known[result] = _layout(node, graph, graph.shape(result), known)
+                known[result] = _layout(node, graph, graph.shapes[result], known)
     return known
 
 
 def _is_of_maps(node: Node, graph: Graph, shape: tuple[int, ...]) -> bool:
-    return node.kind.lower() in _OF_MAPS and len(shape) == 4 and shape[0] == graph.shape(IMAGES)[0]
+    return node.kind.lower() in _OF_MAPS and len(shape) == 4 and shape[0] == graph.shapes[IMAGES][0]
 
 
 def _layout(node: Node, graph: Graph, shape: tuple[int, ...], known: dict[Result, Layout]) -> Layout:
@@ -67,13 +67,13 @@ def _layout(node: Node, graph: Graph, shape: tuple[int, ...], known: dict[Result
     if len(sources) > _PRODUCTS.get(node.kind, len(sources)):
         return _product(known[sources[0]], known[sources[_PRODUCTS[node.kind]]], shape)
     if len(sources) == 1:
-        found = _of_one(node, known[sources[0]], graph.shape(sources[0]), shape)
+        found = _of_one(node, known[sources[0]], graph.shapes[sources[0]], shape)
         if found is not None:
             return found
     if node.kind == "cat":
         return _joined(node, graph, known, shape)
     for source in sources:
-        if graph.shape(source) == shape and "?" not in known[source].axes:
+        if graph.shapes[source] == shape and "?" not in known[source].axes:
             return known[source]
     return Layout(("?",) * len(shape))
 
@@ -176,10 +176,10 @@ def _joined(node: Node, graph: Graph, known: dict[Result, Layout], shape: tuple[
         layout = known.get(part) if isinstance(part, Result) else None
         if layout is not None and (layout.is_map or layout.is_tokens):
             axis = layout.axes.index("N") if layout.is_tokens else -1
-            along = next((i for i, n in enumerate(shape) if n != graph.shape(part)[i]), axis)
+            along = next((i for i, n in enumerate(shape) if n != graph.shapes[part][i]), axis)
             if along == axis and part is parts[-1]:
                 return Layout(layout.axes, layout.grid, layout.prefix + prefix)
             return layout if along != axis else Layout(("?",) * len(shape))
         if isinstance(part, Result):
-            prefix += graph.shape(part)[1] if len(graph.shape(part)) > 1 else 0
+            prefix += graph.shapes[part][1] if len(graph.shapes[part]) > 1 else 0
     return Layout(("?",) * len(shape))

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -131,7 +132,6 @@ def record(
         atomic: names of operations that are not followed into functions of torch that are written in Python.
     """
     with torch.inference_mode(False), torch.no_grad(), untouched(model):
-        torch.manual_seed(0)
         recorder = _Recorder(model, images, leaf, atomic)
         with recorder, _calls_seen(recorder):
             logits = logits_of(model(images))
@@ -147,7 +147,7 @@ def logits_of(output: Any) -> Any:
 def untouched(model: nn.Module) -> Iterator[None]:
     """Attributes, containers and buffers of the modules, and random numbers, are afterwards as they were before.
 
-    Within it there is no autocast.
+    Within it there is no autocast, and random numbers of torch are those of seed 0.
     """
     devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.is_cuda}
     numbers = random.getstate()
@@ -160,6 +160,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
             for module in model.modules():
                 for name, buffer in module._buffers.items():
                     module._buffers[name] = None if buffer is None else buffer.clone()
+            torch.manual_seed(0)
             yield
     finally:
         random.setstate(numbers)
@@ -176,20 +177,17 @@ def _full_precision() -> Iterator[None]:
 def attributes_kept(modules: list[nn.Module]) -> Iterator[None]:
     """What forward code and hooks store in modules, or append to a container in them, does not stay there."""
     attributes = [dict(module.__dict__) for module in modules]
-    contents = [(value, value.copy()) for own in attributes for value in own.values() if _is_container(value)]
+    containers = [v for own in attributes for v in own.values() if isinstance(v, (list, dict, set))]
+    contents = [(container, container.copy()) for container in containers]
     try:
         yield
     finally:
-        for value, before in contents:
-            value.clear()
-            value.extend(before) if isinstance(value, list) else value.update(before)
+        for container, before in contents:
+            container.clear()
+            container.extend(before) if isinstance(container, list) else container.update(before)
         for module, own in zip(modules, attributes, strict=True):
             module.__dict__.clear()
             module.__dict__.update(own)
-
-
-def _is_container(value: object) -> bool:
-    return isinstance(value, (list, dict, set))
 
 
 @contextmanager
@@ -244,17 +242,18 @@ class _Recorder(TorchFunctionMode):
                     return opened(*args, **kwargs)
             finally:
                 self.opening.pop()
-        given = [*_tensors((args, kwargs))]
-        stand_ins = self.stand_in((args, kwargs))
-        versions = [_version(tensor) for tensor in given]
-        result = func(*args, **kwargs)
-        changed = [t for t, version in zip(given, versions, strict=True) if _version(t) != version]
-        if how != "value" and not changed and next(_tensors(result), None) is None:
-            return result
-        if how == "value" and not given:
-            return result
-        self._add(kind, how, target, stand_ins, result, changed)
+        stand_ins, result, changed = self._watched(func, args, kwargs)
+        # Numbers that are read out of a tensor are listed too: what depends on them cannot be followed.
+        if changed or next(tensors_in((args, kwargs) if how == "value" else result), None) is not None:
+            self._add(kind, how, target, stand_ins, result, changed)
         return result
+
+    def _watched(self, run: Any, args: Any, kwargs: Any) -> tuple[Any, Any, list[Tensor]]:
+        """Stand-ins for the arguments of a function, what it gives, and the tensors that it overwrites."""
+        given, stand_ins = [*tensors_in((args, kwargs))], self.stand_in((args, kwargs))
+        versions = [_version(tensor) for tensor in given]
+        result = run(*args, **kwargs)
+        return stand_ins, result, [t for t, version in zip(given, versions, strict=True) if _version(t) != version]
 
     # --- calls of modules
 
@@ -264,15 +263,12 @@ class _Recorder(TorchFunctionMode):
             return compiled(*args, **kwargs)
         path = self.paths.get(id(module))
         if path is not None and self.leaf(module):
-            given, stand_ins = [*_tensors((args, kwargs))], self.stand_in((args, kwargs))
-            versions = [_version(tensor) for tensor in given]
             with torch._C.DisableTorchFunction():
                 _ACTIVE.recorder = None
                 try:
-                    result = original(module, *args, **kwargs)
+                    stand_ins, result, changed = self._watched(partial(original, module), args, kwargs)
                 finally:
                     _ACTIVE.recorder = self
-            changed = [t for t, version in zip(given, versions, strict=True) if _version(t) != version]
             self._add(_kind(module), "module", path, stand_ins, result, changed)
             return result
         if path is None:  # no part of the network: what it does is done by the module around it
@@ -283,7 +279,7 @@ class _Recorder(TorchFunctionMode):
             result = original(module, *args, **kwargs)
         finally:
             self.within.pop()
-        outputs = [self.stand_in(tensor) for tensor in _tensors(result)]
+        outputs = [self.stand_in(tensor) for tensor in tensors_in(result)]
         self.calls.append(Call(path, args_in, kwargs_in, start, len(self.nodes), outputs))
         return result
 
@@ -301,7 +297,7 @@ class _Recorder(TorchFunctionMode):
 
     def _add(self, kind: str, how: str, target: Any, arguments: Any, result: Any, changed: list[Tensor]) -> None:
         name = self._fresh(str(target).replace(".", "_") if how == "module" else kind)
-        made = [*_tensors(result)]
+        made = [*tensors_in(result)]
         if changed and not any(tensor is changed[0] for tensor in made):
             made = [changed[0]]  # of an assignment, which gives nothing
         single = isinstance(result, Tensor) or bool(changed)
@@ -311,14 +307,10 @@ class _Recorder(TorchFunctionMode):
         self.nodes.append(node)
         old = {id(tensor): self.stand_in(tensor) for tensor in changed}
         for tensor, stand_in in zip(made, node.results(), strict=True):
-            if id(tensor) in old or not self._is_known(tensor) or not changed:
+            if id(tensor) in old or self.stand_in(tensor) is tensor or not changed:
                 self._learn(tensor, stand_in)
         for tensor in changed:
             self._update_aliases(tensor)
-
-    def _is_known(self, tensor: Tensor) -> bool:
-        entry = self.known.get(id(tensor))
-        return entry is not None and entry[0]() is tensor
 
     def _update_aliases(self, changed: Tensor) -> None:
         """What shares memory with an overwritten tensor is another value from now on."""
@@ -334,7 +326,7 @@ class _Recorder(TorchFunctionMode):
             if _geometry(other) == _geometry(changed):
                 self._learn(other, new)
             elif _overlap(other, changed):
-                views = (stand_in, new, *_geometry(other), *_geometry(changed))
+                views = (stand_in, new, _geometry(other), _geometry(changed))
                 self._add("overwritten", "function", overwritten, (views, {}), other, [])
 
     def _fresh(self, base: str) -> str:
@@ -352,25 +344,11 @@ def _kind(module: nn.Module) -> str:
     return type(module).__name__
 
 
-def overwritten(
-    old: Tensor,
-    new: Tensor,
-    size: Any,
-    stride: Any,
-    offset: int,
-    new_size: Any,
-    new_stride: Any,
-    new_offset: int,
-) -> Tensor:
-    """What a view of memory holds after another view of the same memory has been overwritten."""
-    span = 1 + max(
-        offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)),
-        new_offset + sum((n - 1) * s for n, s in zip(new_size, new_stride, strict=True)),
-    )
-    memory = old.new_zeros(span)
-    memory = memory.as_strided_scatter(old, size, stride, offset)
-    memory = memory.as_strided_scatter(new, new_size, new_stride, new_offset)
-    return memory.as_strided(size, stride, offset)
+def overwritten(old: Tensor, new: Tensor, place: Any, new_place: Any) -> Tensor:
+    """What a view of memory holds after another view of the same memory has been overwritten, by their places in it."""
+    ends = [offset + sum((n - 1) * s for n, s in zip(*view, strict=True)) for *view, offset in (place, new_place)]
+    memory = old.new_zeros(1 + max(ends)).as_strided_scatter(old, *place)
+    return memory.as_strided_scatter(new, *new_place).as_strided(*place)
 
 
 def _geometry(tensor: Tensor) -> tuple[Any, Any, int]:
@@ -420,20 +398,20 @@ def _opened(function: Any) -> Callable[..., Any] | None:
     return opened
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
     """The tensors in arguments or results, in order."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
         for entry in value.values():
-            yield from _tensors(entry)
+            yield from tensors_in(entry)
     elif isinstance(value, (tuple, list)):
         for entry in value:
-            yield from _tensors(entry)
+            yield from tensors_in(entry)
     elif isinstance(value, slice):
-        yield from _tensors((value.start, value.stop, value.step))
+        yield from tensors_in((value.start, value.stop, value.step))
     elif is_dataclass(value) and not isinstance(value, type):
-        yield from _tensors([getattr(value, field.name) for field in fields(value)])
+        yield from tensors_in([getattr(value, field.name) for field in fields(value)])
 
 
 def mapped(function: Callable[[Any], Any], value: Any) -> Any:

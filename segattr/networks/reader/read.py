@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from segattr.networks.graph import Different, Graph, common
 from segattr.networks.modes import evaluating
-from segattr.networks.record import IMAGES, Recording, logits_of, record, untouched
+from segattr.networks.reader.graph import Different, Graph, common
+from segattr.networks.reader.record import IMAGES, Recording, logits_of, record, untouched
 from segloss.common.checks import shape_text
 
 # Sides of images that most networks take.
@@ -68,52 +68,41 @@ class Reader:
         for graph in self.graphs:
             if self._fits(graph, images, modes) and self._verified(graph, images):
                 return graph
-        return self._read(tuple(images.shape[1:]), images.dtype, images.device, any_size=not self.graphs)
+        return self._read(tuple(images.shape[1:]), images, any_size=not self.graphs)
 
     def again(self) -> Graph:
         """The graph for images as those that were read last, in the mode that the network is in now."""
         if not self.graphs:
             raise ValueError("example: expected an image, as none of the usual sizes is one that the network takes")
         last = self.graphs[0]
-        return self.graph(_noise(1, last.shape(IMAGES)[1:], last.dtype, last.device))
+        return self.graph(_noise(1, last.shapes[IMAGES][1:], torch.empty(0, dtype=last.dtype, device=last.device)))
 
     def _fits(self, graph: Graph, images: Tensor, modes: list[bool]) -> bool:
-        same = graph.dtype == images.dtype and graph.device == images.device
-        return (
-            same
-            and (self.evaluate or graph.modes == modes)
-            and (graph.size is None or graph.size == tuple(images.shape[2:]))
-        )
+        kinds = (graph.dtype, graph.device) == (images.dtype, images.device)
+        return kinds and (self.evaluate or graph.modes == modes) and graph.size in (None, tuple(images.shape[2:]))
 
     def _first(self, example: Tensor | None) -> None:
         """Reads the network on the example, or on the first size that it takes."""
         if example is not None:
-            self._read(tuple(example.shape[1:]), example.dtype, example.device)
+            self._read(tuple(example.shape[1:]), example)
             return
         tensors = (t for t in (*self.model.parameters(), *self.model.buffers()) if t.is_floating_point())
         tensor = next(tensors, torch.empty(0, device="cpu"))
         for shape in _shapes(self.model):
             try:
-                one = self._record(2, shape, tensor.dtype, tensor.device)
+                one = self._record(2, shape, tensor)
             except Exception:  # whatever the network says to images that it does not take
                 continue
-            self._read(shape, tensor.dtype, tensor.device, one=one)
+            self._read(shape, tensor, one=one)
             return
 
-    def _read(
-        self,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        device: torch.device,
-        any_size: bool = True,
-        one: Recording | None = None,
-    ) -> Graph:
+    def _read(self, shape: tuple[int, ...], like: Tensor, any_size: bool = True, one: Recording | None = None) -> Graph:
         """The graph of images of this shape, of which there is a recording; of any size where two sizes give one."""
         other = (shape[0], *_odd(shape[1:])) if any_size else shape
         while True:
-            one = one or self._record(2, shape, dtype, device)
+            one = one or self._record(2, shape, like)
             try:
-                two = self._record(3, other, dtype, device)
+                two = self._record(3, other, like)
                 graph = common(one, two, self.model)
             except Exception as error:  # also whatever the network says to a size that it does not take
                 if other == shape:
@@ -139,8 +128,8 @@ class Reader:
                 return True
         return False
 
-    def _record(self, count: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Recording:
-        images = _noise(count, shape, dtype, device)
+    def _record(self, count: int, shape: tuple[int, ...], like: Tensor) -> Recording:
+        images = _noise(count, shape, like)
         whole = {self.model.get_submodule(path) for path in self.whole}
         with self._mode():
             return record(self.model, images, leaf=lambda m: m in whole or self.leaf(m), atomic=self.atomic)
@@ -151,15 +140,13 @@ class Reader:
         if not self.compare or size in graph.verified:
             return True
         with self._mode(), torch.no_grad():
-            image = images[:1].detach() if len(images) else _noise(1, images.shape[1:], images.dtype, images.device)
+            image = images[:1].detach() if len(images) else _noise(1, images.shape[1:], images)
             with untouched(self.model):
-                torch.manual_seed(0)
                 values = logits_of(self.model(image))
             return self._equal(graph, image, values)
 
     def _equal(self, graph: Graph, images: Tensor, values: Tensor) -> bool:
         with torch.no_grad(), untouched(self.model):
-            torch.manual_seed(0)
             try:
                 found = self.replay(graph, images)
             except RuntimeError:  # of operations for other sizes
@@ -184,9 +171,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return unwrapped(compiled) if isinstance(compiled, nn.Module) else model
 
 
-def _noise(count: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _noise(count: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Images of the type and on the device of another tensor."""
     generator = torch.Generator("cpu").manual_seed(count)
-    return torch.randn(count, *shape, generator=generator, device="cpu").to(device, dtype)
+    return torch.randn(count, *shape, generator=generator, device="cpu").to(like)
 
 
 def _shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segattr.networks.record import IMAGES, Attribute, Call, Node, Recording, Result, mapped
+from segattr.networks.reader.record import IMAGES, Attribute, Call, Node, Recording, Result, mapped, tensors_in
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,9 @@ class Graph:
     verified: set[tuple[int, ...]] = field(default_factory=set)
     plan: Any = None
 
-    def shape(self, result: Result) -> tuple[int, ...]:
-        """Of a result, for two images of the size that was recorded."""
-        return self.shapes[result]
-
     def __post_init__(self) -> None:
         self.made = {result: node for node in self.nodes for result in node.results()}
+        # Of the results, for two images of the size that was recorded.
         self.shapes = {r: node.shapes[r.part or 0] for r, node in self.made.items()}
 
 
@@ -92,7 +89,8 @@ def common(one: Recording, two: Recording, model: nn.Module) -> Graph:
     sizes = {IMAGES: (tuple(one.images.shape), tuple(two.images.shape))}  # of each result in both
     for a, b in zip(one.nodes, two.nodes, strict=False):
         if (a.name, a.how, len(a.shapes), a.within) != (b.name, b.how, len(b.shapes), b.within):
-            raise Different(f"{a.place} and {b.place}", _shared(a.within, b.within))
+            shared = tuple(m for m, other in zip(a.within, b.within, strict=False) if m == other)
+            raise Different(f"{a.place} and {b.place}", shared)
         try:
             known = {result: sizes[result] for result in results_in((a.args, a.kwargs))}
             args, kwargs = _merged((a.args, a.kwargs), (b.args, b.kwargs), counts, known)
@@ -110,21 +108,11 @@ def common(one: Recording, two: Recording, model: nn.Module) -> Graph:
     for call, again in zip(one.calls, two.calls, strict=True):
         args, kwargs = _merged((call.args, call.kwargs), (again.args, again.kwargs), counts, {})
         calls.append(Call(call.path, args, kwargs, call.start, call.stop, call.outputs))
-    images = one.images
-    same = one.images.shape[2:] == two.images.shape[2:]
-    modules = list(model.modules())
-    graph = Graph(
-        nodes,
-        calls,
-        one.outputs,
-        axes,
-        dependents(nodes),
-        tuple(images.shape[2:]) if same else None,
-        images.dtype,
-        images.device,
-        modules,
-        [module.training for module in modules],
-    )
+    images, modules = one.images, list(model.modules())
+    size = tuple(images.shape[2:]) if images.shape[2:] == two.images.shape[2:] else None
+    modes = [module.training for module in modules]
+    parts = (nodes, calls, one.outputs, axes, dependents(nodes), size, images.dtype, images.device, modules, modes)
+    graph = Graph(*parts)
     graph.shapes[IMAGES] = tuple(images.shape)
     return graph
 
@@ -156,7 +144,8 @@ def filled(arguments: Any, model: nn.Module, results: Mapping[Result, Any], imag
         if isinstance(value, Result):
             return results[value]
         if isinstance(value, Attribute):
-            return _attribute(model, value.path)
+            module, _, name = value.path.rpartition(".")
+            return getattr(model.get_submodule(module), name)
         if isinstance(value, Batch):
             return value.factor * images
         if isinstance(value, Size):
@@ -171,7 +160,7 @@ def store(node: Node, output: Any, results: dict[Result, Any]) -> None:
     if node.single:
         results[Result(node.name)] = output
     else:
-        for i, tensor in enumerate(_flat(output)):
+        for i, tensor in enumerate(tensors_in(output)):
             results[Result(node.name, i)] = tensor
 
 
@@ -196,18 +185,6 @@ def needed(nodes: list[Node], wanted: set[Result]) -> list[Node]:
             wanted.update(results_in((node.args, node.kwargs)))
             kept.append(node)
     return kept[::-1]
-
-
-def _flat(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    entries = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
-    return [tensor for entry in entries for tensor in _flat(entry)]
-
-
-def _attribute(model: nn.Module, path: str) -> Tensor:
-    module, _, name = path.rpartition(".")
-    return getattr(model.get_submodule(module), name)
 
 
 def dependents(nodes: list[Node]) -> set[Result]:
@@ -238,24 +215,22 @@ def _merged(one: Any, two: Any, counts: tuple[int, int], sizes: Sizes) -> Any:
         if one.shape != two.shape or not torch.equal(one, two):
             raise TypeError("takes a tensor that no function of torch made of the images, and another for other images")
         return one
-    if type(one) is not type(two):
+    sequences = isinstance(one, (tuple, list)) and not isinstance(one, Result)
+    keys = len if sequences else dict.keys if isinstance(one, dict) else type
+    if type(one) is not type(two) or keys(one) != keys(two):
         raise Different(f"{one} and {two}")
-    if isinstance(one, (tuple, list)) and not isinstance(one, Result):
-        if len(one) != len(two):
-            raise Different(f"{one} and {two}")
+    if sequences:
         merged: Any = [_merged(a, b, counts, sizes) for a, b in zip(one, two, strict=True)]
         return merged if isinstance(one, list) else tuple(merged)
     if isinstance(one, dict):
-        if one.keys() != two.keys():
-            raise Different(f"{one} and {two}")
         return {key: _merged(value, two[key], counts, sizes) for key, value in one.items()}
     if isinstance(one, slice):
         return slice(*_merged((one.start, one.stop, one.step), (two.start, two.stop, two.step), counts, sizes))
     if _same(one, two):
         return one
-    if not isinstance(one, int):
-        raise Different(f"{one} and {two}")
-    found = _size(one, two, sizes, 1) or _batch(one, two, counts) or _size(one, two, sizes, 2)
+    found = None
+    if isinstance(one, int):
+        found = _size(one, two, sizes, 1) or _batch(one, two, counts) or _size(one, two, sizes, 2)
     if found is None:
         raise Different(f"{one} and {two}")
     return found
@@ -280,10 +255,6 @@ def _along(shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
     for axis in axes:  # what torch.compile can follow
         along = along * shape[axis]
     return along
-
-
-def _shared(one: tuple[str, ...], two: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(a for a, b in zip(one, two, strict=False) if a == b)
 
 
 def _same(one: Any, two: Any) -> bool:
