@@ -15,6 +15,42 @@ Adjoint = Callable[[Any], Tensor | Sequence[Tensor]]
 
 
 @dataclass
+class Layer:
+    """A layer with weights, as a rule of LRP sees it.
+
+    Args:
+        x: its input.
+        weight: with the scale of a batch normalisation that comes next.
+        shifts: what it adds to its output, as in :class:`Linearised`.
+        output: what it gives.
+        linear: from an input and a weight to the output without a bias.
+        back: the transposed map, from ``[B, K, *out]`` and a weight to ``[B, K, *in]``.
+        nonnegative: whether no input is below 0.
+    """
+
+    x: Tensor
+    weight: Tensor
+    shifts: dict[str, Tensor]
+    output: Tensor
+    linear: Callable[[Tensor, Tensor], Tensor]
+    back: Callable[[Tensor, Tensor], Tensor]
+    nonnegative: bool = False
+
+    @property
+    def bias(self) -> Tensor | None:
+        """All that it adds, as it broadcasts against the output."""
+        if not self.shifts:
+            return None
+        total = torch.stack([*self.shifts.values()]).sum(0)
+        return total.view(-1, *[1] * (self.output.dim() - 2)) if total.dim() == 1 else total
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """With another input, weight and bias."""
+        output = self.linear(x, weight)
+        return output if bias is None else output + bias
+
+
+@dataclass
 class Linearised:
     """The output of an operation, and the linear map that the operation is at its inputs.
 
@@ -26,6 +62,7 @@ class Linearised:
             another shape that broadcasts against the output.
         scale: of an operation that only scales and shifts channels, ``[C]``.
         weighted: whether it is a layer in the sense of LRP-epsilon, weighted sums of its input.
+        layer: what rules of LRP other than epsilon need of it; None for an operation without weights.
     """
 
     output: Any
@@ -33,6 +70,7 @@ class Linearised:
     shifts: dict[str, Tensor] = field(default_factory=dict)
     scale: Tensor | None = None
     weighted: bool = False
+    layer: Layer | None = None
 
 
 Rule = Callable[..., Linearised]
@@ -137,12 +175,32 @@ def convolution(
 
     to_image = count == 2 and x.shape[1] <= 4 and min(stride) > 1 and groups == 1 and dilation == (1, 1)
 
-    def transposed(gradient: Tensor) -> Tensor:
+    def linear(x: Tensor, weight: Tensor) -> Tensor:
+        return _CONVOLUTIONS[count](x, weight, None, stride, padding, dilation, groups)
+
+    def transposed(gradient: Tensor, weight: Tensor) -> Tensor:
         if to_image:
             return SubPixel.apply(gradient, weight, stride, padding, tuple(x.shape[2:]))
         return _TRANSPOSED[count](gradient, weight, None, stride, padding, rest, groups, dilation)
 
-    return Linearised(output, lambda gradient: images(transposed, gradient), shifts, weighted=True)
+    return _layer(x, weight, output, shifts, linear, transposed)
+
+
+def _layer(
+    x: Tensor,
+    weight: Tensor,
+    output: Tensor,
+    shifts: dict[str, Tensor],
+    linear: Callable[[Tensor, Tensor], Tensor],
+    transposed: Callable[[Tensor, Tensor], Tensor],
+) -> Linearised:
+    """A convolution, by its map of batches and the transposed one."""
+
+    def back(gradient: Tensor, weight: Tensor) -> Tensor:
+        return images(lambda g: transposed(g, weight), gradient)
+
+    layer = Layer(x, weight, shifts, output, linear, back)
+    return Linearised(output, lambda gradient: back(gradient, weight), shifts, weighted=True, layer=layer)
 
 
 @adjoint(nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -178,11 +236,13 @@ def transposed_convolution(
     output = _TRANSPOSED[count](x, weight, bias, stride, padding, output_padding, groups, dilation)
     weight = held(weight, *roles[1:2] or ("free",))
 
-    def convolved(gradient: Tensor) -> Tensor:
+    def linear(x: Tensor, weight: Tensor) -> Tensor:
+        return _TRANSPOSED[count](x, weight, None, stride, padding, output_padding, groups, dilation)
+
+    def convolved(gradient: Tensor, weight: Tensor) -> Tensor:
         return _CONVOLUTIONS[count](gradient, weight, None, stride, padding, dilation, groups)
 
-    shifts = {} if bias is None else {"bias": bias}
-    return Linearised(output, lambda gradient: images(convolved, gradient), shifts, weighted=True)
+    return _layer(x, weight, output, {} if bias is None else {"bias": bias}, linear, convolved)
 
 
 @adjoint(F.linear)
@@ -190,7 +250,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, roles: Any 
     output = F.linear(x, weight, bias)
     weight = held(weight, *roles[1:2] or ("free",))
     shifts = {} if bias is None else {"bias": last_axis(bias, output)}
-    return Linearised(output, lambda gradient: gradient @ weight, shifts, weighted=True)
+    layer = Layer(x, weight, shifts, output, F.linear, lambda gradient, weight: gradient @ weight)
+    return Linearised(output, lambda gradient: gradient @ weight, shifts, weighted=True, layer=layer)
 
 
 @adjoint(nn.Linear)

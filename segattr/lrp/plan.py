@@ -21,7 +21,9 @@ from segattr.lrp.adjoints import (
     convolution_module,
 )
 from segattr.lrp.call import Call, overwrites
+from segattr.lrp.composites import Composite
 from segattr.lrp.gates import GATED
+from segattr.lrp.relevance import Choice, Relevance
 from segattr.lrp.roles import BLANK, CHOOSING, GATES, Arguments, arguments, flat
 from segattr.networks.modes import evaluating
 from segattr.networks.reader.graph import Graph, filled, needed, results_in, store
@@ -101,10 +103,11 @@ class Operation:
 class Saved(NamedTuple):
     """What the decoder needs of an operation that the encoder has run."""
 
-    adjoint: Adjoint
+    adjoint: Adjoint | Relevance
     shifts: dict[str, Tensor]
     size: Tensor | None  # of its output, for LRP-epsilon
     several: Sequence[Tensor] | None  # outputs, where it has more than one
+    adds: bool = False  # whether relevance may go to what it adds, or to its rule
 
 
 class TiedLayer(nn.Module):
@@ -131,6 +134,7 @@ class Plan:
     graph: Graph
     operations: list[Operation]
     output: Result
+    choice: Choice | None = None  # of rules, other than LRP-0
 
     def run(self, model: nn.Module, x: Tensor) -> tuple[dict[Result, Any], dict[str, Linearised]]:
         """All results, and the linear maps of the operations that carry relevance by their names."""
@@ -165,13 +169,23 @@ class Plans:
         rules: of the operations.
         gates: ``"refuse"`` for none.
         example: images that it takes; None to try some.
+        composite: chooses the rules of LRP; None for LRP-0.
 
     Raises:
         TypeError: a model whose code cannot be followed, with operations that have no rule, or with other outputs.
+        ValueError: a composite that gives an operation a rule that is not for it.
     """
 
-    def __init__(self, model: nn.Module, rules: Rules, gates: Gates, example: Tensor | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        rules: Rules,
+        gates: Gates,
+        example: Tensor | None,
+        composite: Composite | None = None,
+    ) -> None:
         self.model, self.rules, self.gates, self.example = model, dict(rules), gates, example
+        self.composite = composite
         self.kept: list[Plan] = []
         self.reader = Reader(
             model,
@@ -184,7 +198,7 @@ class Plans:
         )
 
     def __reduce__(self) -> Any:  # read again in a copy or another process
-        return Plans, (self.model, self.rules, self.gates, self.example)
+        return Plans, (self.model, self.rules, self.gates, self.example, self.composite)
 
     def plan(self, x: Tensor) -> Plan:
         """For images. Under ``torch.compile`` one that there is."""
@@ -197,8 +211,11 @@ class Plans:
         for plan in self.kept:
             if plan.graph is graph:
                 return plan
-        self.kept.append(Planner(graph, self.model, self.rules, self.gates).plan())
-        return self.kept[-1]
+        plan = Planner(graph, self.model, self.rules, self.gates).plan()
+        if self.composite is not None:
+            plan.choice = Choice(plan.operations, self.model, self.composite)
+        self.kept.append(plan)
+        return plan
 
     def _scores(self, graph: Graph, images: Tensor) -> Tensor:
         plan = self._of(graph)

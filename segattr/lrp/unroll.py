@@ -7,9 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from segattr.lrp.adjoints import RULES, batch_statistics, channels, relu, relu_module, untied_relu
+from segattr.lrp.adjoints import RULES, Linearised, batch_statistics, channels, relu, relu_module, untied_relu
+from segattr.lrp.composites import Composite, composite
 from segattr.lrp.free import FreeDecoder
 from segattr.lrp.plan import Operation, Plan, Plans, Saved
+from segattr.lrp.relevance import Choice, Relevance, over
+from segattr.lrp.rules import STABILIZER, Epsilon, Rule
 from segattr.networks.classes import Classes, check_classes
 from segattr.networks.classifier import Classifier, taking
 from segattr.networks.reader.read import unwrapped
@@ -51,7 +54,7 @@ class UnrolledLRP(nn.Module):
         _check_chunk(self.chunk)  # which may have been set since
         plan = self._plan(x)
         scores, tape = self._encode(plan, x)
-        start, counts = _start(scores, classes)
+        start, counts = _start(scores, classes, plan.choice is not None)
         parts = start.split(int(self.chunk or max(start.shape[1], 1)), 1)  # also of NumPy
         if self.chunk and torch.is_grad_enabled():  # the decoder runs again in the backward pass, a chunk at a time
             heat = [checkpoint(self._heat, plan, x, part, tape, use_reentrant=False) for part in parts]
@@ -85,8 +88,9 @@ class UnrolledLRP(nn.Module):
         """
         plan = self._plan(x)
         scores, tape = self._encode(plan, x)
-        start = _start(scores, None)[0]
-        if all(plan.apart(operation) for operation in plan.carrying if tape[operation.name].shifts):
+        start = _start(scores, None, plan.choice is not None)[0]
+        adding = [operation for operation in plan.carrying if tape[operation.name].adds]
+        if all(map(plan.apart, adding)):
             return self._absorbed(plan, start, tape)
         parts = [self._absorbed(plan, start * _one(start, i), tape, apart=False) for i in range(len(x))]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
@@ -106,16 +110,18 @@ class UnrolledLRP(nn.Module):
         """The scores, and for every operation its adjoint around what it got."""
         with taking("x", x):
             results, steps = plan.run(self.encoder, x)
+        if plan.choice is not None:
+            return results[plan.output], _relevance(plan, plan.choice, steps, results)
         tape = {}
         for name, step in steps.items():
             size = step.output.detach().abs().unsqueeze(1) if self.epsilon and step.weighted else None
-            tape[name] = Saved(
-                step.adjoint, step.shifts, size, None if isinstance(step.output, Tensor) else step.output
-            )
+            several = None if isinstance(step.output, Tensor) else step.output
+            tape[name] = Saved(step.adjoint, step.shifts, size, several, bool(step.shifts))
         return results[plan.output], tape
 
     def _heat(self, plan: Plan, x: Tensor, start: Tensor, tape: dict[str, Saved]) -> Tensor:
-        return (self._decode(plan, start, tape) * x.unsqueeze(1)).sum(2)
+        decoded = self._decode(plan, start, tape)
+        return (decoded if plan.choice is not None else decoded * x.unsqueeze(1)).sum(2)
 
     def _absorbed(self, plan: Plan, start: Tensor, tape: dict[str, Saved], apart: bool = True) -> dict[str, Tensor]:
         absorbed: dict[str, Tensor] = {}
@@ -130,19 +136,33 @@ class UnrolledLRP(nn.Module):
         absorbed: dict[str, Tensor] | None = None,
         apart: bool = True,
     ) -> Tensor:
-        """Gradients at the image, ``[B, K, C, H, W]``, from those at the scores, ``[B, K, classes]``."""
+        """Gradients at the image, ``[B, K, C, H, W]``, from those at the scores, ``[B, K, classes]``; or relevance."""
         gradients = {plan.output: start}
         for operation, layer in zip(reversed(plan.carrying), plan.decoder, strict=True):
             step = tape[operation.name]
             gradient = _gather(operation, gradients, step.several)
             if step.size is not None:
                 gradient = gradient * (step.size / (step.size + self.epsilon))
+            back = layer(gradient, step)
             if absorbed is not None:
-                for entry, value in _absorbed(operation, gradient, step, apart).items():
+                for entry, value in _absorbed(operation, gradient, back, step, apart).items():
                     absorbed[entry] = absorbed[entry] + value if entry in absorbed else value  # modules used twice
-            for result, part in zip(operation.inputs, layer(gradient, step), strict=True):
+            for result, part in zip(operation.inputs, back, strict=True):
                 gradients[result] = gradients[result] + part if result in gradients else part
         return gradients[IMAGES]
+
+
+def _relevance(
+    plan: Plan, choice: Choice, steps: dict[str, Linearised], results: dict[Result, Any]
+) -> dict[str, Saved]:
+    """For every operation how relevance goes through it."""
+    tape = {}
+    for operation in plan.carrying:
+        step = steps[operation.name]
+        way = choice.step(operation, step, results)
+        several = None if isinstance(step.output, Tensor) else step.output
+        tape[operation.name] = Saved(way, {}, None, several, way.takes)
+    return tape
 
 
 def _gather(operation: Operation, gradients: dict[Result, Tensor], several: Sequence[Tensor] | None) -> Any:
@@ -158,16 +178,42 @@ def _gather(operation: Operation, gradients: dict[Result, Tensor], several: Sequ
     ]
 
 
-def _absorbed(operation: Operation, gradient: Any, step: Saved, apart: bool) -> dict[str, Tensor]:
-    """What goes to the shifts of an operation instead of its inputs, by name, ``[B, K]``.
+def _absorbed(
+    operation: Operation, gradient: Any, back: Sequence[Tensor], step: Saved, apart: bool
+) -> dict[str, Tensor]:
+    """What goes to the shifts of an operation instead of its inputs, by name, ``[B, K]``; what its rule takes, or adds.
 
     Where images do not lie apart along the first axis, ``[1, K]``, of all of them together.
     """
-    entries = {}
-    for name, shift in step.shifts.items():
-        place = operation.norm.label if operation.norm and name.startswith("norm.") else operation.label
-        entries[f"{place}.{name.removeprefix('norm.')}"] = _inner(gradient, shift, apart)
+    entries: dict[str, Tensor] = {}
+    if not isinstance(step.adjoint, Relevance):
+        for name, shift in step.shifts.items():
+            entries[_entry(operation, name)] = _inner(gradient, shift, apart)
+        return entries
+    for part in step.adjoint.parts:
+        for name, shift in part.shifts.items():
+            share = _inner(_one_of(over(gradient, part)), shift, apart)
+            entry = _entry(operation, name)
+            entries[entry] = entries[entry] + share if entry in entries else share
+    if step.adds:
+        given = _total([gradient] if isinstance(gradient, Tensor) else gradient, apart)
+        entries[f"{operation.label}.rule"] = given - _total(back, apart) - sum(entries.values())
     return entries
+
+
+def _entry(operation: Operation, name: str) -> str:
+    place = operation.norm.label if operation.norm and name.startswith("norm.") else operation.label
+    return f"{place}.{name.removeprefix('norm.')}"
+
+
+def _one_of(gradient: Any) -> Tensor:
+    """Of an operation with shifts, which has one output."""
+    return gradient if isinstance(gradient, Tensor) else gradient[0]
+
+
+def _total(relevance: Sequence[Tensor], apart: bool) -> Tensor:
+    total = torch.stack([r.flatten(2).sum(2) for r in relevance]).sum(0)
+    return total if apart else total.sum(0, keepdim=True)
 
 
 def _inner(gradient: Tensor, shift: Tensor, apart: bool) -> Tensor:
@@ -193,19 +239,24 @@ def _check_chunk(chunk: object) -> None:
         check_number("chunk", chunk, least=1)
 
 
-def _start(scores: Tensor, classes: Classes | None) -> tuple[Tensor, list[int] | None]:
-    """Unit vectors of the wanted classes, ``[B, K, classes]``; per image, padded, with the number of each."""
+def _start(scores: Tensor, classes: Classes | None, scaled: bool = False) -> tuple[Tensor, list[int] | None]:
+    """Unit vectors of the wanted classes, ``[B, K, classes]``; per image, padded, with the number of each.
+
+    Scaled, they are the scores themselves, as constants: relevance to start with.
+    """
     if scores.dim() != 2:
         raise ValueError(f"model: expected scores [B, K], got {shape_text(scores.shape)}")
     units = torch.eye(scores.shape[1], dtype=scores.dtype, device=scores.device)
+    counts: list[int] = []
     if classes is None:
-        return units.expand(len(scores), -1, -1), None
-    wanted = check_classes(classes, *scores.shape)
-    counts = [len(numbers) for numbers in wanted if isinstance(numbers, list)]
-    if not counts:
-        return units[wanted].expand(len(scores), -1, -1), None
-    padded = [[*numbers, *[0] * (max(counts) - len(numbers))] for numbers in wanted if isinstance(numbers, list)]
-    return units[torch.tensor(padded, dtype=torch.int64, device=scores.device)], counts
+        start = units.expand(len(scores), -1, -1)
+    else:
+        wanted = check_classes(classes, *scores.shape)
+        counts = [len(numbers) for numbers in wanted if isinstance(numbers, list)]
+        padded = [[*numbers, *[0] * (max(counts) - len(numbers))] for numbers in wanted if isinstance(numbers, list)]
+        places = torch.tensor(padded if counts else wanted, dtype=torch.int64, device=scores.device)
+        start = units[places] if counts else units[places].expand(len(scores), -1, -1)
+    return start * scores.detach().unsqueeze(1) if scaled else start, counts or None
 
 
 def unroll(
@@ -220,6 +271,7 @@ def unroll(
     chunk: int | None = None,
     gates: Literal["constant", "refuse"] = "constant",
     example: Tensor | None = None,
+    rule: str | Rule | Composite = "zero",
 ) -> UnrolledLRP | FreeDecoder:
     r"""Turns a classifier into a segmentation network: LRP of all classes as a decoder that shares its parameters.
 
@@ -321,6 +373,15 @@ def unroll(
         raise ValueError(
             "weights: expected 'tied' with activations='relu', epsilon or chunk: a free decoder has none, got 'free'"
         )
+    if rule == "epsilon" or isinstance(rule, Epsilon):
+        epsilon = epsilon or (rule.epsilon if isinstance(rule, Epsilon) else STABILIZER)
+        rule = "zero"
+    chosen = composite(rule)
+    if chosen is not None and (weights == "free" or activations != "tied" or epsilon):
+        raise ValueError(
+            f"rule: expected weights='tied', activations='tied' and epsilon=0, got {weights!r}, {activations!r} and "
+            f"{epsilon} with {rule}"
+        )
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     rules = dict(RULES)
@@ -328,7 +389,7 @@ def unroll(
         rules |= {operation: untied_relu for operation, rule in RULES.items() if rule in (relu, relu_module)}
     if batch_norm == "batch":
         rules |= {operation: batch_statistics for operation, rule in RULES.items() if rule is RULES[nn.BatchNorm2d]}
-    plans = Plans(_inside(model), rules, gates, example)
+    plans = Plans(_inside(model), rules, gates, example, chosen)
     if weights == "free":
         return FreeDecoder(plans, skip=skip)
     return UnrolledLRP(plans, float(epsilon), chunk)

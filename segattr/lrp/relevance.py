@@ -1,0 +1,149 @@
+"""Relevance instead of gradients through the operations of a network, by the rules of a composite."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from segattr.lrp.adjoints import Linearised
+from segattr.lrp.composites import WEIGHTED, Composite, Place
+from segattr.lrp.products import summed
+from segattr.lrp.rules import Epsilon, Part, Pass, Rule, stable
+from segattr.networks.reader.graph import results_in
+from segattr.networks.reader.record import IMAGES, Attribute, Result, tensors_in
+
+if TYPE_CHECKING:
+    from segattr.lrp.plan import Operation
+
+# Operations whose every output is an input, a sum of inputs that were repeated, or a constant.
+_MOVES = frozenset(
+    (
+        *("flatten", "reshape", "view", "squeeze", "unsqueeze", "unflatten", "reshapeas", "viewas", "permute"),
+        *("transpose", "swapaxes", "swapdims", "t", "mt", "adjoint", "movedim", "moveaxis", "cat", "concat"),
+        *("concatenate", "stack", "hstack", "vstack", "dstack", "split", "chunk", "splitwithsizes", "tensorsplit"),
+        *("unbind", "hsplit", "vsplit", "dsplit", "getitem", "narrow", "select", "indexselect", "gather"),
+        *("takealongdim", "maskedselect", "flip", "fliplr", "flipud", "roll", "rot90", "diagonal", "pad"),
+        *("constantpadnd", "repeat", "repeatinterleave", "tile", "expand", "expandas", "broadcastto", "tril", "triu"),
+        *("pixelshuffle", "pixelunshuffle", "channelshuffle", "nativechannelshuffle", "identity", "max", "min"),
+        *(f"{kind}{d}" for kind in ("maxpool", "adaptivemaxpool") for d in ("1d", "2d", "3d")),
+        *("amax", "amin", "maximum", "minimum", "fmax", "fmin", "topk", "sort", "msort", "kthvalue", "median"),
+        *("where", "maskedfill", "setitem", "indexput", "indexcopy", "indexfill", "scatter", "selectscatter"),
+        *("slicescatter", "asstrided", "unfold", "overwritten", "contiguous", "clone", "positive", "to", "type"),
+        *("typeas", "float", "double", "half", "bfloat16", "cpu", "cuda", "zeropad2d"),
+    )
+)
+_KEPT_BY_TWO = ("add", "mul")
+_POSITIVE = frozenset(("relu", "relu6", "sigmoid", "hardsigmoid", "softmax", "abs", "square", "exp"))
+# Results without numbers below 0 of such tensors, where no constant comes in.
+_KEEP_SIGN = frozenset(
+    (
+        *("flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "unflatten", "contiguous"),
+        *("clone", "cat", "concat", "stack", "split", "chunk", "getitem", "expand", "pixelshuffle", "channelshuffle"),
+        *("identity", "dropout", "dropout2d", "max", "amax", "mean", "sum", *_KEPT_BY_TWO),
+        *(f"{kind}{d}" for kind in ("maxpool", "adaptivemaxpool", "avgpool", "adaptiveavgpool") for d in ("1d", "2d")),
+    )
+)
+
+
+def kind_of(operation: "Operation") -> str:
+    """What it is called, the same for a module and a function."""
+    return operation.kind.lower().replace("_", "")
+
+
+class Choice:
+    """The rules of the operations of a plan, which depend on the network alone.
+
+    Raises:
+        ValueError: a rule for layers with weights for an operation without any.
+    """
+
+    def __init__(self, operations: Sequence["Operation"], model: nn.Module, composite: Composite) -> None:
+        self.rules: dict[str, Rule | None] = {}  # None for what moves numbers
+        self.nonnegative: set[Result] = set()  # results without numbers below 0
+        pixels = {IMAGES}  # results that are made of pixels alone
+        for operation in operations:
+            kind, given = kind_of(operation), results_in((operation.args, operation.kwargs))
+            if kind in _POSITIVE or (_keeps_sign(operation, kind) and self.nonnegative.issuperset(given)):
+                self.nonnegative.update(operation.outputs)
+            if kind in _MOVES and operation.inputs and pixels.issuperset(operation.inputs):
+                pixels.update(operation.outputs)
+            if operation.inputs and kind not in _MOVES:
+                self.rules[operation.name] = _rule(operation, model, composite, pixels.issuperset(operation.inputs))
+
+    def step(self, operation: "Operation", step: Linearised, results: Mapping[Result, Any]) -> "Relevance":
+        """How relevance goes through an operation that has run."""
+        inputs = [results[result] for result in operation.inputs]
+        outputs = (
+            [step.output] if isinstance(step.output, Tensor) else [t for t in step.output if t.is_floating_point()]
+        )
+        rule = self.rules.get(operation.name)
+        if rule is None:
+            return Relevance(step, inputs, [], moves=True)
+        if isinstance(rule, Pass):
+            return Relevance(step, inputs, [])
+        if step.layer is not None:
+            step.layer.nonnegative = self.nonnegative.issuperset(operation.inputs)
+            return Relevance(step, inputs, rule(step.layer))
+        assert isinstance(rule, Epsilon)
+        inverses = [stable(output, rule.epsilon).unsqueeze(1) for output in outputs]
+        part = Part(inverses, [x.detach().unsqueeze(1) for x in inputs], step.adjoint, step.shifts)
+        return Relevance(step, inputs, [part])
+
+
+def _keeps_sign(operation: "Operation", kind: str) -> bool:
+    """Whether nothing comes in that could be below 0 where its tensors are not."""
+    tensors = tensors_in((operation.args, operation.kwargs))
+    given = len(results_in(operation.args))
+    return (
+        kind in _KEEP_SIGN
+        and not operation.kwargs.get("alpha")
+        and given >= (2 if kind in _KEPT_BY_TWO else 1)
+        and next(tensors, None) is None
+        and not _has_parameter(operation.args)
+    )
+
+
+def _has_parameter(value: Any) -> bool:
+    return isinstance(value, Attribute) or (isinstance(value, (tuple, list)) and any(map(_has_parameter, value)))
+
+
+def _rule(operation: "Operation", model: nn.Module, composite: Composite, first: bool) -> Rule:
+    node = operation.node
+    module = model.get_submodule(node.target) if node.how == "module" else None
+    path = node.path or (node.within[-1] if node.within else "")
+    place = Place(path, kind_of(operation), module, first)
+    rule = next((rule for predicate, rule in composite if predicate(place)), Epsilon(0))
+    if not isinstance(rule, (Epsilon, Pass)) and place.kind not in WEIGHTED:
+        raise ValueError(f"rule: {rule} is for layers with weights, and the composite gives it to {node.place}")
+    if isinstance(rule, Pass) and (place.kind in WEIGHTED or len(operation.inputs) > 1):
+        raise ValueError(f"rule: Pass is for operations on single numbers, and the composite gives it to {node.place}")
+    return rule
+
+
+class Relevance:
+    """How relevance goes from the output of an operation to its inputs."""
+
+    def __init__(self, step: Linearised, inputs: list[Tensor], parts: list[Part], moves: bool = False) -> None:
+        self.step, self.inputs, self.parts, self.moves = step, inputs, parts, moves
+        # Whether the sum may be another one at the inputs: also where constants are concatenated.
+        self.takes = bool(parts) or bool(step.shifts)
+
+    def __call__(self, relevance: Any) -> Sequence[Tensor]:
+        if self.moves:
+            back = self.step.adjoint(relevance)
+            return [back] if isinstance(back, Tensor) else back
+        if not self.parts:
+            return [summed(relevance, self.inputs[0])]
+        total: list[Tensor] = []
+        for part in self.parts:
+            back = part.back(over(relevance, part))
+            shares = [x * b for x, b in zip(part.inputs, [back] if isinstance(back, Tensor) else back, strict=True)]
+            total = [a + b for a, b in zip(total, shares, strict=True)] if total else shares
+        return total
+
+
+def over(relevance: Any, part: Part) -> Any:
+    """Relevance over activation, of one output or of each of several."""
+    if isinstance(relevance, Tensor):
+        return relevance * part.inverses[0]
+    return [r * inverse for r, inverse in zip(relevance, part.inverses, strict=True)]
