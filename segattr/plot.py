@@ -9,13 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from segloss.common.checks import check_floating, check_int, check_number, check_real, require, shape_text
+from segloss.common.checks import (
+    check_finite,
+    check_floating,
+    check_int,
+    check_number,
+    check_real,
+    require,
+    shape_text,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["map_grid", "overlay", "size_grid"]
+__all__ = ["heatmap", "map_grid", "overlay", "size_grid"]
 
 _MOST_CELLS = 1000  # in a row or column of a grid: more lines cannot be told apart
 _SLACK = 1e-3  # beyond [0, 1]: what normalising, resizing and going back leave
@@ -102,6 +110,63 @@ def map_grid(
             _show(axis, picture)
     for axis, title in zip(grid[0], ("image", *maps), strict=True):
         axis.set_title(title)
+    return figure
+
+
+def heatmap(image: Tensor, heatmaps: Mapping[str, Tensor], *, percentile: float = 99.5) -> Figure:
+    r"""Signed heatmaps such as those of LRP beside their image: red for, blue against, white for 0.
+
+    Colours are symmetric: they reach from :math:`-v` to :math:`v`, the percentile of the absolute values of each
+    heatmap, so that a few large pixels do not leave the others white.
+
+    Args:
+        image: RGB in [0, 1], ``[3, H, W]``.
+        heatmaps: by their titles, ``[H, W]`` each. Those of several classes go in as ``dict(zip(names, heat))``.
+        percentile: of the absolute values, above 0 and at most 100, which is the largest one.
+
+    Returns:
+        A matplotlib figure that belongs to no window: ``figure.savefig(path)`` writes it. Its axes are the image, the
+        heatmaps, then the bars of their colours, in the unit of the scores.
+
+    Raises:
+        TypeError: ``image`` or heatmaps that are not floating point, ``heatmaps`` that are no mapping.
+        ValueError: shapes that do not fit, no heatmap, ``percentile`` outside its range, an image outside [0, 1], a
+            heatmap that is not finite.
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> figure = heatmap(torch.rand(3, 24, 32), {"cat": torch.randn(24, 32), "dog": torch.randn(24, 32)})
+        >>> [axes.get_title() for axes in figure.axes[:3]]
+        ['image', 'cat', 'dog']
+    """
+    _check_drawn("image", image)
+    if not isinstance(heatmaps, Mapping):
+        raise TypeError(f"heatmaps: expected heatmaps by their titles, got {type(heatmaps).__name__}")
+    if not heatmaps:
+        raise ValueError("heatmaps: expected at least one, got none")
+    check_number("percentile", percentile, least=0, most=100)
+    if percentile == 0:
+        raise ValueError("percentile: expected a number above 0, got 0")
+    for title, values in heatmaps.items():
+        check_floating(f"heatmaps[{title!r}]", values)
+        check_finite(f"heatmaps[{title!r}]", values)
+        if values.shape != image.shape[1:]:
+            raise ValueError(
+                f"heatmaps[{title!r}]: expected {shape_text(image.shape[1:])}, the size of image, got "
+                f"{shape_text(values.shape)}"
+            )
+    height, width = image.shape[1:]
+    figure = _figure(2.8 * (1 + len(heatmaps)), 2.8 * height / width + 0.4)
+    first, *others = figure.subplots(1, 1 + len(heatmaps), squeeze=False)[0]
+    _show(first, image)
+    first.set_title("image")
+    for axis, (title, values) in zip(others, heatmaps.items(), strict=True):
+        numbers = values.detach().double().cpu()
+        limit = float(torch.quantile(numbers.abs().flatten()[:: -(-numbers.numel() // 10**6)], percentile / 100))
+        limit = limit or float(numbers.abs().max()) or 1.0
+        drawn = axis.imshow(numbers.numpy(), cmap="bwr", vmin=-limit, vmax=limit, interpolation="nearest")
+        axis.set(xticks=[], yticks=[], title=title)
+        figure.colorbar(drawn, ax=axis, shrink=0.8, format="%.1e")
     return figure
 
 

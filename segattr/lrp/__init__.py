@@ -1,5 +1,6 @@
 """Layer-wise relevance propagation unrolled into trainable segmentation networks."""
 
+from segattr.lrp import composites, rules
 from segattr.lrp.adjoints import Linearised, adjoint
 from segattr.lrp.free import FreeDecoder
 from segattr.lrp.loss import HeatmapLoss, heatmap_loss
@@ -12,7 +13,9 @@ __all__ = [
     "Linearised",
     "UnrolledLRP",
     "adjoint",
+    "composites",
     "heatmap_loss",
     "labelled_subset",
+    "rules",
     "unroll",
 ]

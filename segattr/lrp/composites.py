@@ -207,7 +207,8 @@ def composite(rule: object) -> Composite | None:
         return None if rule == "zero" else _NAMED[rule]()
     if isinstance(rule, (list, tuple)):
         for entry in rule:
-            if not isinstance(entry, tuple) or len(entry) != 2 or not all(map(callable, entry)):
+            pair = isinstance(entry, tuple) and len(entry) == 2 and all(map(callable, entry))
+            if not pair or isinstance(entry[1], type):
                 raise TypeError(f"rule: expected pairs of a predicate and a rule such as (first, Flat()), got {entry}")
         return list(rule)
     if isinstance(rule, type) or not callable(rule):

@@ -72,9 +72,11 @@ class UnrolledLRP(nn.Module):
         :math:`\langle b, \partial s_c / \partial z \rangle`: ``"<layer>.bias"``; batch normalisation also has
         ``"<layer>.mean_shift"``, :math:`b = -\gamma \mu / \sqrt{\sigma^2 + \epsilon}`; bounds of a clamp have
         ``"<operation>.saturation"``, activations that are not 0 at 0 ``".at_zero"``, padding ``".value"``, all other
-        constants that are added or concatenated ``".constant"``. The sum is not that with
-        ``epsilon > 0``, which takes relevance away by itself, or ``activations="relu"``. It runs the classifier: in
-        training mode dropout is drawn anew, and with ``batch_norm="batch"`` running statistics are updated.
+        constants that are added or concatenated ``".constant"``. Under rules other than LRP-0 biases take the share
+        that the rule gives them, and ``"<operation>.rule"`` is what the rule takes, or adds if it is negative, by its
+        stabiliser or otherwise. The sum is not that with ``epsilon > 0``, which takes relevance away by itself, or
+        ``activations="relu"``. It runs the classifier: in training mode dropout is
+        drawn anew, and with ``batch_norm="batch"`` running statistics are updated.
         Where a constant is added to windows or tokens of all images, it takes a pass for each image.
 
         Args:
@@ -283,6 +285,12 @@ def unroll(
     classes in one batch, can be trained, and reads the parameters of the classifier, of which there is one copy:
     training, moving or loading one is training, moving or loading the other.
 
+    Other rules, for smoother heatmaps, pass relevance instead of gradients: see ``rule``, :mod:`segattr.lrp.rules` and
+    :mod:`segattr.lrp.composites`. Masks, indices of maxima, inputs and what is divided by are constants then, so that
+    the heatmaps reach the weights where a rule has them, scales of batch normalisation among them: gamma, z+ and
+    alpha-beta through their positive and negative parts, w-squared through squares, z-box through all three, flat not
+    at all; biases get no gradient.
+
     Other networks have gates, which are held constant, so that the heatmaps are no longer input times gradient, but
     scores are still conserved (see :meth:`UnrolledLRP.ledger`):
 
@@ -328,6 +336,11 @@ def unroll(
         gates: ``"constant"``, or ``"refuse"`` for a network with gates, whose heatmaps are not input times gradient.
         example: images that the model takes, of which only the shape, precision and device count; None to try usual
             ones.
+        rule: ``"zero"``, LRP-0; ``"epsilon"``, short for ``epsilon=1e-6``; ``"gamma"``, ``"zplus"``, ``"alpha_beta"``,
+            ``"flat"``, ``"wsquare"`` or a rule such as ``Gamma(0.1)`` for all layers with weights; a composite:
+            ``"epsilon_plus"``, ``"epsilon_plus_flat"``, ``"epsilon_alpha2_beta1"``, ``"epsilon_alpha2_beta1_flat"``,
+            :func:`segattr.lrp.composites.epsilon_gamma_box`; or pairs of a predicate and a rule, of which the first
+            that holds of an operation counts, LRP-0 if none does.
 
     Returns:
         A module from images to ``(scores [B, K], heatmaps [B, K, H, W])``; see :meth:`UnrolledLRP.forward`.
@@ -336,7 +349,8 @@ def unroll(
         TypeError: a model whose code cannot be followed, as it reads numbers out of images, say; with operations that
             have no adjoint (all are named; see :func:`segattr.lrp.adjoint`); with other outputs, probabilities among
             them.
-        ValueError: options that do not go together, ``epsilon`` below 0, ``chunk`` below 1.
+        ValueError: options that do not go together, ``epsilon`` below 0, ``chunk`` below 1, an unknown rule, one that
+            is not for an operation that it is given to.
 
     Source:
         *Model Guidance via Explanations Turns Image Classifiers into Segmentation Models*, sec. 2, tables 1 and 3.

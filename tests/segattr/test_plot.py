@@ -144,6 +144,35 @@ def test_lines_are_white_within_black_and_so_show_on_any_image() -> None:
     assert colours == [((0, 0, 0), 3)] * 2 + [((1, 1, 1), 1)] * 2  # drawn in this order
 
 
+def test_heatmaps_have_symmetric_colours_up_to_a_percentile() -> None:
+    values = torch.linspace(-1, 1, 400).reshape(20, 20)
+    values[0, 0] = -50  # one pixel that would leave all others white
+    figure = plot.heatmap(torch.rand(3, 20, 20), {"cat": values, "dog": -values.double()}, percentile=99)
+    assert [axis.get_title() for axis in figure.axes] == ["image", "cat", "dog", "", ""]
+    for axis in figure.axes[1:3]:
+        low, high = axis.images[0].get_clim()
+        assert -low == high
+        assert 0.95 < high <= 1
+    np.testing.assert_allclose(np.asarray(figure.axes[1].images[0].get_array()), values.numpy())
+    assert plot.heatmap(torch.rand(3, 2, 2), {"": torch.zeros(2, 2)}).axes[1].images[0].get_clim() == (-1, 1)
+
+
+@pytest.mark.parametrize(
+    ("heatmaps", "percentile", "error", "message"),
+    [
+        (torch.zeros(1, 4, 4), 99, TypeError, "heatmaps: expected heatmaps by their titles, got Tensor"),
+        ({}, 99, ValueError, "heatmaps: expected at least one"),
+        ({"a": torch.zeros(4, 5)}, 99, ValueError, r"heatmaps\['a'\]: expected \[4, 4\], the size of image"),
+        ({"a": torch.full((4, 4), torch.nan)}, 99, ValueError, r"heatmaps\['a'\]"),
+        ({"a": torch.zeros(4, 4)}, 0, ValueError, "percentile"),
+        ({"a": torch.zeros(4, 4)}, 101, ValueError, "percentile"),
+    ],
+)
+def test_heatmaps_that_make_no_sense(heatmaps: Any, percentile: float, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        plot.heatmap(torch.rand(3, 4, 4), heatmaps, percentile=percentile)
+
+
 def test_settings_and_random_state_stay_and_do_not_turn_pictures_over() -> None:
     with mpl.rc_context({"image.origin": "lower", "image.cmap": "gray"}):
         settings, state = copy.deepcopy(dict(mpl.rcParams)), torch.get_rng_state()
