@@ -11,6 +11,7 @@ from segloss.bilateral import (
     check_guide,
     check_plan,
     check_sigma,
+    colour_sigma,
     guide_colour,
     guide_features,
     make_plan,
@@ -44,7 +45,7 @@ def potts_crf(
     logits: Tensor,
     image: Tensor,
     *,
-    sigma_rgb: float | Tensor = 15 / 255,
+    sigma_rgb: float | Tensor | None = None,
     sigma_xy: float | Tensor = 100.0,
     valid: Tensor | None = None,
     gate: Tensor | None = None,
@@ -81,7 +82,8 @@ def potts_crf(
         logits: class logits, ``[B, K, H, W]``, K >= 2; probabilities in [0, 1], K >= 1, if ``from_logits`` is False.
         image: guide, ``[B, C, H, W]``: RGB in [0, 1] (see :func:`~segloss.denormalize`), or any C >= 1 channels
             in the unit of ``sigma_rgb``.
-        sigma_rgb: width of the kernel in colour, above 0, in the unit of ``image``; a number or a scalar tensor.
+        sigma_rgb: width of the kernel in colour, above 0, in the unit of ``image``; a number or a scalar tensor. None:
+            15/255, for RGB in [0, 1]; three channels beyond that are refused.
         sigma_xy: width of the kernel in space, above 0, in pixels of ``image``, likewise.
         valid: pixels that count, bool, ``[B, H, W]``; all of them if None.
         gate: weight of what each pixel pays, in [0, 1], ``[B, H, W]``, a constant; 1 everywhere if None.
@@ -106,10 +108,11 @@ def potts_crf(
         TypeError: ``logits``, ``image`` or ``gate`` that are not floating point, ``valid`` that is not bool, sigmas
             that are not numbers.
         ValueError: shapes or devices that do not fit each other, a single class of logits, NaN or infinity,
-            probabilities outside [0, 1] by more than 1e-3, ``gate`` outside [0, 1], sigmas that are not above 0,
-            ``scale_factor`` outside (0, 1] or that leaves no pixel, ``tolerance`` outside (0, 1), an unknown ``form``,
-            ``normalize``, ``method``, ``backend`` or ``precision``; a ``backend`` that cannot run, and with
-            ``method="lowrank"`` a ``tolerance`` that it cannot reach.
+            probabilities outside [0, 1] by more than 1e-3, ``gate`` outside [0, 1], sigmas that are not above 0, an
+            image of three channels outside [0, 1] by more than 0.01 without a ``sigma_rgb``, ``scale_factor`` outside
+            (0, 1] or that leaves no pixel, ``tolerance`` outside (0, 1), an unknown ``form``, ``normalize``,
+            ``method``, ``backend`` or ``precision``; a ``backend`` that cannot run, and with ``method="lowrank"`` a
+            ``tolerance`` that it cannot reach.
 
     Source:
         *Approximate Size Targets Are Sufficient for Accurate Semantic Segmentation*, eq. (3); *On Regularized Losses
@@ -126,6 +129,7 @@ def potts_crf(
     _check_gate(gate, logits)
     _check_settings(form, scale_factor, normalize)
     check_sigma("sigma_xy", sigma_xy, image)
+    sigma_rgb = colour_sigma(image, sigma_rgb)
     probability, guide, mask = _prepare(logits, image, valid, from_logits)
     if scale_factor != 1:
         probability, guide, mask = _shrink(probability, guide, mask, scale_factor)
@@ -151,7 +155,7 @@ def potts_crf(
 class PottsCRF(LossModule):
     """:func:`potts_crf` as a module; a sigma may be a parameter and learnt."""
 
-    sigma_rgb: float | Tensor
+    sigma_rgb: float | Tensor | None
     sigma_xy: float | Tensor
     from_logits: bool
     form: str
@@ -165,7 +169,7 @@ class PottsCRF(LossModule):
     def __init__(
         self,
         *,
-        sigma_rgb: float | Tensor = 15 / 255,
+        sigma_rgb: float | Tensor | None = None,
         sigma_xy: float | Tensor = 100.0,
         from_logits: bool = True,
         form: str = "potts",
@@ -191,7 +195,8 @@ class PottsCRF(LossModule):
             precision=precision,
         )
         _check_settings(form, scale_factor, normalize)
-        check_sigma("sigma_rgb", sigma_rgb)
+        if sigma_rgb is not None:
+            check_sigma("sigma_rgb", sigma_rgb)
         check_sigma("sigma_xy", sigma_xy)
         check_bool("from_logits", from_logits)
         check_plan(method, tolerance, backend, precision)
@@ -264,7 +269,7 @@ def grid_potts(
     logits: Tensor,
     image: Tensor,
     *,
-    sigma_rgb: float | Tensor = 15 / 255,
+    sigma_rgb: float | Tensor | None = None,
     connectivity: int = 4,
     valid: Tensor | None = None,
     from_logits: bool = True,
@@ -281,7 +286,8 @@ def grid_potts(
     Args:
         logits: class logits, ``[B, K, H, W]``, K >= 2; probabilities in [0, 1], K >= 1, if ``from_logits`` is False.
         image: guide, ``[B, C, H, W]``: RGB in [0, 1], or any C >= 1 channels in the unit of ``sigma_rgb``.
-        sigma_rgb: width of the kernel in colour, above 0, in the unit of ``image``; a number or a scalar tensor.
+        sigma_rgb: width of the kernel in colour, above 0, in the unit of ``image``; a number or a scalar tensor. None:
+            15/255, for RGB in [0, 1]; three channels beyond that are refused.
         connectivity: 4 or 8 neighbours of each pixel; diagonal ones count like the others.
         valid: pixels that count, bool, ``[B, H, W]``; all of them if None.
         from_logits: take the softmax of ``logits``; otherwise they are probabilities, which need not sum to 1.
@@ -305,6 +311,7 @@ def grid_potts(
     """
     _check(logits, image, valid, from_logits, reduction)
     check_choice("connectivity", connectivity, tuple(_OFFSETS))
+    sigma_rgb = colour_sigma(image, sigma_rgb)
     probability, guide, mask = _prepare(logits, image, valid, from_logits)
     inside = mask * probability
     outside = mask - inside
@@ -319,20 +326,21 @@ def grid_potts(
 class GridPotts(LossModule):
     """:func:`grid_potts` as a module; the sigma may be a parameter and learnt."""
 
-    sigma_rgb: float | Tensor
+    sigma_rgb: float | Tensor | None
     connectivity: int
     from_logits: bool
 
     def __init__(
         self,
         *,
-        sigma_rgb: float | Tensor = 15 / 255,
+        sigma_rgb: float | Tensor | None = None,
         connectivity: int = 4,
         from_logits: bool = True,
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__(reduction, sigma_rgb=sigma_rgb, connectivity=connectivity, from_logits=from_logits)
-        check_sigma("sigma_rgb", sigma_rgb)
+        if sigma_rgb is not None:
+            check_sigma("sigma_rgb", sigma_rgb)
         check_choice("connectivity", connectivity, tuple(_OFFSETS))
         check_bool("from_logits", from_logits)
 
@@ -352,7 +360,7 @@ def windowed_potts(
     logits: Tensor,
     image: Tensor,
     *,
-    sigma_rgb: float | Tensor = 15 / 255,
+    sigma_rgb: float | Tensor | None = None,
     sigma_xy: float | Tensor = 100.0,
     radius: int = 5,
     valid: Tensor | None = None,
@@ -380,7 +388,8 @@ def windowed_potts(
     Args:
         logits: class logits, ``[B, K, H, W]``, K >= 2; probabilities in [0, 1], K >= 1, if ``from_logits`` is False.
         image: guide, ``[B, C, H, W]``: RGB in [0, 1], or any C >= 1 channels in the unit of ``sigma_rgb``.
-        sigma_rgb: width of the kernel in colour, above 0, in the unit of ``image``; a number or a scalar tensor.
+        sigma_rgb: width of the kernel in colour, above 0, in the unit of ``image``; a number or a scalar tensor. None:
+            15/255, for RGB in [0, 1]; three channels beyond that are refused.
         sigma_xy: width of the kernel in space, above 0, in pixels, likewise.
         radius: rows and columns that two pixels may be apart, at least 0; 0 leaves each pixel with itself.
         valid: pixels that count, bool, ``[B, H, W]``; all of them if None.
@@ -410,6 +419,7 @@ def windowed_potts(
     _check(logits, image, valid, from_logits, reduction)
     _check_radius(radius)
     check_choice("normalize", normalize, _NORMALIZATIONS)
+    sigma_rgb = colour_sigma(image, sigma_rgb)
     probability, guide, mask = _prepare(logits, image, valid, from_logits)
     features = guide_features(guide, sigma_rgb, sigma_xy).unflatten(2, image.shape[2:])
     radius = min(int(radius), max(image.shape[2:]))
@@ -425,7 +435,7 @@ def windowed_potts(
 class WindowedPotts(LossModule):
     """:func:`windowed_potts` as a module; a sigma may be a parameter and learnt."""
 
-    sigma_rgb: float | Tensor
+    sigma_rgb: float | Tensor | None
     sigma_xy: float | Tensor
     radius: int
     from_logits: bool
@@ -434,7 +444,7 @@ class WindowedPotts(LossModule):
     def __init__(
         self,
         *,
-        sigma_rgb: float | Tensor = 15 / 255,
+        sigma_rgb: float | Tensor | None = None,
         sigma_xy: float | Tensor = 100.0,
         radius: int = 5,
         from_logits: bool = True,
@@ -449,7 +459,8 @@ class WindowedPotts(LossModule):
             from_logits=from_logits,
             normalize=normalize,
         )
-        check_sigma("sigma_rgb", sigma_rgb)
+        if sigma_rgb is not None:
+            check_sigma("sigma_rgb", sigma_rgb)
         check_sigma("sigma_xy", sigma_xy)
         _check_radius(radius)
         check_bool("from_logits", from_logits)
@@ -470,7 +481,7 @@ class WindowedPotts(LossModule):
 
 
 def window_mass(
-    image: Tensor, *, sigma_rgb: float | Tensor = 15 / 255, sigma_xy: float | Tensor = 100.0, radius: int = 5
+    image: Tensor, *, sigma_rgb: float | Tensor | None = None, sigma_xy: float | Tensor = 100.0, radius: int = 5
 ) -> Tensor:
     r"""Share of the kernel's mass that a square window keeps: what :func:`windowed_potts` sees of :func:`potts_crf`.
 
@@ -482,7 +493,8 @@ def window_mass(
 
     Args:
         image: guide, ``[B, C, H, W]``: RGB in [0, 1], or any C >= 1 channels in the unit of ``sigma_rgb``.
-        sigma_rgb: width of the kernel in colour, above 0, in the unit of ``image``; a number or a scalar tensor.
+        sigma_rgb: width of the kernel in colour, above 0, in the unit of ``image``; a number or a scalar tensor. None:
+            15/255, for RGB in [0, 1]; three channels beyond that are refused.
         sigma_xy: width of the kernel in space, above 0, in pixels, likewise.
         radius: rows and columns that two pixels may be apart, at least 0.
 
@@ -492,8 +504,8 @@ def window_mass(
 
     Raises:
         TypeError: ``image`` that is not floating point, sigmas that are not numbers, ``radius`` that is not an int.
-        ValueError: ``image`` that is not ``[B, C, H, W]``, NaN or infinity, sigmas that are not above 0, a negative
-            ``radius``.
+        ValueError: ``image`` that is not ``[B, C, H, W]``, NaN or infinity, sigmas that are not above 0, an image of
+            three channels outside [0, 1] by more than 0.01 without a ``sigma_rgb``, a negative ``radius``.
 
     Source:
         The W of *Approximate Size Targets Are Sufficient for Accurate Semantic Segmentation*, eq. (3).
@@ -504,6 +516,7 @@ def window_mass(
     """
     check_guide(image, image, "image")
     _check_radius(radius)
+    sigma_rgb = colour_sigma(image, sigma_rgb)
     with torch.no_grad():
         features = guide_features(image, sigma_rgb, sigma_xy).unflatten(2, image.shape[2:])
         ones = torch.ones_like(features[:, :1])

@@ -9,6 +9,8 @@ from torch import Tensor
 
 _SUM_TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 1e-2}  # other dtypes: 1e-4, a size typed to four digits
 
+_OVERSHOOT = 0.01  # beyond [0, 1], of colours that were interpolated or rounded
+
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _always = False
@@ -121,6 +123,24 @@ def check_finite(name: str, value: Tensor, most: float = math.inf) -> None:
 
     if value.numel():
         require(name, value, fits, problem)
+
+
+def check_colours(image: Tensor, sigma: float) -> None:
+    """An image for a default width in colour: three channels are RGB in [0, 1], other numbers of them anything."""
+
+    def fits() -> Tensor:
+        least, largest = torch.aminmax(image)
+        return (least >= -_OVERSHOOT) & (largest <= 1 + _OVERSHOOT)
+
+    def problem() -> str:
+        least, largest = (extreme.item() for extreme in torch.aminmax(image))
+        return (
+            f"expected RGB in [0, 1], the unit of the default sigma_rgb of {255 * sigma:g}/255, got values from "
+            f"{least:.4g} to {largest:.4g} (see denormalize, or pass sigma_rgb in the unit of image)"
+        )
+
+    if image.shape[1] == 3 and image.numel():
+        require("image", image, fits, problem)
 
 
 def check_fractions(name: str, value: Tensor, kind: str = "values", slack: float = 0) -> None:
