@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import segattr
 import segloss
-from segattr import refine
+from segattr import lrp, metrics, refine
 from segloss.bilateral import PreparedFilter
 
 LOGITS, IMAGE = torch.randn(2, 3, 8, 6), torch.rand(2, 3, 8, 6)
@@ -91,3 +92,62 @@ def test_instance_masks_refuse_with_their_own_crf_only() -> None:
 def test_graphs_do_not_look_at_the_image() -> None:
     compiled = torch.compile(segloss.grid_potts, backend="eager", fullgraph=True)
     assert compiled(LOGITS, 255 * IMAGE).isfinite()
+
+
+def sized(*size: int) -> dict[str, Any]:
+    """What goes with logits of 3 classes at this size."""
+    labels = torch.randint(3, (2, *size))
+    masks = labels[:, None] == torch.arange(3).view(3, 1, 1)
+    return {"image": torch.rand(2, 3, *size), "labels": labels, "valid": labels > 0, "masks": masks, "seeds": labels}
+
+
+TAGS = torch.ones(2, 3)
+OF_MAPS: dict[str, tuple[str, str, Run]] = {
+    "potts_crf": ("logits", "image", lambda maps, other: segloss.potts_crf(maps, other["image"])),
+    "grid_potts": ("logits", "image", lambda maps, other: segloss.grid_potts(maps, other["image"])),
+    "windowed_potts": ("logits", "image", lambda maps, other: segloss.windowed_potts(maps, other["image"])),
+    "partial_cross_entropy": (
+        "logits",
+        "labels",
+        lambda maps, other: segloss.partial_cross_entropy(maps, other["labels"]),
+    ),
+    "confidence_gate": ("logits", "labels", lambda maps, other: segloss.confidence_gate(maps, other["labels"])),
+    "size_kl": ("logits", "valid", lambda maps, other: segloss.size_kl(maps, TAGS / 3, valid=other["valid"])),
+    "dense_crf": ("probabilities", "image", lambda maps, other: refine.dense_crf(maps.softmax(1), other["image"])),
+    "grow_seeds": ("probabilities", "seeds", lambda maps, other: refine.grow_seeds(other["seeds"], maps.softmax(1))),
+    "best_threshold_miou": ("maps", "labels", lambda maps, other: metrics.best_threshold_miou(maps, other["labels"])),
+    "pointing_game": ("maps", "masks", lambda maps, other: metrics.pointing_game(maps, other["masks"])),
+    "heatmap_loss": ("heatmaps", "labels", lambda maps, other: lrp.heatmap_loss(maps, TAGS, other["labels"], TAGS)),
+}
+
+
+@pytest.mark.parametrize(("maps", "name", "run"), OF_MAPS.values(), ids=OF_MAPS)
+def test_maps_of_another_resolution_are_told_the_line_that_resizes_them(maps: str, name: str, run: Run) -> None:
+    coarse, others = torch.randn(2, 3, 4, 3), sized(16, 12)
+    with pytest.raises(ValueError, match=f"^{name}: expected .* to go with {maps} ") as caught:
+        run(coarse, others)
+    line = str(caught.value).partition("for maps of this size: ")[2]
+    scope = {"F": F, maps: coarse, name: others[name]}
+    exec(line, scope)
+    run(scope[maps], others)
+
+
+def test_other_shapes_that_are_wrong_have_no_such_line() -> None:
+    for image in (torch.rand(1, 3, 8, 6), torch.rand(1, 3, 16, 12), torch.rand(2, 3, 0, 6)):
+        with pytest.raises(ValueError, match=r"to go with logits \[2, 3, 8, 6\], got \[\d, \d, \d+, \d+\]$"):
+            segloss.potts_crf(LOGITS, image)
+    with pytest.raises(ValueError, match=r"^labels: expected \[2, 8, 6\] to go with .*, got \[2, 1, 16, 12\]$"):
+        segloss.partial_cross_entropy(LOGITS, torch.zeros(2, 1, 16, 12).long())
+
+
+def test_labels_that_can_be_no_classes_are_named() -> None:
+    grey = torch.tensor([0, 38, 75, 113, 52, 89, 14, 255])[torch.randint(8, (2, 8, 6))]  # VOC's colours, read as grey
+    expected = r"^labels: expected classes 0 to 2 or 255 to ignore, got 14, 38, 52, 75 and 2 others \(see "
+    with pytest.raises(ValueError, match=expected):
+        segloss.partial_cross_entropy(LOGITS, grey)
+    with pytest.raises(ValueError, match=expected):
+        segloss.sizes_from_labels(grey, 3)
+    with pytest.raises(ValueError, match=r"got 14, 38, 52, 75 and 2 others"):
+        refine.grow_seeds(grey, LOGITS.softmax(1))
+    with pytest.raises(ValueError, match=r"^masks: expected 0, 1 or 255 to ignore, got 2, 7 \("):
+        refine.semantic_labels(torch.tensor([[[0, 7, 2, 1, 255]]]), torch.tensor([1]))

@@ -21,6 +21,7 @@ from segloss.common.checks import (
     check_real,
     require,
     shape_text,
+    values_text,
 )
 from segloss.common.reduction import wide_dtype
 
@@ -300,11 +301,15 @@ def _checked_masks(masks: object, ignore_index: int) -> Tensor:
     if masks.dim() != 3:
         raise ValueError(f"masks: expected [n, H, W], got {shape_text(masks.shape)}")
     masks = masks.long()  # first: of narrower integers, 255 equals -1
+
+    def known() -> Tensor:
+        return (masks == 0) | (masks == 1) | (masks == ignore_index)
+
     require(
         "masks",
         masks,
-        lambda: ((masks == 0) | (masks == 1) | (masks == ignore_index)).all(),
-        lambda: f"expected 0, 1 or {ignore_index} to ignore, got other values (see ignore_index)",
+        lambda: known().all(),
+        lambda: f"expected 0, 1 or {ignore_index} to ignore, got {values_text(masks[~known()])} (see ignore_index)",
     )
     return masks
 

@@ -13,6 +13,11 @@ _OVERSHOOT = 0.01  # beyond [0, 1], of colours that were interpolated or rounded
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+_SHOWN = 4  # values that an error tells of
+
+_MAPS = ("heatmaps", "logits", "maps", "probabilities")  # what a network gives, often at a lower resolution
+_OF_THE_IMAGE = ("image", "labels", "masks", "seeds", "valid")  # ... than these have
+
 _always = False
 
 
@@ -54,6 +59,13 @@ def require(name: str, tensor: Tensor, holds: Callable[[], Tensor], problem: Cal
 
 def shape_text(shape: Sequence[int]) -> str:
     return "[" + ", ".join(str(n) for n in shape) + "]"
+
+
+def values_text(values: Tensor) -> str:
+    """The different integers, in order; the first of many."""
+    different = values.unique().tolist()
+    more = f" and {len(different) - _SHOWN} others" if len(different) > _SHOWN else ""
+    return ", ".join(map(str, different[:_SHOWN])) + more
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -101,10 +113,20 @@ def check_like(name: str, value: Tensor, shape: Sequence[int], anchor: str, anch
     if tuple(value.shape) != tuple(shape):
         raise ValueError(
             f"{name}: expected {shape_text(shape)} to go with {anchor} {shape_text(anchor_value.shape)}, "
-            f"got {shape_text(value.shape)}"
+            f"got {shape_text(value.shape)}{_resize_text(name, value, shape, anchor, anchor_value)}"
         )
     if value.device != anchor_value.device:
         raise ValueError(f"{name}: expected device {anchor_value.device}, that of {anchor}, got {value.device}")
+
+
+def _resize_text(name: str, value: Tensor, shape: Sequence[int], anchor: str, anchor_value: Tensor) -> str:
+    """The line that brings maps to the resolution of ``value``, if that is all that is wrong."""
+    if name not in _OF_THE_IMAGE or anchor not in _MAPS or anchor_value.dim() != 4:
+        return ""
+    *outer, height, width = shape
+    if [height, width] != list(anchor_value.shape[2:]) or list(value.shape[:-2]) != outer or not value.numel():
+        return ""
+    return f'; for maps of this size: {anchor} = F.interpolate({anchor}, {name}.shape[-2:], mode="bilinear")'
 
 
 def check_finite(name: str, value: Tensor, most: float = math.inf) -> None:
@@ -269,7 +291,7 @@ def check_labels(labels: Tensor, classes: int, ignore_index: int, anchor: str) -
         labels,
         lambda: known().all(),
         lambda: (
-            f"expected classes 0 to {classes - 1} or {ignore_index} to ignore, got {labels[~known()][0].item()} "
+            f"expected classes 0 to {classes - 1} or {ignore_index} to ignore, got {values_text(labels[~known()])} "
             f"(see {anchor} and ignore_index)"
         ),
     )
