@@ -75,8 +75,8 @@ def test_names_are_the_published_ones() -> None:
         "partial_cross_entropy": "(logits, labels, *, ignore_index, reduction)",
         "balanced_seeding": "(logits, seeds, *, background, floor, reduction)",
         "boundary_constraint": "(logits, refined, *, seeds, clip, reduction)",
-        "potts_crf": "(logits, image, *, sigma_rgb, sigma_xy, valid, gate, from_logits, form, scale_factor, normalize, "
-        "method, tolerance, backend, precision, reduction)",
+        "potts_crf": "(logits, image, *, sigma_rgb, sigma_xy, valid, gate, from_logits, form, scale_factor, centred, "
+        "normalize, method, tolerance, backend, precision, reduction)",
         "grid_potts": "(logits, image, *, sigma_rgb, connectivity, valid, from_logits, reduction)",
         "windowed_potts": "(logits, image, *, sigma_rgb, sigma_xy, radius, valid, from_logits, normalize, reduction)",
         "window_mass": "(image, *, sigma_rgb, sigma_xy, radius)",
