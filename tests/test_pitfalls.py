@@ -54,7 +54,7 @@ def test_the_default_width_refuses_images_of_another_unit(run: Run) -> None:
         run(255 * whole)
     with pytest.raises(ValueError, match=r"sigma_rgb of (5|15)/255, got values from -2 to 2.444 "):
         run((whole - 0.45) / 0.225)
-    run(whole * 1.02 - 0.01)  # as interpolation and rounding leave images
+    run(whole * 1.016 - 0.008)  # as interpolation and rounding leave images
     for image in (whole * 1.04 - 0.02, whole + 0.02, whole - 0.02):
         with pytest.raises(ValueError, match="image: expected RGB in"):
             run(image)
@@ -98,7 +98,14 @@ def sized(*size: int) -> dict[str, Any]:
     """What goes with logits of 3 classes at this size."""
     labels = torch.randint(3, (2, *size))
     masks = labels[:, None] == torch.arange(3).view(3, 1, 1)
-    return {"image": torch.rand(2, 3, *size), "labels": labels, "valid": labels > 0, "masks": masks, "seeds": labels}
+    return {
+        "image": torch.rand(2, 3, *size),
+        "labels": labels,
+        "valid": labels > 0,
+        "masks": masks,
+        "seeds": labels,
+        "refined": masks / 1,
+    }
 
 
 TAGS = torch.ones(2, 3)
@@ -110,6 +117,11 @@ OF_MAPS: dict[str, tuple[str, str, Run]] = {
         "logits",
         "labels",
         lambda maps, other: segloss.partial_cross_entropy(maps, other["labels"]),
+    ),
+    "boundary_constraint": (
+        "logits",
+        "refined",
+        lambda maps, other: segloss.boundary_constraint(maps, other["refined"]),
     ),
     "confidence_gate": ("logits", "labels", lambda maps, other: segloss.confidence_gate(maps, other["labels"])),
     "size_kl": ("logits", "valid", lambda maps, other: segloss.size_kl(maps, TAGS / 3, valid=other["valid"])),
