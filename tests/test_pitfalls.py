@@ -154,12 +154,12 @@ def test_other_shapes_that_are_wrong_have_no_such_line() -> None:
 
 def test_labels_that_can_be_no_classes_are_named() -> None:
     grey = torch.tensor([0, 38, 75, 113, 52, 89, 14, 255])[torch.randint(8, (2, 8, 6))]  # VOC's colours, read as grey
-    expected = r"^labels: expected classes 0 to 2 or 255 to ignore, got 14, 38, 52, 75 and 2 others \(see "
+    expected = r"^labels: expected classes 0 to 2 or 255 to ignore, got 14, 38, 52, 75 and 2 more \(see "
     with pytest.raises(ValueError, match=expected):
         segloss.partial_cross_entropy(LOGITS, grey)
     with pytest.raises(ValueError, match=expected):
         segloss.sizes_from_labels(grey, 3)
-    with pytest.raises(ValueError, match=r"got 14, 38, 52, 75 and 2 others"):
+    with pytest.raises(ValueError, match=r"got 14, 38, 52, 75 and 2 more"):
         refine.grow_seeds(grey, LOGITS.softmax(1))
     with pytest.raises(ValueError, match=r"^masks: expected 0, 1 or 255 to ignore, got 2, 7 \("):
         refine.semantic_labels(torch.tensor([[[0, 7, 2, 1, 255]]]), torch.tensor([1]))

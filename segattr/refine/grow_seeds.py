@@ -108,14 +108,17 @@ def _planes(seeds: object, probabilities: Tensor, ignore_index: int) -> Tensor:
         check_like("seeds", seeds, (images, height, width), "probabilities", probabilities)
         labels = seeds.long()
         chosen = labels != ignore_index
-        wrong = chosen & ((labels < 0) | (labels >= count))
+
+        def wrong() -> Tensor:
+            return chosen & ((labels < 0) | (labels >= count))
+
         require(
             "seeds",
             seeds,
-            lambda: ~wrong.any(),
+            lambda: ~wrong().any(),
             lambda: (
                 f"expected classes 0 to {count - 1} or {ignore_index} where there is none, "
-                f"got {values_text(labels[wrong])} (see probabilities and ignore_index)"
+                f"got {values_text(labels[wrong()])} (see probabilities and ignore_index)"
             ),
         )
         classes = torch.arange(count, device=labels.device).view(-1, 1, 1)

@@ -64,7 +64,7 @@ def shape_text(shape: Sequence[int]) -> str:
 def values_text(values: Tensor) -> str:
     """The different integers, in order; the first of many."""
     different = values.unique().tolist()
-    more = f" and {len(different) - _SHOWN} others" if len(different) > _SHOWN else ""
+    more = f" and {len(different) - _SHOWN} more" if len(different) > _SHOWN else ""
     return ", ".join(map(str, different[:_SHOWN])) + more
 
 
@@ -123,8 +123,8 @@ def _resize_text(name: str, value: Tensor, shape: Sequence[int], anchor: str, an
     """The line that brings maps to the resolution of ``value``, if that is all that is wrong."""
     if name not in _OF_THE_IMAGE or anchor not in _MAPS or anchor_value.dim() != 4:
         return ""
-    *outer, height, width = shape
-    if [height, width] != list(anchor_value.shape[2:]) or list(value.shape[:-2]) != outer or not value.numel():
+    of_one_size = tuple(shape[-2:]) == anchor_value.shape[2:] and value.shape[:-2] == tuple(shape[:-2])
+    if not of_one_size or not value.numel():
         return ""
     return f'; for maps of this size: {anchor} = F.interpolate({anchor}, {name}.shape[-2:], mode="bilinear")'
 
