@@ -88,7 +88,7 @@ def assess(model: nn.Module, test: Batch, seconds: float) -> Outcome:
     def region(threshold: float) -> Tensor:
         return region_similarity(masks(threshold)[:, None] == classes, truth, valid=labelled, pooled=True)
 
-    best = max((percent / 100 for percent in range(10, 95, 5)), key=lambda threshold: region(threshold).mean())
+    best = max((percent / 100 for percent in range(10, 95, 5)), key=lambda threshold: region(threshold).nanmean())
     contour = contour_f(masks(best)[:, None] == classes, truth, valid=labelled, pooled=True)
     return Outcome(best, region(best), contour, masks(best)[:SHOWN].cpu(), seconds)
 
@@ -96,7 +96,7 @@ def assess(model: nn.Module, test: Batch, seconds: float) -> Outcome:
 def table(outcomes: dict[str, Outcome]) -> str:
     lines = [f"{'loss':<17}{'J':>8}{'F':>8}{'J&F':>8}{'threshold':>11}{'seconds':>9}"]
     for name, outcome in outcomes.items():
-        j, f = outcome.region.mean().item(), outcome.contour[1:].mean().item()
+        j, f = outcome.region.nanmean().item(), outcome.contour[1:].nanmean().item()
         quality = "".join(f"{value:>8.3f}" for value in (j, f, (j + f) / 2))
         lines.append(f"{name:<17}{quality}{outcome.threshold:>11.2f}{outcome.seconds:>9.0f}")
     return "\n".join(lines)

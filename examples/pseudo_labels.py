@@ -194,8 +194,8 @@ def assess(
             miou=100 * best.miou,
             precision=100 * float(best.precision[1:].nanmean()),
             recall=100 * float(best.recall[1:].nanmean()),
-            region=100 * float(region.mean()),
-            contour=100 * float(contour.mean()),
+            region=100 * float(region.nanmean()),
+            contour=100 * float(contour.nanmean()),
             labelled=100 * float(counted / every),
             threshold=threshold,
         )

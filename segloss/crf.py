@@ -11,6 +11,7 @@ from segloss.bilateral import (
     check_guide,
     check_plan,
     check_sigma,
+    colour_sigma,
     guide_colour,
     guide_features,
     make_plan,
@@ -37,6 +38,7 @@ from segloss.common.settings import LossModule
 
 _FORMS = ("potts", "quadratic")
 _NORMALIZATIONS = (None, "pixels", "pairs")
+_WHOLE = 0.999  # share of valid pixels in a pixel of a lower resolution that is made of nothing else, but for rounding
 _OFFSETS = {4: [(0, 1), (1, 0)], 8: [(0, 1), (1, -1), (1, 0), (1, 1)]}
 
 
@@ -44,13 +46,14 @@ def potts_crf(
     logits: Tensor,
     image: Tensor,
     *,
-    sigma_rgb: float | Tensor = 15 / 255,
+    sigma_rgb: float | Tensor | None = None,
     sigma_xy: float | Tensor = 100.0,
     valid: Tensor | None = None,
     gate: Tensor | None = None,
     from_logits: bool = True,
     form: str = "potts",
     scale_factor: float = 1.0,
+    centred: bool = False,
     normalize: str | None = None,
     method: str = "auto",
     tolerance: float = 1e-2,
@@ -81,16 +84,21 @@ def potts_crf(
         logits: class logits, ``[B, K, H, W]``, K >= 2; probabilities in [0, 1], K >= 1, if ``from_logits`` is False.
         image: guide, ``[B, C, H, W]``: RGB in [0, 1] (see :func:`~segloss.denormalize`), or any C >= 1 channels
             in the unit of ``sigma_rgb``.
-        sigma_rgb: width of the kernel in colour, above 0, in the unit of ``image``; a number or a scalar tensor.
+        sigma_rgb: width of the kernel in colour, above 0, in the unit of ``image``; a number or a scalar tensor. None:
+            15/255, for RGB in [0, 1]; three channels beyond that are refused.
         sigma_xy: width of the kernel in space, above 0, in pixels of ``image``, likewise.
         valid: pixels that count, bool, ``[B, H, W]``; all of them if None.
         gate: weight of what each pixel pays, in [0, 1], ``[B, H, W]``, a constant; 1 everywhere if None.
         from_logits: take the softmax of ``logits``; otherwise they are probabilities, which need not sum to 1.
         form: ``"potts"``, or ``"quadratic"`` for :math:`-\sum_k (m \circ S^k)^\top W (m \circ S^k)`: the value of the
             public rloss code, up to its weaker kernel. Where S sums to 1 both have the same logit gradient.
-        scale_factor: in (0, 1]: the loss at this scale of the input (image, mask and gate by the nearest pixel, S
-            bilinear, ``sigma_xy`` times the factor), as rloss uses it with 0.5. The value shrinks with the fourth
-            power. Ignored pixels next to a border of the mask then have a share in the S of their valid neighbours.
+        scale_factor: in (0, 1]: the loss at this scale of the input (S bilinear, image, mask and gate by the nearest
+            pixel, ``sigma_xy`` times the factor), as rloss uses it with 0.5. The value shrinks with the fourth power.
+            The nearest pixel is torch's, the top left one of its cell, and S that of the middle: at the factor s
+            colours are taken :math:`(1 / s - 1) / 2` pixels above and to the left of S, 0.5 at 0.5 and 1.5 at 0.25.
+            Ignored pixels next to a border of the mask then have a share in the S of their valid neighbours.
+        centred: with ``scale_factor``, take image and gate where S is taken, bilinear as S, and count the pixels that
+            are made of valid ones alone.
         normalize: divide each image's loss by its number of valid ``"pixels"`` or ``"pairs"`` (their square), at the
             scale of the computation; None for the formula.
         method, tolerance, backend, precision: as in :func:`~segloss.bilateral_filter`.
@@ -104,12 +112,13 @@ def potts_crf(
 
     Raises:
         TypeError: ``logits``, ``image`` or ``gate`` that are not floating point, ``valid`` that is not bool, sigmas
-            that are not numbers.
+            that are not numbers, ``from_logits`` or ``centred`` that are no bools.
         ValueError: shapes or devices that do not fit each other, a single class of logits, NaN or infinity,
-            probabilities outside [0, 1] by more than 1e-3, ``gate`` outside [0, 1], sigmas that are not above 0,
-            ``scale_factor`` outside (0, 1] or that leaves no pixel, ``tolerance`` outside (0, 1), an unknown ``form``,
-            ``normalize``, ``method``, ``backend`` or ``precision``; a ``backend`` that cannot run, and with
-            ``method="lowrank"`` a ``tolerance`` that it cannot reach.
+            probabilities outside [0, 1] by more than 1e-3, ``gate`` outside [0, 1], sigmas that are not above 0, an
+            image of three channels outside [0, 1] by more than 0.01 without a ``sigma_rgb``, ``scale_factor`` outside
+            (0, 1] or that leaves no pixel, ``tolerance`` outside (0, 1), an unknown ``form``, ``normalize``,
+            ``method``, ``backend`` or ``precision``; a ``backend`` that cannot run, and with ``method="lowrank"`` a
+            ``tolerance`` that it cannot reach.
 
     Source:
         *Approximate Size Targets Are Sufficient for Accurate Semantic Segmentation*, eq. (3); *On Regularized Losses
@@ -124,12 +133,12 @@ def potts_crf(
     """
     _check(logits, image, valid, from_logits, reduction)
     _check_gate(gate, logits)
-    _check_settings(form, scale_factor, normalize)
+    _check_settings(form, scale_factor, centred, normalize)
     check_sigma("sigma_xy", sigma_xy, image)
+    sigma_rgb = colour_sigma(image, sigma_rgb)
     probability, guide, mask = _prepare(logits, image, valid, from_logits)
     if scale_factor != 1:
-        probability, guide, mask = _shrink(probability, guide, mask, scale_factor)
-        gate = None if gate is None else F.interpolate(gate[:, None], scale_factor=scale_factor)[:, 0]
+        probability, guide, mask, gate = _shrink(probability, guide, mask, gate, scale_factor, centred)
         sigma_xy = sigma_xy * scale_factor
     plan = make_plan(method, tolerance, backend, precision, guide)
     features = guide_features(guide, sigma_rgb, sigma_xy)
@@ -151,11 +160,12 @@ def potts_crf(
 class PottsCRF(LossModule):
     """:func:`potts_crf` as a module; a sigma may be a parameter and learnt."""
 
-    sigma_rgb: float | Tensor
+    sigma_rgb: float | Tensor | None
     sigma_xy: float | Tensor
     from_logits: bool
     form: str
     scale_factor: float
+    centred: bool
     normalize: str | None
     method: str
     tolerance: float
@@ -165,11 +175,12 @@ class PottsCRF(LossModule):
     def __init__(
         self,
         *,
-        sigma_rgb: float | Tensor = 15 / 255,
+        sigma_rgb: float | Tensor | None = None,
         sigma_xy: float | Tensor = 100.0,
         from_logits: bool = True,
         form: str = "potts",
         scale_factor: float = 1.0,
+        centred: bool = False,
         normalize: str | None = None,
         method: str = "auto",
         tolerance: float = 1e-2,
@@ -184,14 +195,16 @@ class PottsCRF(LossModule):
             from_logits=from_logits,
             form=form,
             scale_factor=scale_factor,
+            centred=centred,
             normalize=normalize,
             method=method,
             tolerance=tolerance,
             backend=backend,
             precision=precision,
         )
-        _check_settings(form, scale_factor, normalize)
-        check_sigma("sigma_rgb", sigma_rgb)
+        _check_settings(form, scale_factor, centred, normalize)
+        if sigma_rgb is not None:
+            check_sigma("sigma_rgb", sigma_rgb)
         check_sigma("sigma_xy", sigma_xy)
         check_bool("from_logits", from_logits)
         check_plan(method, tolerance, backend, precision)
@@ -207,6 +220,7 @@ class PottsCRF(LossModule):
             from_logits=self.from_logits,
             form=self.form,
             scale_factor=self.scale_factor,
+            centred=self.centred,
             normalize=self.normalize,
             method=self.method,
             tolerance=self.tolerance,
@@ -224,7 +238,7 @@ def confidence_gate(
     .. math:: g_p = 1 - \max_k S_p^k \text{ where p is labelled, } 1 \text{ elsewhere}
 
     as the public DenseEnergyLoss code has it. With ``scale_factor`` that code takes the maximum of the shrunken S; here
-    the gate is made first and shrunk by the nearest pixel.
+    the gate is made first and shrunk as the mask is.
 
     Args:
         logits: class logits, ``[B, K, H, W]``, K >= 2; probabilities in [0, 1], K >= 1, if ``from_logits`` is False.
@@ -264,7 +278,7 @@ def grid_potts(
     logits: Tensor,
     image: Tensor,
     *,
-    sigma_rgb: float | Tensor = 15 / 255,
+    sigma_rgb: float | Tensor | None = None,
     connectivity: int = 4,
     valid: Tensor | None = None,
     from_logits: bool = True,
@@ -281,7 +295,8 @@ def grid_potts(
     Args:
         logits: class logits, ``[B, K, H, W]``, K >= 2; probabilities in [0, 1], K >= 1, if ``from_logits`` is False.
         image: guide, ``[B, C, H, W]``: RGB in [0, 1], or any C >= 1 channels in the unit of ``sigma_rgb``.
-        sigma_rgb: width of the kernel in colour, above 0, in the unit of ``image``; a number or a scalar tensor.
+        sigma_rgb: width of the kernel in colour, above 0, in the unit of ``image``; a number or a scalar tensor. None:
+            15/255, for RGB in [0, 1]; three channels beyond that are refused.
         connectivity: 4 or 8 neighbours of each pixel; diagonal ones count like the others.
         valid: pixels that count, bool, ``[B, H, W]``; all of them if None.
         from_logits: take the softmax of ``logits``; otherwise they are probabilities, which need not sum to 1.
@@ -305,6 +320,7 @@ def grid_potts(
     """
     _check(logits, image, valid, from_logits, reduction)
     check_choice("connectivity", connectivity, tuple(_OFFSETS))
+    sigma_rgb = colour_sigma(image, sigma_rgb)
     probability, guide, mask = _prepare(logits, image, valid, from_logits)
     inside = mask * probability
     outside = mask - inside
@@ -319,20 +335,21 @@ def grid_potts(
 class GridPotts(LossModule):
     """:func:`grid_potts` as a module; the sigma may be a parameter and learnt."""
 
-    sigma_rgb: float | Tensor
+    sigma_rgb: float | Tensor | None
     connectivity: int
     from_logits: bool
 
     def __init__(
         self,
         *,
-        sigma_rgb: float | Tensor = 15 / 255,
+        sigma_rgb: float | Tensor | None = None,
         connectivity: int = 4,
         from_logits: bool = True,
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__(reduction, sigma_rgb=sigma_rgb, connectivity=connectivity, from_logits=from_logits)
-        check_sigma("sigma_rgb", sigma_rgb)
+        if sigma_rgb is not None:
+            check_sigma("sigma_rgb", sigma_rgb)
         check_choice("connectivity", connectivity, tuple(_OFFSETS))
         check_bool("from_logits", from_logits)
 
@@ -352,7 +369,7 @@ def windowed_potts(
     logits: Tensor,
     image: Tensor,
     *,
-    sigma_rgb: float | Tensor = 15 / 255,
+    sigma_rgb: float | Tensor | None = None,
     sigma_xy: float | Tensor = 100.0,
     radius: int = 5,
     valid: Tensor | None = None,
@@ -380,7 +397,8 @@ def windowed_potts(
     Args:
         logits: class logits, ``[B, K, H, W]``, K >= 2; probabilities in [0, 1], K >= 1, if ``from_logits`` is False.
         image: guide, ``[B, C, H, W]``: RGB in [0, 1], or any C >= 1 channels in the unit of ``sigma_rgb``.
-        sigma_rgb: width of the kernel in colour, above 0, in the unit of ``image``; a number or a scalar tensor.
+        sigma_rgb: width of the kernel in colour, above 0, in the unit of ``image``; a number or a scalar tensor. None:
+            15/255, for RGB in [0, 1]; three channels beyond that are refused.
         sigma_xy: width of the kernel in space, above 0, in pixels, likewise.
         radius: rows and columns that two pixels may be apart, at least 0; 0 leaves each pixel with itself.
         valid: pixels that count, bool, ``[B, H, W]``; all of them if None.
@@ -410,6 +428,7 @@ def windowed_potts(
     _check(logits, image, valid, from_logits, reduction)
     _check_radius(radius)
     check_choice("normalize", normalize, _NORMALIZATIONS)
+    sigma_rgb = colour_sigma(image, sigma_rgb)
     probability, guide, mask = _prepare(logits, image, valid, from_logits)
     features = guide_features(guide, sigma_rgb, sigma_xy).unflatten(2, image.shape[2:])
     radius = min(int(radius), max(image.shape[2:]))
@@ -425,7 +444,7 @@ def windowed_potts(
 class WindowedPotts(LossModule):
     """:func:`windowed_potts` as a module; a sigma may be a parameter and learnt."""
 
-    sigma_rgb: float | Tensor
+    sigma_rgb: float | Tensor | None
     sigma_xy: float | Tensor
     radius: int
     from_logits: bool
@@ -434,7 +453,7 @@ class WindowedPotts(LossModule):
     def __init__(
         self,
         *,
-        sigma_rgb: float | Tensor = 15 / 255,
+        sigma_rgb: float | Tensor | None = None,
         sigma_xy: float | Tensor = 100.0,
         radius: int = 5,
         from_logits: bool = True,
@@ -449,7 +468,8 @@ class WindowedPotts(LossModule):
             from_logits=from_logits,
             normalize=normalize,
         )
-        check_sigma("sigma_rgb", sigma_rgb)
+        if sigma_rgb is not None:
+            check_sigma("sigma_rgb", sigma_rgb)
         check_sigma("sigma_xy", sigma_xy)
         _check_radius(radius)
         check_bool("from_logits", from_logits)
@@ -470,7 +490,7 @@ class WindowedPotts(LossModule):
 
 
 def window_mass(
-    image: Tensor, *, sigma_rgb: float | Tensor = 15 / 255, sigma_xy: float | Tensor = 100.0, radius: int = 5
+    image: Tensor, *, sigma_rgb: float | Tensor | None = None, sigma_xy: float | Tensor = 100.0, radius: int = 5
 ) -> Tensor:
     r"""Share of the kernel's mass that a square window keeps: what :func:`windowed_potts` sees of :func:`potts_crf`.
 
@@ -482,7 +502,8 @@ def window_mass(
 
     Args:
         image: guide, ``[B, C, H, W]``: RGB in [0, 1], or any C >= 1 channels in the unit of ``sigma_rgb``.
-        sigma_rgb: width of the kernel in colour, above 0, in the unit of ``image``; a number or a scalar tensor.
+        sigma_rgb: width of the kernel in colour, above 0, in the unit of ``image``; a number or a scalar tensor. None:
+            15/255, for RGB in [0, 1]; three channels beyond that are refused.
         sigma_xy: width of the kernel in space, above 0, in pixels, likewise.
         radius: rows and columns that two pixels may be apart, at least 0.
 
@@ -492,8 +513,8 @@ def window_mass(
 
     Raises:
         TypeError: ``image`` that is not floating point, sigmas that are not numbers, ``radius`` that is not an int.
-        ValueError: ``image`` that is not ``[B, C, H, W]``, NaN or infinity, sigmas that are not above 0, a negative
-            ``radius``.
+        ValueError: ``image`` that is not ``[B, C, H, W]``, NaN or infinity, sigmas that are not above 0, an image of
+            three channels outside [0, 1] by more than 0.01 without a ``sigma_rgb``, a negative ``radius``.
 
     Source:
         The W of *Approximate Size Targets Are Sufficient for Accurate Semantic Segmentation*, eq. (3).
@@ -504,6 +525,7 @@ def window_mass(
     """
     check_guide(image, image, "image")
     _check_radius(radius)
+    sigma_rgb = colour_sigma(image, sigma_rgb)
     with torch.no_grad():
         features = guide_features(image, sigma_rgb, sigma_xy).unflatten(2, image.shape[2:])
         ones = torch.ones_like(features[:, :1])
@@ -528,10 +550,11 @@ def _check_gate(gate: Tensor | None, logits: Tensor) -> None:
     check_fractions("gate", gate, "weights")
 
 
-def _check_settings(form: str, scale_factor: float, normalize: str | None) -> None:
+def _check_settings(form: str, scale_factor: float, centred: bool, normalize: str | None) -> None:
     check_choice("form", form, _FORMS)
     check_choice("normalize", normalize, _NORMALIZATIONS)
     check_number("scale_factor", scale_factor, above=0, most=1)
+    check_bool("centred", centred)
 
 
 def _check(logits: Tensor, image: Tensor, valid: Tensor | None, from_logits: bool, reduction: Reduction) -> None:
@@ -569,8 +592,18 @@ def _prepare(logits: Tensor, image: Tensor, valid: Tensor | None, from_logits: b
     return probability, image.to(dtype), mask
 
 
-def _shrink(probability: Tensor, image: Tensor, mask: Tensor, factor: float) -> tuple[Tensor, Tensor, Tensor]:
+def _shrink(
+    probability: Tensor, image: Tensor, mask: Tensor, gate: Tensor | None, factor: float, centred: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     if min(image.shape[2:]) * factor < 1:
         raise ValueError(f"scale_factor: expected to leave at least 1 pixel of {shape_text(image.shape)}, got {factor}")
-    smaller = F.interpolate(probability, scale_factor=factor, mode="bilinear", align_corners=False)
-    return smaller, F.interpolate(image, scale_factor=factor), F.interpolate(mask, scale_factor=factor)
+
+    def bilinear(maps: Tensor) -> Tensor:
+        return F.interpolate(maps, scale_factor=factor, mode="bilinear", align_corners=False)
+
+    def nearest(maps: Tensor) -> Tensor:
+        return F.interpolate(maps, scale_factor=factor)
+
+    take = bilinear if centred else nearest
+    mask = (take(mask) > _WHOLE).to(mask.dtype)
+    return bilinear(probability), take(image), mask, None if gate is None else take(gate[:, None])[:, 0]

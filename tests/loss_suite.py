@@ -269,6 +269,13 @@ LOSSES = [
     Loss(
         segloss.potts_crf,
         segloss.PottsCRF,
+        lambda x: {"image": image_for(x)},
+        settings={"sigma_xy": 4.0, "sigma_rgb": 0.5, "scale_factor": 0.5, "centred": True},
+        name="potts_crf_centred",
+    ),
+    Loss(
+        segloss.potts_crf,
+        segloss.PottsCRF,
         lambda x: {"image": image_for(x), "gate": gate_for(x)},
         settings={"sigma_xy": 3.0, "sigma_rgb": 0.5},
         name="potts_crf_gated",

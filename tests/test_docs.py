@@ -71,7 +71,7 @@ def test_the_index_tells_the_purpose_of_every_page_in_the_order_of_the_contents(
     listed = [line for part in re.findall(r"```\{toctree\}\n(.*?)```", text, re.DOTALL) for line in part.split()]
     assert told == [entry for entry in listed if (DOCS / f"{entry}.md").exists()]
     methods = [name(page).removesuffix(".md") for page in METHODS]
-    assert sorted(told) == sorted([*methods, "architecture", "moving", "networks", "which_loss"])
+    assert sorted(told) == sorted([*methods, "architecture", "data", "moving", "networks", "which_loss"])
 
 
 def test_every_public_name_has_exactly_one_api_entry() -> None:

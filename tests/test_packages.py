@@ -75,8 +75,8 @@ def test_names_are_the_published_ones() -> None:
         "partial_cross_entropy": "(logits, labels, *, ignore_index, reduction)",
         "balanced_seeding": "(logits, seeds, *, background, floor, reduction)",
         "boundary_constraint": "(logits, refined, *, seeds, clip, reduction)",
-        "potts_crf": "(logits, image, *, sigma_rgb, sigma_xy, valid, gate, from_logits, form, scale_factor, normalize, "
-        "method, tolerance, backend, precision, reduction)",
+        "potts_crf": "(logits, image, *, sigma_rgb, sigma_xy, valid, gate, from_logits, form, scale_factor, centred, "
+        "normalize, method, tolerance, backend, precision, reduction)",
         "grid_potts": "(logits, image, *, sigma_rgb, connectivity, valid, from_logits, reduction)",
         "windowed_potts": "(logits, image, *, sigma_rgb, sigma_xy, radius, valid, from_logits, normalize, reduction)",
         "window_mass": "(image, *, sigma_rgb, sigma_xy, radius)",
@@ -129,11 +129,11 @@ def test_names_are_the_published_ones() -> None:
         "metrics.average_best_overlap": "(predictions, truths)",
         "metrics.average_precision": "(predictions, truths, *, threshold)",
         "metrics.best_threshold_miou": "(maps, labels, *, tags, thresholds, ignore_index)",
-        "metrics.contour_f": "(prediction, truth, *, tolerance, valid, pooled)",
+        "metrics.contour_f": "(prediction, truth, *, tolerance, valid, pooled, absent)",
         "metrics.high_gradient_ratio": "(gradients, regions, *, threshold, scale)",
-        "metrics.j_and_f": "(prediction, truth, *, tolerance, valid, pooled)",
+        "metrics.j_and_f": "(prediction, truth, *, tolerance, valid, pooled, absent)",
         "metrics.pointing_game": "(maps, masks, *, tolerance)",
-        "metrics.region_similarity": "(prediction, truth, *, valid, pooled)",
+        "metrics.region_similarity": "(prediction, truth, *, valid, pooled, absent)",
         "refine.dense_crf": "(probabilities, image, *, iterations, weight, sigma_rgb, sigma_xy, smooth_weight, "
         "smooth_sigma_xy, own, valid, scale_factor, method, tolerance, backend)",
         "refine.grow_seeds": "(seeds, probabilities, *, foreground, background, ignore_index)",

@@ -18,13 +18,18 @@ from segloss.common.checks import (
 
 
 def region_similarity(
-    prediction: Tensor, truth: Tensor, *, valid: Tensor | None = None, pooled: bool = False
+    prediction: Tensor,
+    truth: Tensor,
+    *,
+    valid: Tensor | None = None,
+    pooled: bool = False,
+    absent: float = math.nan,
 ) -> Tensor:
     r"""Region similarity J: the Jaccard index, or intersection over union, of two masks.
 
     .. math:: J = \frac{|P \cap T|}{|P \cup T|}
 
-    and 1 where both masks are empty, so that a class which is neither predicted nor there counts as right.
+    and ``absent`` where both masks are empty.
 
     Args:
         prediction: predicted masks :math:`P`, bool, ``[..., H, W]``.
@@ -32,15 +37,20 @@ def region_similarity(
         valid: pixels that count, bool, the shape of the masks, or ``[N, H, W]`` for masks ``[N, C, H, W]``; all of
             them if None. The others belong to neither mask.
         pooled: sum the counts over the first dimension before the ratio, as the intersection over union of a data set
-            is computed: masks ``[N, C, H, W]`` give ``[C]``, whose mean is the mIoU.
+            is computed: masks ``[N, C, H, W]`` give ``[C]``, whose ``nanmean`` is the mIoU.
+        absent: value of a class that is in neither mask, over all images if ``pooled``: NaN, which ``nanmean`` leaves
+            out of a mean over classes, or a number from 0 to 1. 1 is DAVIS's way: what is not there and not found is
+            right.
 
     Returns:
         ``[...]``, without the first dimension if ``pooled``; float32: the counts are exact integers, only the ratio
         is rounded. No gradient.
 
     Raises:
-        TypeError: masks or ``valid`` that are not bool tensors, ``pooled`` that is no bool.
-        ValueError: shapes or devices that do not fit each other, masks without a first dimension to pool over.
+        TypeError: masks or ``valid`` that are not bool tensors, ``pooled`` that is no bool, ``absent`` that is no
+            number.
+        ValueError: shapes or devices that do not fit each other, masks without a first dimension to pool over,
+            ``absent`` outside [0, 1] and not NaN.
 
     Source:
         *A Benchmark Dataset and Evaluation Methodology for Video Object Segmentation* (DAVIS);
@@ -52,7 +62,9 @@ def region_similarity(
         >>> region_similarity(predicted[:, None] == classes, labels[:, None] == classes, pooled=True)
         tensor([1.0000, 0.5000, 0.5000])
     """
-    return _share(*_region_counts(*_without_void(prediction, truth, valid, pooled), pooled))
+    _check_absent(absent)
+    both, either = _region_counts(*_without_void(prediction, truth, valid, pooled), pooled)
+    return _of_present(_share(both, either), either, absent)
 
 
 def contour_f(
@@ -62,6 +74,7 @@ def contour_f(
     tolerance: float = 0.008,
     valid: Tensor | None = None,
     pooled: bool = False,
+    absent: float = math.nan,
 ) -> Tensor:
     r"""Contour quality F: how well the contours of two masks lie on each other, within a tolerance.
 
@@ -72,8 +85,8 @@ def contour_f(
 
     with the contours :math:`\partial P, \partial T` and the distance d between pixel centres. A contour consists of
     the pixels that differ from their right, lower or lower right neighbour inside the image; where the mask ends at
-    the border of the image there is none. Two empty contours give 1, one gives 0: a mask that fills the image has no
-    contour and equals an empty one here.
+    the border of the image there is none. Two empty masks give ``absent``, other masks without contours 1, and one
+    contour 0: a mask that fills the image has no contour and equals an empty one here.
 
     Each pixel looks for its own nearest partner, which several may share. This bounds the one-to-one matching of
     contour pixels, which it replaces, from above, and equals it at tolerance 0.
@@ -91,16 +104,17 @@ def contour_f(
             second source's released code does so over a data set, and reports the mean over the foreground classes.
             Images of different sizes go through :class:`JAndF`: padding would move their borders and widen the
             tolerance.
+        absent: value of a class that is in neither mask, as in :func:`region_similarity`.
 
     Returns:
         ``[...]``, without the first dimension if ``pooled``; float32: the counts are exact integers, only the ratios
         are rounded. No gradient.
 
     Raises:
-        TypeError: masks or ``valid`` that are not bool tensors, ``tolerance`` that is no number, ``pooled`` that is
-            no bool.
+        TypeError: masks or ``valid`` that are not bool tensors, ``tolerance`` or ``absent`` that is no number,
+            ``pooled`` that is no bool.
         ValueError: shapes or devices that do not fit each other, masks without a first dimension to pool over, a
-            negative or infinite ``tolerance``.
+            negative or infinite ``tolerance``, ``absent`` outside [0, 1] and not NaN.
 
     Source:
         *A Benchmark Dataset and Evaluation Methodology for Video Object Segmentation* (DAVIS);
@@ -114,8 +128,10 @@ def contour_f(
         (tensor(0.5833), tensor(1.))
     """
     check_number("tolerance", tolerance, least=0)
+    _check_absent(absent)
     prediction, truth = _without_void(prediction, truth, valid, pooled)
-    return _f_measure(*_contour_counts(prediction, truth, tolerance, pooled))
+    quality = _f_measure(*_contour_counts(prediction, truth, tolerance, pooled))
+    return _of_present(quality, _count(prediction | truth, pooled), absent)
 
 
 def j_and_f(
@@ -125,6 +141,7 @@ def j_and_f(
     tolerance: float = 0.008,
     valid: Tensor | None = None,
     pooled: bool = False,
+    absent: float = math.nan,
 ) -> Tensor:
     r"""J&F: the mean of :func:`region_similarity` and :func:`contour_f`.
 
@@ -135,6 +152,7 @@ def j_and_f(
         valid: pixels that count, bool, the shape of the masks, or ``[N, H, W]`` for masks ``[N, C, H, W]``; all of
             them if None.
         pooled: sum the counts over the first dimension before the ratios: masks ``[N, C, H, W]`` give ``[C]``.
+        absent: value of a class that is in neither mask, as in :func:`region_similarity`.
 
     Returns:
         ``[...]``, without the first dimension if ``pooled``; float32. No gradient.
@@ -150,8 +168,9 @@ def j_and_f(
         >>> j_and_f(mask, mask), j_and_f(mask, ~mask)
         (tensor(1.), tensor(0.5000))
     """
-    region = region_similarity(prediction, truth, valid=valid, pooled=pooled)
-    return (region + contour_f(prediction, truth, tolerance=tolerance, valid=valid, pooled=pooled)) / 2
+    region = region_similarity(prediction, truth, valid=valid, pooled=pooled, absent=absent)
+    contour = contour_f(prediction, truth, tolerance=tolerance, valid=valid, pooled=pooled, absent=absent)
+    return (region + contour) / 2
 
 
 class JAndF:
@@ -167,11 +186,12 @@ class JAndF:
         classes: number of classes C, at least 1.
         tolerance: largest distance of contour pixels that match, see :func:`contour_f`; below 1 a fraction of the
             diagonal of each image.
+        absent: J and F of a class that is in neither mask of any image, as in :func:`region_similarity`.
         device: where the counts are kept.
 
     Raises:
-        TypeError: ``classes`` that is no int, ``tolerance`` that is no number.
-        ValueError: ``classes`` below 1, a negative or infinite ``tolerance``.
+        TypeError: ``classes`` that is no int, ``tolerance`` or ``absent`` that is no number.
+        ValueError: ``classes`` below 1, a negative or infinite ``tolerance``, ``absent`` outside [0, 1] and not NaN.
 
     Source:
         As :func:`contour_f`.
@@ -184,12 +204,21 @@ class JAndF:
         (tensor([0.3333]), tensor([1.]))
     """
 
-    def __init__(self, classes: int, *, tolerance: float = 0.008, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        classes: int,
+        *,
+        tolerance: float = 0.008,
+        absent: float = math.nan,
+        device: torch.device | str | None = None,
+    ) -> None:
         check_int("classes", classes)
         check_number("classes", classes, least=1)
         check_number("tolerance", tolerance, least=0)
+        _check_absent(absent)
         check_device(device)
         self.tolerance = tolerance
+        self.absent = absent
         self.counts = torch.zeros(6, classes, dtype=torch.int64, device=device)
 
     def update(self, prediction: Tensor, truth: Tensor, *, valid: Tensor | None = None) -> None:
@@ -215,8 +244,14 @@ class JAndF:
         self.counts = self.counts + torch.stack(counts).to(self.counts.device)
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        """J and F of each class, ``[C]`` both, float32; 1 for a class of which nothing was there and nothing found."""
-        return _share(*self.counts[:2]), _f_measure(*self.counts[2:])
+        """J and F of each class, ``[C]`` both, float32; ``absent`` where nothing was there and nothing found.
+
+        Their means over classes are ``nanmean``.
+        """
+        both, either, *contours = self.counts
+        measures = _share(both, either), _f_measure(*contours)
+        region, contour = (_of_present(measure, either, self.absent) for measure in measures)
+        return region, contour
 
 
 def _without_void(prediction: object, truth: object, valid: object, pooled: bool) -> tuple[Tensor, Tensor]:
@@ -255,6 +290,11 @@ def check_device(device: Any) -> None:
         raise ValueError(f"device: expected one that torch can use, got {device!r}: {problem}") from error
 
 
+def _check_absent(absent: float) -> None:
+    if not (isinstance(absent, float) and math.isnan(absent)):
+        check_number("absent", absent, least=0, most=1)
+
+
 def _region_counts(prediction: Tensor, truth: Tensor, pooled: bool) -> tuple[Tensor, ...]:
     """Pixels of both masks and of either."""
     return _count(prediction & truth, pooled), _count(prediction | truth, pooled)
@@ -282,6 +322,11 @@ def _count(mask: Tensor, pooled: bool) -> Tensor:
 def _share(part: Tensor, whole: Tensor) -> Tensor:
     """``part / whole``; all of it where there is nothing to count."""
     return torch.where(whole > 0, (part.double() / whole.clamp(min=1)).float(), 1.0)
+
+
+def _of_present(measure: Tensor, either: Tensor, absent: float) -> Tensor:
+    """The measure where ``either`` mask has a pixel, and ``absent`` elsewhere."""
+    return measure.masked_fill(either == 0, float(absent))
 
 
 def _radius(tolerance: float, height: int, width: int) -> float:

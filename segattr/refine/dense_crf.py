@@ -12,6 +12,7 @@ from segloss.bilateral import LatticeError, PreparedFilter, check_guide, make_pl
 from segloss.common.checks import (
     check_bool,
     check_choice,
+    check_colours,
     check_floating,
     check_fractions,
     check_has_values,
@@ -85,7 +86,7 @@ def dense_crf(
     *,
     iterations: int = 10,
     weight: float = 10.0,
-    sigma_rgb: float = 5 / 255,
+    sigma_rgb: float | None = None,
     sigma_xy: float = 50.0,
     smooth_weight: float = 3.0,
     smooth_sigma_xy: float = 3.0,
@@ -123,7 +124,8 @@ def dense_crf(
         iterations: number of updates, at least 0.
         weight: of the bilateral kernel, at least 0; 0 leaves it out. What pydensecrf calls ``compat``.
         sigma_rgb: width of the bilateral kernel in colour, above 0, in the unit of ``image``; infinite: colour does not
-            count. What pydensecrf calls ``srgb`` is 255 times as much.
+            count. What pydensecrf calls ``srgb`` is 255 times as much. None: 5/255, for RGB in [0, 1]; three channels
+            beyond that are refused.
         sigma_xy: width of the bilateral kernel in space, above 0, in pixels of ``image``.
         smooth_weight: of the kernel of position alone, at least 0; 0 leaves it out.
         smooth_sigma_xy: its width, above 0, in pixels.
@@ -151,9 +153,9 @@ def dense_crf(
         TypeError: ``probabilities`` or ``image`` that are not floating point, ``valid`` that is not bool, settings of
             the wrong type.
         ValueError: shapes or devices that do not fit each other, fewer than 2 classes, probabilities outside [0, 1],
-            NaN or infinity in ``image``, settings outside their range, a ``scale_factor`` that leaves no pixel, an
-            unknown ``method`` or ``backend``, a ``backend`` that cannot run; ``method="lattice"`` and sigmas that are
-            too small for it.
+            NaN or infinity in ``image``, three channels of it outside [0, 1] by more than 0.01 without a
+            ``sigma_rgb``, settings outside their range, a ``scale_factor`` that leaves no pixel, an unknown ``method``
+            or ``backend``, a ``backend`` that cannot run; ``method="lattice"`` and sigmas that are too small for it.
 
     Source:
         *Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials*, eq. (3) and algorithm 1, where
@@ -180,6 +182,9 @@ def dense_crf(
     check_number("iterations", iterations, least=0)
     check_number("weight", weight, least=0)
     check_number("smooth_weight", smooth_weight, least=0)
+    if sigma_rgb is None:
+        sigma_rgb = IRN_CRF["sigma_rgb"]
+        check_colours(image, sigma_rgb)
     for name, sigma in (("sigma_rgb", sigma_rgb), ("sigma_xy", sigma_xy), ("smooth_sigma_xy", smooth_sigma_xy)):
         check_number(name, sigma, above=0, finite=False)
     check_bool("own", own)

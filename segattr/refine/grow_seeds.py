@@ -16,6 +16,7 @@ from segloss.common.checks import (
     check_tensor,
     require,
     shape_text,
+    values_text,
 )
 
 _EIGHT = np.zeros((3, 3, 3), dtype=bool)  # the neighbours of a pixel within its own plane
@@ -107,13 +108,17 @@ def _planes(seeds: object, probabilities: Tensor, ignore_index: int) -> Tensor:
         check_like("seeds", seeds, (images, height, width), "probabilities", probabilities)
         labels = seeds.long()
         chosen = labels != ignore_index
+
+        def wrong() -> Tensor:
+            return chosen & ((labels < 0) | (labels >= count))
+
         require(
             "seeds",
             seeds,
-            lambda: (~chosen | ((labels >= 0) & (labels < count))).all(),
+            lambda: ~wrong().any(),
             lambda: (
-                f"expected classes 0 to {count - 1} or {ignore_index} where there is none, got others "
-                "(see probabilities and ignore_index)"
+                f"expected classes 0 to {count - 1} or {ignore_index} where there is none, "
+                f"got {values_text(labels[wrong()])} (see probabilities and ignore_index)"
             ),
         )
         classes = torch.arange(count, device=labels.device).view(-1, 1, 1)

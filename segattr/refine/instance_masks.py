@@ -9,6 +9,7 @@ from segattr.networks.detector import check_corners
 from segattr.refine.dense_crf import BBAM_CRF, CRFSettings, dense_crf
 from segloss.common.checks import (
     check_choice,
+    check_colours,
     check_finite,
     check_floating,
     check_fractions,
@@ -20,6 +21,7 @@ from segloss.common.checks import (
     check_real,
     require,
     shape_text,
+    values_text,
 )
 from segloss.common.reduction import wide_dtype
 
@@ -94,7 +96,8 @@ def instance_masks(
             the wrong type.
         ValueError: shapes or devices that do not fit each other, no pixel, maps outside [0, 1], NaN or infinity, boxes
             without an area or wholly outside the image, an unknown ``rule``, thresholds outside [0, 1] or in the wrong
-            order, an ``ignore_index`` of 0 or 1.
+            order, an ``ignore_index`` of 0 or 1, an image of three channels outside [0, 1] by more than 0.01 with the
+            default ``crf``.
 
     Source:
         *BBAM: Bounding Box Attribution Map for Weakly Supervised Semantic and Instance Segmentation*, the
@@ -116,6 +119,8 @@ def instance_masks(
     check_has_values("bbams", bbams)
     inside = _inside(boxes, bbams)
     _check_image(image, bbams)
+    if image is not None and crf is BBAM_CRF:
+        check_colours(image[None], crf["sigma_rgb"])
     foreground, background = _thresholds(rule, foreground, background)
     if smoothing is not None:
         check_number("smoothing", smoothing, least=0)
@@ -296,11 +301,15 @@ def _checked_masks(masks: object, ignore_index: int) -> Tensor:
     if masks.dim() != 3:
         raise ValueError(f"masks: expected [n, H, W], got {shape_text(masks.shape)}")
     masks = masks.long()  # first: of narrower integers, 255 equals -1
+
+    def known() -> Tensor:
+        return (masks == 0) | (masks == 1) | (masks == ignore_index)
+
     require(
         "masks",
         masks,
-        lambda: ((masks == 0) | (masks == 1) | (masks == ignore_index)).all(),
-        lambda: f"expected 0, 1 or {ignore_index} to ignore, got other values (see ignore_index)",
+        lambda: known().all(),
+        lambda: f"expected 0, 1 or {ignore_index} to ignore, got {values_text(masks[~known()])} (see ignore_index)",
     )
     return masks
 

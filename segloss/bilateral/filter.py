@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from segloss.bilateral.guide import check_guide, guide_features
+from segloss.bilateral.guide import check_guide, colour_sigma, guide_features
 from segloss.bilateral.operator import Bilateral
 from segloss.bilateral.plan import make_plan
 from segloss.common.checks import (
@@ -21,7 +21,7 @@ def bilateral_filter(
     values: Tensor,
     image: Tensor,
     *,
-    sigma_rgb: float | Tensor = 15 / 255,
+    sigma_rgb: float | Tensor | None = None,
     sigma_xy: float | Tensor = 100.0,
     method: str = "auto",
     tolerance: float = 1e-2,
@@ -41,7 +41,7 @@ def bilateral_filter(
         values: channels to filter, ``[B, K, H, W]``, within ±1e30 (float64: ±1e130).
         image: guide, ``[B, C, H, W]``: RGB in [0, 1], or any C >= 1 channels in the unit of ``sigma_rgb``.
         sigma_rgb: width of the kernel in colour, above 0, in the unit of ``image``; a number or a scalar tensor.
-            Infinite: colour does not count.
+            Infinite: colour does not count. None: 15/255, for RGB in [0, 1]; three channels beyond that are refused.
         sigma_xy: width of the kernel in space, in pixels, likewise.
         method: ``"exact"`` visits all pairs of pixels; ``"blocksparse"`` leaves out pairs of pixel tiles that do not
             count, and expands the weights of others; ``"lowrank"`` replaces W by a symmetric positive semi-definite
@@ -74,8 +74,9 @@ def bilateral_filter(
     Raises:
         TypeError: ``values`` or ``image`` that are not floating point, sigmas that are not numbers.
         ValueError: shapes or devices that do not fit each other, NaN, infinity or values beyond their limit, sigmas
-            that are not above 0, ``tolerance`` outside (0, 1), an unknown ``method``, ``backend`` or ``precision``, a
-            ``backend`` that cannot run.
+            that are not above 0, an image of three channels outside [0, 1] by more than 0.01 without a ``sigma_rgb``,
+            ``tolerance`` outside (0, 1), an unknown ``method``, ``backend`` or ``precision``, a ``backend`` that cannot
+            run.
         ToleranceError: a ValueError; ``method="lowrank"`` and an image on which its error is above the tolerance, as
             on noise and strongly textured images.
         ValueError: ``method="lattice"`` and sigmas that are too small for it, with
@@ -95,6 +96,7 @@ def bilateral_filter(
     """
     _check_values(values)
     check_guide(image, values, "values")
+    sigma_rgb = colour_sigma(image, sigma_rgb)
     plan = make_plan(method, tolerance, backend, precision, image)
     dtype = torch.promote_types(wide_dtype(values), wide_dtype(image))
     features = guide_features(image.to(dtype), sigma_rgb, sigma_xy)
@@ -107,7 +109,7 @@ def bilateral_error(
     image: Tensor,
     filtered: Tensor,
     *,
-    sigma_rgb: float | Tensor = 15 / 255,
+    sigma_rgb: float | Tensor | None = None,
     sigma_xy: float | Tensor = 100.0,
 ) -> Tensor:
     r"""Relative error of filtered values, measured on some pixels of each image.
@@ -142,6 +144,7 @@ def bilateral_error(
     check_like("filtered", filtered, values.shape, "values", values)
     check_finite("filtered", filtered)
     check_guide(image, values, "values")
+    sigma_rgb = colour_sigma(image, sigma_rgb)
     dtype = torch.promote_types(wide_dtype(values), wide_dtype(image))
     features = guide_features(image.to(dtype), sigma_rgb, sigma_xy).detach()
     flat, result = (t.detach().flatten(2).to(dtype) for t in (values, filtered))

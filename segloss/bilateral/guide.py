@@ -3,8 +3,18 @@
 import torch
 from torch import Tensor
 
-from segloss.common.checks import check_finite, check_floating, check_like, check_number, require, shape_text
+from segloss.common.checks import (
+    check_colours,
+    check_finite,
+    check_floating,
+    check_like,
+    check_number,
+    require,
+    shape_text,
+)
 from segloss.common.reduction import wide_dtype
+
+SIGMA_RGB = 15 / 255  # of the filter and its losses, for RGB in [0, 1]
 
 _NARROWEST = 1e-10  # smaller sigmas give the same kernel: no two different pixels meet
 _FARTHEST = 1e14  # sigmas from the middle of an image: squares of what is beyond would overflow
@@ -45,6 +55,14 @@ def check_guide(image: Tensor, anchor: Tensor, name: str) -> None:
     expected = (anchor.shape[0], image.shape[1], *anchor.shape[2:])
     check_like("image", image, expected, name, anchor)
     check_finite("image", image)
+
+
+def colour_sigma(image: Tensor, sigma_rgb: float | Tensor | None) -> float | Tensor:
+    """``sigma_rgb``, or the default if None, which is for RGB in [0, 1] and refuses another unit."""
+    if sigma_rgb is None:
+        check_colours(image, SIGMA_RGB)
+        return SIGMA_RGB
+    return sigma_rgb
 
 
 def check_sigma(name: str, sigma: float | Tensor, image: Tensor | None = None) -> None:

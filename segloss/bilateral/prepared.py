@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from segloss.bilateral.guide import check_guide, guide_features
+from segloss.bilateral.guide import check_guide, colour_sigma, guide_features
 from segloss.bilateral.operator import prepare
 from segloss.bilateral.plan import make_plan
 from segloss.common.checks import check_choice, check_finite, check_floating, check_like, shape_text
@@ -44,7 +44,7 @@ class PreparedFilter:
         self,
         image: Tensor,
         *,
-        sigma_rgb: float | Tensor = 15 / 255,
+        sigma_rgb: float | Tensor | None = None,
         sigma_xy: float | Tensor = 100.0,
         method: str = "auto",
         tolerance: float = 1e-2,
@@ -55,6 +55,7 @@ class PreparedFilter:
         if image.numel() == 0:
             raise ValueError(f"image: expected at least one pixel, got {shape_text(image.shape)}")
         check_choice("method", method, _METHODS)
+        sigma_rgb = colour_sigma(image, sigma_rgb)
         plan = make_plan(method, tolerance, backend, "float32", image)
         with torch.no_grad():
             features = guide_features(image, sigma_rgb, sigma_xy)

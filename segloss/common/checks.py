@@ -9,7 +9,14 @@ from torch import Tensor
 
 _SUM_TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 1e-2}  # other dtypes: 1e-4, a size typed to four digits
 
+_OVERSHOOT = 0.01  # beyond [0, 1], of colours that were interpolated or rounded
+
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+_SHOWN = 4  # values that an error tells of
+
+_MAPS = ("heatmaps", "logits", "maps", "probabilities")  # what a network gives, often at a lower resolution
+_OF_THE_IMAGE = ("image", "labels", "masks", "refined", "seeds", "valid")  # ... than these have
 
 _always = False
 
@@ -52,6 +59,13 @@ def require(name: str, tensor: Tensor, holds: Callable[[], Tensor], problem: Cal
 
 def shape_text(shape: Sequence[int]) -> str:
     return "[" + ", ".join(str(n) for n in shape) + "]"
+
+
+def values_text(values: Tensor) -> str:
+    """The different integers, in order; the first of many."""
+    different = values.unique().tolist()
+    more = f" and {len(different) - _SHOWN} more" if len(different) > _SHOWN else ""
+    return ", ".join(map(str, different[:_SHOWN])) + more
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -99,10 +113,20 @@ def check_like(name: str, value: Tensor, shape: Sequence[int], anchor: str, anch
     if tuple(value.shape) != tuple(shape):
         raise ValueError(
             f"{name}: expected {shape_text(shape)} to go with {anchor} {shape_text(anchor_value.shape)}, "
-            f"got {shape_text(value.shape)}"
+            f"got {shape_text(value.shape)}{_resize_text(name, value, shape, anchor, anchor_value)}"
         )
     if value.device != anchor_value.device:
         raise ValueError(f"{name}: expected device {anchor_value.device}, that of {anchor}, got {value.device}")
+
+
+def _resize_text(name: str, value: Tensor, shape: Sequence[int], anchor: str, anchor_value: Tensor) -> str:
+    """The line that brings maps to the resolution of ``value``, if that is all that is wrong."""
+    if name not in _OF_THE_IMAGE or anchor not in _MAPS or anchor_value.dim() != 4:
+        return ""
+    of_one_size = tuple(shape[-2:]) == anchor_value.shape[2:] and value.shape[:-2] == tuple(shape[:-2])
+    if not of_one_size or not value.numel():
+        return ""
+    return f'; for maps of this size: {anchor} = F.interpolate({anchor}, {name}.shape[-2:], mode="bilinear")'
 
 
 def check_finite(name: str, value: Tensor, most: float = math.inf) -> None:
@@ -121,6 +145,24 @@ def check_finite(name: str, value: Tensor, most: float = math.inf) -> None:
 
     if value.numel():
         require(name, value, fits, problem)
+
+
+def check_colours(image: Tensor, sigma: float) -> None:
+    """An image for a default width in colour: three channels are RGB in [0, 1], other numbers of them anything."""
+
+    def fits() -> Tensor:
+        least, largest = torch.aminmax(image)
+        return (least >= -_OVERSHOOT) & (largest <= 1 + _OVERSHOOT)
+
+    def problem() -> str:
+        least, largest = (extreme.item() for extreme in torch.aminmax(image))
+        return (
+            f"expected RGB in [0, 1], the unit of the default sigma_rgb of {255 * sigma:g}/255, got values from "
+            f"{least:.4g} to {largest:.4g} (see denormalize, or pass sigma_rgb in the unit of image)"
+        )
+
+    if image.shape[1] == 3 and image.numel():
+        require("image", image, fits, problem)
 
 
 def check_fractions(name: str, value: Tensor, kind: str = "values", slack: float = 0) -> None:
@@ -249,7 +291,7 @@ def check_labels(labels: Tensor, classes: int, ignore_index: int, anchor: str) -
         labels,
         lambda: known().all(),
         lambda: (
-            f"expected classes 0 to {classes - 1} or {ignore_index} to ignore, got {labels[~known()][0].item()} "
+            f"expected classes 0 to {classes - 1} or {ignore_index} to ignore, got {values_text(labels[~known()])} "
             f"(see {anchor} and ignore_index)"
         ),
     )

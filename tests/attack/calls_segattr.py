@@ -357,10 +357,10 @@ def labelled_subset() -> Call:
 
 def of_two_masks(function: Callable[..., Tensor]) -> Call:
     arguments: dict[str, Any] = {"prediction": masks(2, 3, 6, 5), "truth": masks(2, 3, 6, 5).flip(-1)}
-    arguments |= {"valid": ~masks(2, 6, 5), "pooled": True}
+    arguments |= {"valid": ~masks(2, 6, 5), "pooled": True, "absent": 1.0}
     if function is not metrics.region_similarity:
         arguments["tolerance"] = 0.1
-    return Call(function, arguments, of_masks)
+    return Call(function, arguments, of_masks, any_value=("absent",))
 
 
 def j_and_f_of_data_set() -> Call:
@@ -370,8 +370,14 @@ def j_and_f_of_data_set() -> Call:
         return quality.compute()
 
     arguments = {"prediction": masks(2, 3, 6, 5), "truth": masks(2, 3, 6, 5).flip(-1), "valid": ~masks(2, 6, 5)}
-    settings = {"classes": 3, "tolerance": 0.1, "device": "cpu"}
-    return Call(call, arguments | settings, lambda arguments: [(arguments["classes"],)] * 2, counts=("classes",))
+    settings = {"classes": 3, "tolerance": 0.1, "absent": 1.0, "device": "cpu"}
+    return Call(
+        call,
+        arguments | settings,
+        lambda arguments: [(arguments["classes"],)] * 2,
+        any_value=("absent",),
+        counts=("classes",),
+    )
 
 
 def high_gradient_ratio() -> Call:

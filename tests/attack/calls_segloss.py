@@ -76,6 +76,7 @@ DENSE = {
     "sigma_xy": 3.0,
     "form": "potts",
     "scale_factor": 1.0,
+    "centred": False,
     "normalize": "pixels",
     "method": "auto",
     "tolerance": 0.01,
@@ -351,6 +352,7 @@ CALLS: Calls = {
     "segloss.potts_crf": dense(segloss.potts_crf),
     "segloss.potts_crf blocksparse": potts(segloss.potts_crf, **DENSE | {"method": "blocksparse"}),
     "segloss.potts_crf half": dense(segloss.potts_crf, scale_factor=0.5, form="quadratic"),
+    "segloss.potts_crf half, centred": dense(segloss.potts_crf, scale_factor=0.5, centred=True),
     "segloss.potts_crf lowrank": potts(segloss.potts_crf, **DENSE | {"method": "lowrank", "normalize": None}),
     "segloss.potts_crf probabilities": potts(
         segloss.potts_crf, **DENSE, logits=torch.rand(B, K, H, W).softmax(1), from_logits=False

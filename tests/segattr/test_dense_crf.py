@@ -337,7 +337,7 @@ def test_results_are_finite_and_sum_to_one(method: str, settings: dict[str, floa
     probabilities[:, 0, :4] = 0
     probabilities[:, :, 5] = 0
     for guide in (image, torch.zeros_like(image), 1e30 * image):
-        refined = dense_crf(probabilities, guide, method=method, **settings)
+        refined = dense_crf(probabilities, guide, method=method, **{"sigma_rgb": 5 / 255, **settings})
         torch.testing.assert_close(refined.sum(1), torch.ones(1, 12, 12))
 
 
@@ -452,7 +452,7 @@ def test_devices_agree() -> None:
 @pytest.mark.parametrize("scale_factor", [1.0, 0.5])
 def test_the_largest_images_give_finite_probabilities(scale_factor: float) -> None:
     probabilities = torch.rand(1, 2, 6, 4)
-    refined = dense_crf(probabilities, torch.full((1, 3, 6, 4), 3e38), scale_factor=scale_factor)
+    refined = dense_crf(probabilities, torch.full((1, 3, 6, 4), 3e38), sigma_rgb=5 / 255, scale_factor=scale_factor)
     torch.testing.assert_close(refined.sum(1), torch.ones(1, 6, 4))
 
 

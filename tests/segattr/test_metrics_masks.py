@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy.sparse import csr_array
@@ -55,7 +55,7 @@ def f_measure(precision: float, recall: float) -> float:
 def f_by_pairs(prediction: Tensor, truth: Tensor, tolerance: float) -> float:
     found, wanted = contour_pixels(prediction), contour_pixels(truth)
     if not found or not wanted:
-        return float(not found and not wanted)
+        return float(not found and not wanted) if pixels(prediction | truth) else math.nan
     radius = radius_of(tolerance, prediction)
     precision = sum(any(math.dist(a, b) <= radius for b in wanted) for a in found) / len(found)
     recall = sum(any(math.dist(a, b) <= radius for b in found) for a in wanted) / len(wanted)
@@ -66,7 +66,7 @@ def f_by_matching(prediction: Tensor, truth: Tensor, tolerance: float) -> float:
     """Each contour pixel is matched with at most one of the other contour, as many as possible."""
     found, wanted = sorted(contour_pixels(prediction)), sorted(contour_pixels(truth))
     if not found or not wanted:
-        return float(not found and not wanted)
+        return float(not found and not wanted) if pixels(prediction | truth) else math.nan
     radius = radius_of(tolerance, prediction)
     near = csr_array([[math.dist(a, b) <= radius for b in wanted] for a in found])
     matched = int((maximum_bipartite_matching(near) >= 0).sum())
@@ -89,27 +89,29 @@ def rectangle(top: int, left: int, height: int, width: int, *, canvas: tuple[int
 @given(mask_pairs())
 def test_region_similarity_is_intersection_over_union(pair: tuple[Tensor, Tensor]) -> None:
     first, second = map(pixels, pair)
-    expected = len(first & second) / len(first | second) if first | second else 1.0
-    assert metrics.region_similarity(*pair).item() == pytest.approx(expected, rel=1e-6)
+    expected = len(first & second) / len(first | second) if first | second else math.nan
+    assert metrics.region_similarity(*pair).item() == pytest.approx(expected, rel=1e-6, nan_ok=True)
 
 
 @given(mask_pairs(), tolerances)
 def test_contour_f_counts_contour_pixels_near_the_other_contour(pair: tuple[Tensor, Tensor], tolerance: float) -> None:
     # One pixel more or less changes F by far more than a millionth: contours have at most 80 pixels here.
     expected = f_by_pairs(*pair, tolerance)
-    assert metrics.contour_f(*pair, tolerance=tolerance).item() == pytest.approx(expected, rel=1e-6)
+    assert metrics.contour_f(*pair, tolerance=tolerance).item() == pytest.approx(expected, rel=1e-6, nan_ok=True)
 
 
 @settings(max_examples=50)
 @given(mask_pairs(), tolerances)
 def test_contour_f_bounds_one_to_one_matching_from_above(pair: tuple[Tensor, Tensor], tolerance: float) -> None:
+    assume((pair[0] | pair[1]).any())
     assert metrics.contour_f(*pair, tolerance=tolerance).item() >= f_by_matching(*pair, tolerance) - 1e-6
 
 
 @settings(max_examples=50)
 @given(mask_pairs())
 def test_contour_f_is_one_to_one_matching_at_tolerance_0(pair: tuple[Tensor, Tensor]) -> None:
-    assert metrics.contour_f(*pair, tolerance=0).item() == pytest.approx(f_by_matching(*pair, 0), rel=1e-6)
+    expected = f_by_matching(*pair, 0)
+    assert metrics.contour_f(*pair, tolerance=0).item() == pytest.approx(expected, rel=1e-6, nan_ok=True)
 
 
 @settings(max_examples=50)
@@ -117,6 +119,7 @@ def test_contour_f_is_one_to_one_matching_at_tolerance_0(pair: tuple[Tensor, Ten
 def test_a_shape_moved_within_the_tolerance_matches_fully_and_one_to_one(
     pair: tuple[Tensor, Tensor], shift: tuple[int, int]
 ) -> None:
+    assume(pair[0].any())
     shape = torch.nn.functional.pad(pair[0], (4, 4, 4, 4))
     moved = shape.roll(shift, (0, 1))
     tolerance = max(1.0, math.sqrt(shift[0] ** 2 + shift[1] ** 2))
@@ -178,13 +181,14 @@ def test_all_measures_are_symmetric_within_0_and_1_and_1_for_equal_masks(
     pair: tuple[Tensor, Tensor], tolerance: float
 ) -> None:
     first, second = pair
-    similarity, quality = metrics.region_similarity(*pair), metrics.contour_f(*pair, tolerance=tolerance)
-    assert similarity == metrics.region_similarity(second, first)
-    assert quality == metrics.contour_f(second, first, tolerance=tolerance)
+    similarity = metrics.region_similarity(*pair, absent=1)
+    quality = metrics.contour_f(*pair, tolerance=tolerance, absent=1)
+    assert similarity == metrics.region_similarity(second, first, absent=1)
+    assert quality == metrics.contour_f(second, first, tolerance=tolerance, absent=1)
     assert 0 <= similarity <= 1
     assert 0 <= quality <= 1
-    assert metrics.j_and_f(*pair, tolerance=tolerance) == (similarity + quality) / 2
-    assert metrics.j_and_f(first, first, tolerance=tolerance) == 1
+    assert metrics.j_and_f(*pair, tolerance=tolerance, absent=1) == (similarity + quality) / 2
+    assert metrics.j_and_f(first, first, tolerance=tolerance, absent=1) == 1
 
 
 def test_contour_f_grows_with_the_tolerance() -> None:
@@ -197,7 +201,9 @@ def test_contour_f_grows_with_the_tolerance() -> None:
 def test_empty_and_full_masks() -> None:
     empty, full, some = rectangle(0, 0, 0, 0), rectangle(0, 0, 24, 24), rectangle(5, 5, 4, 4)
     for measure in (metrics.region_similarity, metrics.contour_f, metrics.j_and_f):
-        assert measure(empty, empty) == 1
+        assert measure(empty, empty).isnan()
+        assert measure(empty, empty, absent=1.0) == 1
+        assert measure(empty, empty, absent=0.25) == 0.25
         assert measure(full, full) == 1
         assert measure(empty, some) == 0
         assert measure(some, empty) == 0
@@ -217,8 +223,9 @@ def test_images_of_one_pixel_row_or_column(shape: tuple[int, int]) -> None:
 
 def test_empty_batches_and_images_are_allowed() -> None:
     assert metrics.j_and_f(*torch.zeros(2, 0, 3, 4, 5, dtype=torch.bool)).shape == (0, 3)
-    assert metrics.j_and_f(*torch.zeros(2, 0, 3, 4, 5, dtype=torch.bool), pooled=True).tolist() == [1, 1, 1]
-    assert metrics.j_and_f(*torch.zeros(2, 3, 0, 5, dtype=torch.bool)).tolist() == [1, 1, 1]
+    for masks, pooled in ((torch.zeros(2, 0, 3, 4, 5), True), (torch.zeros(2, 3, 0, 5), False)):
+        assert metrics.j_and_f(*masks.bool(), pooled=pooled).isnan().tolist() == [True] * 3
+        assert metrics.j_and_f(*masks.bool(), pooled=pooled, absent=1).tolist() == [1, 1, 1]
 
 
 def test_a_batch_gives_what_its_masks_give_one_by_one() -> None:
@@ -314,7 +321,8 @@ def test_all_or_no_pixels_may_be_valid() -> None:
     masks = random_masks(2, 4, 3, 11, 14)
     everywhere = torch.ones(4, 11, 14, dtype=torch.bool)
     assert torch.equal(metrics.j_and_f(*masks, valid=everywhere), metrics.j_and_f(*masks))
-    assert (metrics.j_and_f(*masks, valid=~everywhere) == 1).all()
+    assert metrics.j_and_f(*masks, valid=~everywhere).isnan().all()
+    assert (metrics.j_and_f(*masks, valid=~everywhere, absent=1) == 1).all()
 
 
 def test_autocast_and_the_default_dtype_change_nothing() -> None:
@@ -392,6 +400,15 @@ def test_a_tolerance_that_is_no_distance_is_refused(measure: Any, tolerance: Any
         measure(MASKS, MASKS, tolerance=tolerance)
 
 
+@pytest.mark.parametrize("measure", [metrics.region_similarity, metrics.contour_f, metrics.j_and_f])
+@pytest.mark.parametrize(("absent", "error"), [(-0.1, ValueError), (math.inf, ValueError), (None, TypeError)])
+def test_a_value_of_absent_classes_that_is_no_share_is_refused(
+    measure: Any, absent: Any, error: type[Exception]
+) -> None:
+    with pytest.raises(error, match="absent: expected a"):
+        measure(MASKS, MASKS, absent=absent)
+
+
 @given(st.lists(mask_pairs(), max_size=4), tolerances)
 def test_j_and_f_of_images_of_different_sizes_pool_their_counts(pairs: list[Any], tolerance: float) -> None:
     quality = metrics.JAndF(1, tolerance=tolerance)
@@ -407,19 +424,23 @@ def test_j_and_f_of_images_of_different_sizes_pool_their_counts(pairs: list[Any]
         predicted, true = predicted + len(first), true + len(second)
     region, contour = quality.compute()
     precision, recall = found / predicted if predicted else 1, met / true if true else 1
-    assert region.tolist() == pytest.approx([both / either if either else 1], rel=1e-6)
-    assert contour.tolist() == pytest.approx([f_measure(precision, recall)], rel=1e-6)
+    expected = [both / either, f_measure(precision, recall)] if either else [math.nan] * 2
+    assert [region.item(), contour.item()] == pytest.approx(expected, rel=1e-6, nan_ok=True)
 
 
-def test_j_and_f_batch_by_batch_is_the_pooled_measure() -> None:
+@pytest.mark.parametrize("absent", [math.nan, 0.5])
+def test_j_and_f_batch_by_batch_is_the_pooled_measure(absent: float) -> None:
     masks, valid = random_masks(2, 5, 3, 11, 14), random_masks(5, 11, 14)
-    first, second = metrics.JAndF(3), metrics.JAndF(3)
+    masks[:, :, 1] = False
+    first, second = metrics.JAndF(3), metrics.JAndF(3, absent=absent)
     first.update(*masks[:, :2], valid=valid[:2])
     second.update(*masks[:, 2:], valid=valid[2:])
     second.counts += first.counts  # as the sum over processes does
     region, contour = second.compute()
-    assert torch.equal(region, metrics.region_similarity(*masks, valid=valid, pooled=True))
-    assert torch.equal(contour, metrics.contour_f(*masks, valid=valid, pooled=True))
+    for found, measure in ((region, metrics.region_similarity), (contour, metrics.contour_f)):
+        expected = measure(*masks, valid=valid, pooled=True, absent=absent)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+        assert found.isnan().tolist() == [False, math.isnan(absent), False]
 
 
 def test_j_and_f_refuses_what_makes_no_sense() -> None:
@@ -429,6 +450,8 @@ def test_j_and_f_refuses_what_makes_no_sense() -> None:
     for tolerance, error in ((-1, ValueError), (math.inf, ValueError), ("1", TypeError)):
         with pytest.raises(error, match="tolerance: expected a"):
             metrics.JAndF(3, tolerance=tolerance)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="absent: expected a finite number of at least 0 and of at most 1, got 2"):
+        metrics.JAndF(3, absent=2)
     for masks, shape in ((MASKS[:, :1], r"\[2, 1, 4, 5\]"), (MASKS[0], r"\[3, 4, 5\]")):
         quality = metrics.JAndF(3)
         with pytest.raises(ValueError, match=rf"prediction: expected \[N, 3, H, W\], got {shape}"):

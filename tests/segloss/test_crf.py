@@ -175,6 +175,47 @@ def test_scaling_shrinks_the_problem() -> None:
     assert torch.autograd.grad(scaled, width)[0] > 0
 
 
+@pytest.mark.parametrize("factor", [0.5, 0.25])
+def test_the_centred_form_takes_all_at_the_same_places(factor: float) -> None:
+    image, gate = picture("smooth", 16, 24), torch.rand(1, 16, 24, dtype=torch.float64)
+    logits, valid = torch.randn(1, 3, 16, 24, dtype=torch.float64), torch.rand(1, 16, 24) < 0.9
+
+    def middle(maps: Tensor) -> Tensor:
+        """Means of the 2 x 2 pixels around the middle of each cell."""
+        cell = round(1 / factor)
+        cells = maps.unfold(2, cell, cell).unfold(3, cell, cell)[..., cell // 2 - 1 :, cell // 2 - 1 :]
+        return cells[..., :2, :2].mean((-2, -1))
+
+    whole = middle(valid[:, None].double())[:, 0] == 1
+    options = {"gate": middle(gate[:, None])[:, 0], "valid": whole, "sigma_xy": 2.0, "from_logits": False}
+    expected = segloss.potts_crf(middle(logits.softmax(1)), middle(image), **options)
+    settings = {"sigma_xy": 2.0 / factor, "scale_factor": factor, "gate": gate}
+    found = segloss.potts_crf(logits, image, valid=valid, centred=True, **settings)
+    torch.testing.assert_close(found, expected)
+    changed = torch.where(valid[:, None], logits, 5), torch.where(valid[:, None], image, 0.5)
+    torch.testing.assert_close(segloss.potts_crf(*changed, valid=valid, centred=True, **settings), expected)
+    assert segloss.potts_crf(logits, image, valid=valid, **settings) != expected
+
+
+def test_the_centred_form_is_as_good_mirrored() -> None:
+    """The guide of the other form lies above and to the left."""
+    image, logits = picture("smooth", 16, 24), torch.randn(1, 3, 16, 24, dtype=torch.float64)
+    settings = {"sigma_xy": 4.0, "scale_factor": 0.25}
+    mirrored = logits.flip(2, 3), image.flip(2, 3)
+    centred = segloss.potts_crf(logits, image, centred=True, **settings)
+    torch.testing.assert_close(segloss.potts_crf(*mirrored, centred=True, **settings), centred)
+    assert abs(segloss.potts_crf(*mirrored, **settings) / segloss.potts_crf(logits, image, **settings) - 1) > 1e-3
+
+
+@pytest.mark.parametrize(("edge", "corner"), [(32, 0), (33, 6.14), (35, 0)])
+def test_the_centred_form_charges_nothing_for_an_edge_of_the_image(edge: int, corner: float) -> None:
+    object_ = (torch.arange(64) >= edge).float().expand(1, 1, 64, 64)
+    arguments = torch.cat([1 - object_, object_], 1), object_.expand(-1, 3, -1, -1)
+    settings = {"from_logits": False, "sigma_xy": 20, "scale_factor": 0.25, "normalize": "pixels"}
+    assert float(segloss.potts_crf(*arguments, **settings)) == pytest.approx(corner, abs=5e-3)
+    assert float(segloss.potts_crf(*arguments, centred=True, **settings)) == pytest.approx(0, abs=5e-3)
+
+
 def test_a_probability_of_a_single_class_is_accepted() -> None:
     foreground, image = torch.rand(2, 1, 6, 6), torch.rand(2, 3, 6, 6)
     weights = gaussian_filter_reference(torch.eye(36)[None].expand(2, -1, -1), guide_features(image, 0.3, 5.0))
