@@ -173,26 +173,35 @@ AT_ONCE = [
     ),
     (
         lambda root: [(root / "images" / file).unlink() for file in NAMES.values()],
-        r"/images: expected images \(\.jpg, \.jpeg, \.png\), found none",
+        r"/images: expected images \(\.jpg, \.jpeg, \.png, \.bmp, \.tif, \.tiff\), found none",
     ),
 ]
 WHEN_READ = [
-    (remove("images/a.jpg"), r"/images/a\.jpg: expected a JPEG or PNG image, found no file"),
-    (write("images/a.jpg", ""), r"/images/a\.jpg: expected a JPEG or PNG image that can be read, got: cannot .*"),
-    (write("images/a.jpg", "text\n"), r"/images/a\.jpg: expected a JPEG or PNG image that can be read, got: cannot .*"),
-    (cut("images/a.jpg"), r"/images/a\.jpg: expected a JPEG or PNG image that can be read, got: .*truncated.*"),
-    (cut("images/b.PNG"), r"/images/b\.PNG: expected a JPEG or PNG image that can be read, got: .*"),
+    (remove("images/a.jpg"), r"/images/a\.jpg: expected a JPEG, PNG, BMP or TIFF image, found no file"),
+    (
+        write("images/a.jpg", ""),
+        r"/images/a\.jpg: expected a JPEG, PNG, BMP or TIFF image that can be read, got: cannot .*",
+    ),
+    (
+        write("images/a.jpg", "text\n"),
+        r"/images/a\.jpg: expected a JPEG, PNG, BMP or TIFF image that can be read, got: cannot .*",
+    ),
+    (
+        cut("images/a.jpg"),
+        r"/images/a\.jpg: expected a JPEG, PNG, BMP or TIFF image that can be read, got: .*truncated.*",
+    ),
+    (cut("images/b.PNG"), r"/images/b\.PNG: expected a JPEG, PNG, BMP or TIFF image that can be read, got: .*"),
     (
         write("images/b.PNG", png(16, 0, bytes(16))),
         r"/images/b\.PNG: expected 8 bits for each channel, got an image of mode I;16",
     ),
     (
         write("images/b.PNG", png(8, 0, bytes(8), (b"IDAT", b""), (b"\0\1\2\3", b""))),
-        r"/images/b\.PNG: expected a JPEG or PNG image that can be read, got: broken PNG file .*",
+        r"/images/b\.PNG: expected a JPEG, PNG, BMP or TIFF image that can be read, got: broken PNG file .*",
     ),
     (
         write("images/b.PNG", png(8, 0, bytes(8), (b"zTXt", b"text\0\0" + zlib.compress(bytes(2**21))))),
-        r"/images/b\.PNG: expected a JPEG or PNG image that can be read, got: Decompressed data too large .*",
+        r"/images/b\.PNG: expected a JPEG, PNG, BMP or TIFF image .*, got: Decompressed data too large .*",
     ),
     (remove("masks/a.png"), r"/masks/a\.png: expected a PNG mask, found no file"),
     (write("masks/a.png", "text"), r"/masks/a\.png: expected a PNG mask that can be read, got: cannot identify .*"),
@@ -338,5 +347,5 @@ def test_intact_files_are_read_and_truncated_ones_are_not(tmp_path: Path) -> Non
         assert read_image(tmp_path / "x").shape == (3, 9, 12)
         for end in range(0, len(intact) - 20, 11):
             (tmp_path / "x").write_bytes(intact[:end])
-            with pytest.raises(DataError, match="x: expected a JPEG or PNG image that can be read, got"):
+            with pytest.raises(DataError, match="x: expected a JPEG, PNG, BMP or TIFF image that can be read, got"):
                 read_image(tmp_path / "x")
