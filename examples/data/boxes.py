@@ -51,13 +51,20 @@ def read_boxes(
         DataError: no such file, an object without name or box, an unknown name, a coordinate that is no number, an
             empty box, one beyond the image, an annotation of an image of another size.
     """
-    size, objects, pixels = _read_xml(path) if path.suffix.lower() != ".json" else _read_json(path, image)
-    for side, (said, found) in zip(("width", "height"), zip(size, (width, height), strict=True), strict=True):
+    annotation = _read_json(path, image) if path.suffix.lower() == ".json" else _read_xml(path)
+    return check_boxes(path, annotation, classes, height, width, first=first, slack=slack)
+
+
+def check_boxes(
+    path: Path, annotation: Annotation, classes: tuple[str, ...], height: int, width: int, *, first: int, slack: float
+) -> tuple[tv_tensors.BoundingBoxes, Tensor, int]:
+    """What :func:`read_boxes` returns, from what a file says; it raises the same errors."""
+    for side, said, found in zip(("width", "height"), annotation.size, (width, height), strict=True):
         if said > 0 and said != found:  # labelImg writes 0 where it does not know the size
             raise DataError(f"{path}: expected boxes in an image of {side} {found}, got {side} {said:g}")
-    near, far = (first, first - 1) if pixels else (0, 0)  # what is subtracted from near and from far ends
+    near, far = (first, first - 1) if annotation.pixels else (0, 0)  # what is subtracted from near and from far ends
     boxes, labels, cut = [], [], 0
-    for name, ends in objects:
+    for name, ends in annotation.boxes:
         if name not in classes[1:]:
             raise DataError(f"{path}: expected objects called {', '.join(classes[1:])}, got {name!r}")
         exact = [ends[0] - near, ends[1] - near, ends[2] - far, ends[3] - far]

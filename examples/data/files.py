@@ -22,6 +22,7 @@ from data.boxes import read_boxes
 from data.sample import VOID, DataError, Images, Sample
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")  # of images, in small letters
+CUT = "boxes that were cut off at the border of their image"
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF")
 
 
@@ -92,7 +93,7 @@ class ImageFiles(Images):
                 first=self._first,
                 slack=self._slack,
             )
-            self.oddities["boxes that were cut off at the border of the image"] += cut
+            self.oddities[CUT] += cut
         if self._sizes is not None:
             sample["sizes"] = self._sizes[index]
         return sample

@@ -47,7 +47,7 @@ class Folder(ImageFiles):
     ) -> None:
         check_folder(root)
         check_folder(root / "images")
-        images = _images(root / "images")
+        images, hidden = _images(root / "images")
         if masks:
             check_folder(root / "masks")
         super().__init__(
@@ -61,13 +61,16 @@ class Folder(ImageFiles):
             first=first,
             slack=slack,
         )
+        self.oddities["hidden files that were passed over"] += hidden
 
 
-def _images(folder: Path) -> list[Path]:
+def _images(folder: Path) -> tuple[list[Path], int]:
+    """The images in the order of their names, and how many hidden files there are."""
     try:
-        files = [path for path in folder.iterdir() if not path.name.startswith(".") and not path.is_dir()]
+        everything = [path for path in folder.iterdir() if not path.is_dir()]
     except OSError as error:
         raise DataError(f"{folder}: expected a folder that can be read, got: {error.strerror}") from None
+    files = [path for path in everything if not path.name.startswith(".")]
     images = sorted(
         (path for path in files if path.suffix.lower() in ENDINGS + UNREAD),
         key=lambda path: (path.stem, path.name),
@@ -80,7 +83,7 @@ def _images(folder: Path) -> list[Path]:
     for one, other in pairwise(images):
         if one.stem == other.stem:
             raise DataError(f"{folder}: expected one image for each name, got {one.name} and {other.name}")
-    return images
+    return images, len(everything) - len(files)
 
 
 def _annotations(folder: Path, images: Sequence[Path]) -> list[Path]:
