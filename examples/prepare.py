@@ -21,7 +21,7 @@ from data.sbd import SBD
 from data.tags import read_tags
 from data.voc import VOC
 from data.write_voc import palette
-from engine.command import parse
+from engine.command import output_folder, parse
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torchvision import tv_tensors
@@ -32,21 +32,21 @@ SHOWN = 9
 
 @dataclass(frozen=True)
 class Config:
-    """Writes a data set in the layout of Pascal VOC 2012: images, masks, boxes, lists, classes.txt, sizes.csv, tags.csv.
+    """Writes a data set in the layout of Pascal VOC 2012: images, masks, boxes, lists, sizes, tags.
 
     Nothing of the data set is touched. A run that was stopped goes on when it is started again. The summary says what
     was odd, and samples.png shows nine images.
     """
 
-    data: Literal["voc", "sbd", "coco", "panoptic", "folder"]
+    out: Path
+    """Folder that is written, the counterpart of VOC2012; new or empty, or that of a run that was stopped."""
+    data: Literal["voc", "sbd", "coco", "panoptic", "folder"] = "voc"
     """Form of the data set: voc, the layout of VOC 2012, masks as indices or in VOC's colours; sbd, benchmark_RELEASE;
     coco, instances_*.json; panoptic, panoptic_*.json, stuff being background; folder, with images/, masks/ (PNG) or
     annotations/ (XML of labelImg or VoTT, JSON of LabelMe or VoTT) and classes.txt, or with train/ and val/ that have
     these."""
-    root: Path
+    root: Path = Path("VOCdevkit")
     """Folder of the data set."""
-    out: Path
-    """Folder that is written, the counterpart of VOC2012; new or empty, or that of a run that was stopped."""
     train: str = "train"
     """Training images: the name of their list, such as train2017, or of their folder; for voc and sbd also the path of
     a list, which ends in .txt. It becomes the list train."""
@@ -138,6 +138,7 @@ def draw(root: Path, records: Sequence[Record], path: Path) -> None:
 def main(config: Config) -> None:
     if config.out.resolve() == config.root.resolve():
         raise DataError(f"{config.out}: expected another folder than the data set's own")
+    output_folder(config.out)
     lists = {"train": config.train, "val": config.val}
     splits = {name: config.images(split) for name, split in lists.items() if split != "none"}
     if not splits:

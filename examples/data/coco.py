@@ -150,15 +150,13 @@ def rasterise(where: str, segmentation: Any, height: int, width: int) -> Mask:
             for polygon in segmentation:
                 if len(polygon) < 6 or len(polygon) % 2 or not all(map(math.isfinite, polygon)):
                     raise DataError(f"{where}: expected polygons of three points or more, got {str(polygon)[:60]}")
-            runs = mask.merge(mask.frPyObjects(segmentation, height, width))
-        else:
-            counts = segmentation["counts"]
-            counts = counts if isinstance(counts, list) else _runs(counts)
-            # pycocotools would read on beyond runs that are too short
-            if segmentation["size"] != [height, width] or min(counts) < 0 or sum(counts) != height * width:
-                raise DataError(f"{where}: expected runs over {height}x{width} pixels, got {sum(counts)} pixels")
-            runs = mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
-        return mask.decode(runs).astype(bool)
+            return mask.decode(mask.merge(mask.frPyObjects(segmentation, height, width))).astype(bool)
+        counts = segmentation["counts"]
+        counts = counts if isinstance(counts, list) else _runs(counts)
+        # pycocotools reads memory beyond runs that are too short.
+        if segmentation["size"] != [height, width] or min(counts) < 0 or sum(counts) != height * width:
+            raise DataError(f"{where}: expected runs over {height}x{width} pixels, got {sum(counts)} pixels")
+        return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
     except DataError:
         raise
     except Exception as error:

@@ -67,7 +67,7 @@ def _words(line: str, images: Path, where: str) -> tuple[str, str]:
 
 def _find(root: Path, folders: Sequence[str], text: str, ending: str, wanted: str) -> Path:
     """The file of a word of a list: as it is written, without the first of its folders, or in one of these folders."""
-    parts = [part for part in PurePosixPath(text.replace("\\", "/")).parts if part != "/"] or [text]
+    parts = [part for part in re.split(r"[/\\]", text) if part not in ("", ".")] or [""]
     parts[-1] = parts[-1] if PurePosixPath(parts[-1]).suffix.lower() in (*ENDINGS, ending) else f"{parts[-1]}{ending}"
     written = [root.joinpath(*parts[first:]) for first in range(len(parts) - 1)]
     usual = [root / folder / parts[-1] for folder in folders]
