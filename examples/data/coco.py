@@ -18,6 +18,11 @@ from data.boxes import Annotation, check_boxes
 from data.files import CUT, ImageFiles, check_folder, one_line, read_image, read_text
 from data.sample import VOID, DataError, Sample
 
+try:
+    from pycocotools import mask as pycoco
+except ModuleNotFoundError:  # an extra that only COCO needs
+    pycoco = None
+
 CROWDS, EMPTY = "crowds that became void", "objects without extent, which have no box"
 
 Mask = NDArray[np.bool_]
@@ -59,6 +64,8 @@ class COCO(ImageFiles):
     """
 
     def __init__(self, root: Path, split: str) -> None:
+        if pycoco is None:
+            raise DataError("pycocotools: expected it for COCO, found none: pip install pycocotools")
         self._path = root / "annotations" / f"instances_{split}.json"
         self._catalogue = read_catalogue(self._path)
         check_folder(root / split)
@@ -143,17 +150,15 @@ def rasterise(where: str, segmentation: Any, height: int, width: int) -> Mask:
         DataError: polygons of less than three points or of other things than numbers, runs that have not the size of
             the image.
     """
-    from pycocotools import mask  # an extra that only COCO needs
-
     try:
         if isinstance(segmentation, list):
             for polygon in segmentation:
                 if len(polygon) < 6 or len(polygon) % 2 or not all(map(math.isfinite, polygon)):
                     raise DataError(f"{where}: expected polygons of three points or more, got {str(polygon)[:60]}")
-            return mask.decode(mask.merge(mask.frPyObjects(segmentation, height, width))).astype(bool)
+            segmentation = pycoco.merge(pycoco.frPyObjects(segmentation, height, width))
         counts = segmentation["counts"]
         counts = counts if isinstance(counts, list) else _runs(counts)
-        # pycocotools reads memory beyond runs that are too short.
+        # pycocotools.mask.decode reads memory beyond runs that are too short, and NumPy 2 warns of it.
         if segmentation["size"] != [height, width] or min(counts) < 0 or sum(counts) != height * width:
             raise DataError(f"{where}: expected runs over {height}x{width} pixels, got {sum(counts)} pixels")
         return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
@@ -163,11 +168,11 @@ def rasterise(where: str, segmentation: Any, height: int, width: int) -> Mask:
         raise DataError(f"{where}: expected polygons or runs, got: {type(error).__name__} {one_line(error)}") from None
 
 
-def _runs(text: str) -> list[int]:
+def _runs(text: str | bytes) -> list[int]:
     """Lengths of runs from COCO's letters, which hold five bits each of the difference to the last run but one."""
     runs: list[int] = []
     value = shift = 0
-    for letter in text.encode():
+    for letter in text.encode() if isinstance(text, str) else text:
         bits = letter - 48
         value |= (bits & 31) << shift
         shift += 5

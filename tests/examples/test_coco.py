@@ -72,9 +72,9 @@ def root(tmp_path: Path) -> Path:
 def drawn(segmentation: Any) -> np.ndarray:
     """What pycocotools draws."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of NumPy, for runs
+        warnings.simplefilter("ignore", DeprecationWarning)  # of NumPy 2
         runs = mask.frPyObjects(segmentation, HEIGHT, WIDTH)
-    return mask.decode(mask.merge(runs) if isinstance(runs, list) else runs).astype(bool)
+        return mask.decode(mask.merge(runs) if isinstance(runs, list) else runs).astype(bool)
 
 
 def test_samples_hold_what_the_file_says(root: Path) -> None:
