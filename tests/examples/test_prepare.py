@@ -286,14 +286,14 @@ def test_folders_in_use_and_other_settings_are_refused(tmp_path: Path) -> None:
         prepare.main(dataclasses.replace(config, out=tmp_path / "mine"))
     (tmp_path / "mine" / RECORDS).write_text("{}\n{]\n")
     with pytest.raises(
-        DataError, match="mine: expected the folder of a run with|mine/.*: expected the file of an earlier"
+        DataError, match=r"mine: expected the folder of a run with|mine/.*: expected the file of an earlier"
     ):
         prepare.main(dataclasses.replace(config, out=tmp_path / "mine"))
 
 
 def test_lists_must_not_share_images(tmp_path: Path) -> None:
     config = made(tmp_path, "voc", val="train")
-    with pytest.raises(DataError, match="train and val: expected lists without a common image, got a in both$"):
+    with pytest.raises(DataError, match=r"train and val: expected lists without a common image, got a in both$"):
         prepare.main(config)
 
 
@@ -339,7 +339,7 @@ def _lines(config: prepare.Config, split: str) -> int:
         return len(LISTS[split])
     where = config.root if config.data == "sbd" else config.root / "ImageSets" / "Segmentation"
     path = where / f"{split}.txt"
-    return len(path.read_text().split("\n")) if path.is_file() else 0
+    return len(path.read_text().rstrip().splitlines()) if path.is_file() else 0
 
 
 @pytest.mark.slow
