@@ -48,8 +48,8 @@ class Config:
     root: Path = Path("VOCdevkit")
     """Folder of the data set."""
     train: str = "train"
-    """Training images: the name of their list, such as train2017, or of their folder; for voc and sbd also the path of
-    a list, which ends in .txt. It becomes the list train."""
+    """Training images: the name of their list, such as train2017, or of their folder, which is . for --root itself; for
+    voc and sbd also the path of a list, which ends in .txt. It becomes the list train."""
     val: str = "val"
     """Images to evaluate on, likewise; they become the list val. The word none leaves them out."""
     masks: bool = True
@@ -61,6 +61,10 @@ class Config:
     beyond the image are cut off there, and counted; beyond that they are refused."""
     tags: Path | None = None
     """File of tags, in place of the classes of masks or boxes: cls_labels.npy, .csv or .json; compared with masks."""
+
+    def __post_init__(self) -> None:
+        if not (self.masks or self.boxes or self.tags):
+            raise ValueError("--no-masks: expected --boxes or --tags with it, got neither")
 
     def images(self, split: str) -> ImageFiles:
         """The images of a list or folder, whose masks are counted where they have colours."""
@@ -93,7 +97,7 @@ def summary(classes: Sequence[str], records: Sequence[Record], oddities: Counter
     lists = Counter(record.split for record in records)
     lines = [f"{count:>8} images in {name}" for name, count in lists.items()]
     for label, name in enumerate(classes):
-        count = sum(bool(record.tags and record.tags[label]) for record in records)
+        count = sum(record.tags[label] for record in records)
         shares = [record.sizes[label] for record in records if record.sizes and record.sizes[label]]
         covered = f", {statistics.mean(shares):.1%} of each on average" if shares else ""
         lines.append(f"{count:>8} images with {name}{covered}")
@@ -101,11 +105,12 @@ def summary(classes: Sequence[str], records: Sequence[Record], oddities: Counter
         area = [record.height * record.width for record in records]
         void = sum(record.void * pixels for record, pixels in zip(records, area, strict=True)) / sum(area)
         lines.append(f"{void:>8.1%} of the pixels are void")
+    lines.append(f"{sum(record.boxes for record in records):>8} boxes")
     for side, extents in (("width", [record.width for record in records]), ("height", [r.height for r in records])):
         lines.append(f"{statistics.median(extents):>8g} pixels of {side}, {min(extents)} to {max(extents)}")
     for record in records:
         oddities.update(record.oddities)
-        oddities["images without an object"] += bool(record.tags and not any(record.tags[1:]))
+        oddities["images without an object"] += not any(record.tags[1:])
         oddities["masks that are all void"] += bool(record.sizes and not any(record.sizes))
     lines += [f"{count:>8} {what}" for what, count in oddities.items() if count]
     return "\n".join(lines)
@@ -115,7 +120,7 @@ def draw(root: Path, records: Sequence[Record], path: Path) -> None:
     """Draws nine images of the first list, as they were written, under their masks and boxes."""
     split, boxes = records[0].split, (root / "Annotations").is_dir()
     data = VOC(root, split, masks=records[0].sizes is not None, boxes=boxes)
-    tags = {record.name: record.tags or [] for record in records}
+    tags = {record.name: record.tags for record in records}
     figure = Figure(figsize=(9, 9), layout="constrained")
     axes = figure.subplots(3, 3).ravel()
     for axis in axes:
@@ -130,7 +135,7 @@ def draw(root: Path, records: Sequence[Record], path: Path) -> None:
         axis.imshow(pixels, interpolation="nearest")
         for left, top, right, bottom in sample["boxes"].tolist() if boxes else ():
             axis.add_patch(Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, color="yellow"))
-        there = [label for label, tag in zip(data.classes[1:], tags[name][1:], strict=False) if tag]
+        there = [label for label, tag in zip(data.classes[1:], tags[name][1:], strict=True) if tag]
         axis.set_title(f"{name}\n{', '.join(there)}", fontsize="small", wrap=True)
     figure.savefig(path, dpi=80)
 

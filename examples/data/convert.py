@@ -28,7 +28,7 @@ class Record(NamedTuple):
     split: str
     height: int
     width: int
-    tags: list[int] | None
+    tags: list[int]
     sizes: list[float] | None  # shares of the labelled pixels; zeros where all is void
     void: float  # share of all pixels
     boxes: int
@@ -48,7 +48,7 @@ def convert(
     Args:
         root: the folder that corresponds to ``VOC2012``; new, empty, or of an earlier run with the same settings, which
             goes on.
-        splits: images by the name that their list gets.
+        splits: images by the name that their list gets, with masks, boxes or tags.
         settings: all that the images depend on.
         tags: of the images of each split, ``[N, K]``, in place of those that samples have or that follow from them.
 
@@ -160,7 +160,7 @@ def _describe(name: str, split: str, sample: Sample, oddities: dict[str, int]) -
         split=split,
         height=height,
         width=width,
-        tags=sample["tags"].tolist() if "tags" in sample else None,
+        tags=sample["tags"].tolist(),
         sizes=sample["sizes"].tolist() if "sizes" in sample else None,
         void=0.0 if labels is None else float((labels == VOID).float().mean()),
         boxes=len(sample.get("boxes", ())),
@@ -170,7 +170,7 @@ def _describe(name: str, split: str, sample: Sample, oddities: dict[str, int]) -
 
 def _finish(root: Path, classes: tuple[str, ...], records: list[Record], splits: list[str]) -> None:
     sizes = [(record.name, record.sizes) for record in records if record.sizes and sum(record.sizes)]
-    tags = [(record.name, record.tags) for record in records if record.tags]
+    tags = [(record.name, record.tags) for record in records]
     write_file(root / "classes.txt", lines(classes))
     for file, rows in (("sizes.csv", sizes), ("tags.csv", tags)):
         if rows:
@@ -179,8 +179,5 @@ def _finish(root: Path, classes: tuple[str, ...], records: list[Record], splits:
             writer.writerow(["name", *classes])
             writer.writerows([name, *(f"{value:.9g}" for value in row)] for name, row in rows)
             write_file(root / file, text.getvalue().encode())
-    by_split = {
-        split: {record.name: record.tags or [0] * len(classes) for record in records if record.split == split}
-        for split in splits
-    }
+    by_split = {split: {record.name: record.tags for record in records if record.split == split} for split in splits}
     write_lists(root, classes, by_split)

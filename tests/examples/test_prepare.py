@@ -222,7 +222,9 @@ def test_boxes_without_masks_give_tags(tmp_path: Path, capsys: pytest.CaptureFix
         text = f"<annotation><object><name>dog</name><bndbox>{ends}</bndbox></object></annotation>"
         (annotations / f"{name}.xml").write_text(text)
     prepare.main(config)
-    assert "1 boxes that were cut off at the border of their image" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "3 boxes\n" in printed
+    assert "1 boxes that were cut off at the border of their image" in printed
     data = VOC(config.out, "train", masks=False, boxes=True)
     assert data[0]["boxes"].tolist() == [[0, 0, 48, 36]]
     assert data[1]["boxes"].tolist() == [[4, 4, 10, 10]]
@@ -241,6 +243,15 @@ def test_tags_of_a_file_are_compared_with_masks(tmp_path: Path, capsys: pytest.C
     assert found.tolist() == [[1, 1, 0], [1, 1, 1], [1, 1, 0]]
     rows = (config.out / "ImageSets" / "Main" / "dog_train.txt").read_text()
     assert rows == "a -1\nb  1\nc -1\n"
+
+
+def test_tags_of_a_file_are_enough(tmp_path: Path) -> None:
+    (tmp_path / "tags.json").write_text(json.dumps({name: ["dog"] for name in "abcde"}))
+    config = made(tmp_path, "folder", masks=False, tags=tmp_path / "tags.json")
+    prepare.main(config)
+    assert read_tags(config.out / "tags.csv", LISTS["val"], CLASSES).tolist() == [[1, 0, 1]] * 2
+    with pytest.raises(ValueError, match="--no-masks: expected --boxes or --tags with it, got neither"):
+        dataclasses.replace(config, tags=None)
 
 
 def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
