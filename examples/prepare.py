@@ -105,7 +105,8 @@ def summary(classes: Sequence[str], records: Sequence[Record], oddities: Counter
         area = [record.height * record.width for record in records]
         void = sum(record.void * pixels for record, pixels in zip(records, area, strict=True)) / sum(area)
         lines.append(f"{void:>8.1%} of the pixels are void")
-    lines.append(f"{sum(record.boxes for record in records):>8} boxes")
+    if count := sum(record.boxes for record in records):
+        lines.append(f"{count:>8} boxes")
     for side, extents in (("width", [record.width for record in records]), ("height", [r.height for r in records])):
         lines.append(f"{statistics.median(extents):>8g} pixels of {side}, {min(extents)} to {max(extents)}")
     for record in records:
