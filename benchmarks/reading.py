@@ -1,16 +1,16 @@
 """How fast images and masks are read, beside torchvision's VOCSegmentation with the same decoding, on one worker.
 
-``python -m benchmarks.reading FOLDER`` reads the list ``train`` of a folder that holds ``VOCdevkit/VOC2012``, three
-times with each of the two in turn. Nothing is augmented: what follows the reading is the same for both.
+``python -m benchmarks.reading FOLDER`` reads the list ``train`` of a folder that holds ``VOCdevkit/VOC2012`` three
+times. The worker reads each image in both ways, one after the other and in turn first, so that other programs on the
+machine slow both down. Nothing is augmented: what follows the reading is the same for both.
 """
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from benchmarks.memory import status
 
 EPOCHS = 3
 
+Measured = tuple[float, float, int]  # seconds of ours and of torchvision's, bytes of the worker
+
 
 def decode(image: Any, mask: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """What our samples hold: RGB in [0, 1], and labels."""
@@ -30,30 +32,30 @@ def decode(image: Any, mask: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return pixels, torch.from_numpy(np.array(mask)).long()
 
 
-class Measured(Dataset[tuple[Any, int]]):
-    """Samples with the memory of the process that reads them, in bytes."""
+class Both(Dataset[Measured]):
+    """What it takes to read each image in both ways, which must give the same."""
 
-    def __init__(self, data: Any) -> None:
-        self._data = data
+    def __init__(self, ours: Any, theirs: Any) -> None:
+        self._ways = (ours, theirs)
 
     def __len__(self) -> int:
-        return len(self._data)
+        return len(self._ways[0])
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self._data[index], status("VmRSS")
+    def __getitem__(self, index: int) -> Measured:
+        seconds = [0.0, 0.0]
+        samples: list[Any] = [None, None]
+        for way in (0, 1) if index % 2 else (1, 0):
+            begin = time.perf_counter()
+            samples[way] = self._ways[way][index]
+            seconds[way] = time.perf_counter() - begin
+        sample, (pixels, labels) = samples
+        if not (torch.equal(sample["image"], pixels) and torch.equal(sample["labels"], labels)):
+            raise AssertionError(f"image {index}: the two differ")
+        return seconds[0], seconds[1], status("VmRSS")
 
 
-def only(batch: Sequence[Any]) -> Any:
+def only(batch: Sequence[Measured]) -> Measured:
     return batch[0]
-
-
-def epochs(data: Any) -> Iterator[tuple[float, float]]:
-    """Images in a second and megabytes of the worker at the end, of each epoch."""
-    loader = DataLoader(Measured(data), batch_size=1, num_workers=1, collate_fn=only, persistent_workers=True)
-    while True:
-        begin = time.perf_counter()
-        sizes = [size for _, size in loader]
-        yield len(data) / (time.perf_counter() - begin), sizes[-1] / 2**20
 
 
 def main() -> None:
@@ -66,31 +68,26 @@ def main() -> None:
     from data.voc import VOC
     from torchvision.datasets import VOCSegmentation
 
-    ours = VOC(options.folder, "train")
     theirs = VOCSegmentation(options.folder, year="2012", image_set="train", transforms=decode)
-    for sample, (pixels, labels) in zip(_every(ours, 50), _every(theirs, 50), strict=True):
-        assert torch.equal(sample["image"], pixels)
-        assert torch.equal(sample["labels"], labels)
-    runs = {"data.voc.VOC": epochs(ours), "torchvision": epochs(theirs)}
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-    for run in runs.values():
-        next(run)  # the disk's cache, and the start of the worker
+    both = Both(VOC(options.folder, "train"), theirs)
+    loader = DataLoader(both, batch_size=1, num_workers=1, collate_fn=only, persistent_workers=True)
+    list(loader)  # the disk's cache
+    rows = []
     for _ in range(EPOCHS):
-        for name, run in runs.items():
-            found[name].append(next(run))
-    rates = {name: [round(rate, 1) for rate, _ in values] for name, values in found.items()}
-    memory = {name: [round(size) for _, size in values] for name, values in found.items()}
-    ratio = statistics.median(rates["data.voc.VOC"]) / statistics.median(rates["torchvision"])
-    for name in found:
-        print(f"{name:<13} {rates[name]} images/s, worker {memory[name]} MB, epoch by epoch")
-    print(f"ratio of the medians {ratio:.2f}, {len(ours)} images")
+        seconds, other, sizes = zip(*loader, strict=True)
+        ratios = [theirs / mine for mine, theirs in zip(seconds, other, strict=True)]
+        rows.append(
+            {
+                "images_per_second": len(both) / sum(seconds),
+                "torchvision": len(both) / sum(other),
+                "ratio": statistics.median(ratios),
+                "megabytes": sizes[-1] / 2**20,
+            }
+        )
+        print(", ".join(f"{name} {value:.4g}" for name, value in rows[-1].items()), flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    result = {"images": len(ours), "rates": rates, "megabytes": memory, "ratio": ratio, "torch": torch.__version__}
-    options.out.write_text(json.dumps(result | {"processors": os.cpu_count()}, indent=2) + "\n")
-
-
-def _every(data: Any, step: int) -> Iterator[Any]:
-    return (data[index] for index in range(0, len(data), step))
+    result = {"images": len(both), "torch": torch.__version__, "epochs": rows}
+    options.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
