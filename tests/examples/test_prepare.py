@@ -212,21 +212,45 @@ def test_objects_and_boxes_are_written_where_there_are_any(tmp_path: Path) -> No
     assert sorted(np.unique(objects)) == [0, 1, 2, VOID]
 
 
-def test_boxes_without_masks_give_tags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = made(tmp_path, "folder", masks=False, boxes=True, first=0, train="train", val="none")
+def xml(left: int, top: int, right: int, bottom: int) -> str:
+    """What labelImg writes, counted from 0, far ends inclusive."""
+    ends = zip(("xmin", "ymin", "xmax", "ymax"), (left, top, right - 1, bottom - 1), strict=True)
+    corners = "".join(f"<{end}>{value}</{end}>" for end, value in ends)
+    return f"<annotation><object><name>dog</name><bndbox>{corners}</bndbox></object></annotation>"
+
+
+def labelme(left: int, top: int, right: int, bottom: int) -> str:
+    shape = {"label": "dog", "shape_type": "rectangle", "points": [[right, top], [left, bottom]]}
+    return json.dumps({"shapes": [shape], "imageHeight": HEIGHT, "imageWidth": WIDTH})
+
+
+def vott(boxes: dict[str, tuple[int, int, int, int]]) -> str:
+    assets = {}
+    for file, (left, top, right, bottom) in boxes.items():
+        points = [{"x": left, "y": top}, {"x": right, "y": bottom}]
+        asset = {"name": file, "size": {"width": WIDTH, "height": HEIGHT}}
+        assets[f"id of {file}"] = {"asset": asset, "regions": [{"tags": ["dog"], "points": points}]}
+    return json.dumps({"assets": assets})
+
+
+@pytest.mark.parametrize("tool", ["labelImg", "LabelMe", "VoTT"])
+def test_boxes_without_masks_give_tags(tool: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = made(tmp_path, "folder", masks=False, boxes=True, first=0, val="none")
+    shutil.rmtree(config.root / "train" / "masks")
     annotations = config.root / "train" / "annotations"
     annotations.mkdir()
-    shutil.rmtree(config.root / "train" / "masks")
-    for name, box in (("a", (0, 0, 48, 35)), ("b", (4, 4, 9, 9)), ("c", (4, 4, 9, 9))):
-        ends = "".join(f"<{e}>{v}</{e}>" for e, v in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True))
-        text = f"<annotation><object><name>dog</name><bndbox>{ends}</bndbox></object></annotation>"
-        (annotations / f"{name}.xml").write_text(text)
+    boxes = {"a.png": (0, 0, WIDTH + 1, HEIGHT), "b.tif": (4, 4, 10, 10), "c.bmp": (4, 4, 10, 10)}
+    if tool == "VoTT":
+        (annotations / "my-export.json").write_text(vott(boxes))
+    for file, box in boxes.items() if tool != "VoTT" else ():
+        ending, write = (".xml", xml) if tool == "labelImg" else (".json", labelme)
+        (annotations / file).with_suffix(ending).write_text(write(*box))
     prepare.main(config)
     printed = capsys.readouterr().out
     assert "3 boxes\n" in printed
     assert "1 boxes that were cut off at the border of their image" in printed
     data = VOC(config.out, "train", masks=False, boxes=True)
-    assert data[0]["boxes"].tolist() == [[0, 0, 48, 36]]
+    assert data[0]["boxes"].tolist() == [[0, 0, WIDTH, HEIGHT]]
     assert data[1]["boxes"].tolist() == [[4, 4, 10, 10]]
     assert read_tags(config.out / "tags.csv", data.names, data.classes).tolist() == [[1, 0, 1]] * 3
     assert not (config.out / "SegmentationClass").exists()
