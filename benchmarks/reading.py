@@ -1,8 +1,8 @@
 """How fast images and masks are read, beside torchvision's VOCSegmentation with the same decoding, on one worker.
 
 ``python -m benchmarks.reading FOLDER`` reads the list ``train`` of a folder that holds ``VOCdevkit/VOC2012``, four
-times. The worker reads each image in both ways, either first in every other epoch, and the shortest time of each counts,
-so that other programs on the machine disturb the two alike. Nothing is augmented: what follows is the same for both.
+times. The worker reads each image in both ways, either first in every other epoch, and the shortest time of each
+counts, so that other programs disturb the two alike. Nothing is augmented: what follows is the same for both.
 """
 
 import argparse
