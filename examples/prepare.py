@@ -164,6 +164,6 @@ if __name__ == "__main__":
     except DataError as problem:
         raise SystemExit(f"error: {problem}") from None
     except OSError as problem:
-        raise SystemExit(f"error: cannot write to {problem.filename}: {problem.strerror}") from None
+        raise SystemExit(f"error: {problem.filename}: {problem.strerror}") from None
     except KeyboardInterrupt:
         raise SystemExit("stopped: start it again to go on") from None
