@@ -1,34 +1,54 @@
 """Reading what lies on disk. Whatever is wrong with a file is a :class:`DataError` of one line that names it."""
 
+import contextlib
 import csv
 import io
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from parts import torchvision_cpu  # noqa: F401  (before torchvision)
 from PIL import ExifTags, Image
 from torch import Tensor
 from torchvision import tv_tensors
 
+from data.boxes import read_boxes
 from data.sample import VOID, DataError, Images, Sample
 
-BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for files it cannot read
+ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")  # of images, in small letters
+CUT = "boxes that were cut off at the border of their image"
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF")
+
+
+class ReadMask(Protocol):
+    """Reads a mask of class indices as :func:`read_labels` does."""
+
+    def __call__(self, path: Path, classes: int, *, size: Sequence[int] | None = None) -> tv_tensors.Mask: ...
 
 
 class ImageFiles(Images):
-    """Images, masks and sizes in files. All of them are looked for at once; images and masks are read when needed.
+    """Images and what is known about them in files. All are looked for at once, and read when needed.
 
     Args:
         classes: names of the classes.
         names: of the images.
-        images: JPEG or PNG files, one per image.
-        masks: PNG files of class indices, one per image.
-        with_masks: whether samples have ``"labels"``; the masks need not be there otherwise.
+        files: JPEG, PNG, BMP or TIFF images.
+        masks: files of class indices, one per image; None where there are none.
+        annotations: files of boxes, see :func:`data.boxes.read_boxes`, one per image; None where there are none.
         sizes: CSV file of the sizes, see :func:`read_sizes`; samples have ``"sizes"``, float32 ``[K]``, if given.
+        read_mask: what the masks are read with.
+        first: number of the first row and column where boxes are given by pixels, 0 or 1.
+        slack: how far boxes may be beyond the image, in pixels; they are cut off there.
+
+    Attributes:
+        files: as given.
+        oddities: how often what was read was put right.
 
     Raises:
         DataError: a file is missing, or the sizes are wrong; from ``[index]`` and ``labels``, a file that cannot be
@@ -39,32 +59,50 @@ class ImageFiles(Images):
         self,
         classes: tuple[str, ...],
         names: Sequence[str],
-        images: Sequence[Path],
-        masks: Sequence[Path],
+        files: Sequence[Path],
         *,
-        with_masks: bool,
-        sizes: Path | None,
+        masks: Sequence[Path] | None = None,
+        annotations: Sequence[Path] | None = None,
+        sizes: Path | None = None,
+        read_mask: ReadMask | None = None,
+        first: int = 1,
+        slack: float = 0,
     ) -> None:
-        for path in images:
-            check_file(path, "an image")
-        for path in masks if with_masks else ():
-            check_file(path, "a mask")
-        self.classes, self.names = classes, names
-        self._images, self._masks, self._with_masks = images, masks, with_masks
+        for paths, what in ((files, "an image"), (masks, "a mask"), (annotations, "an annotation")):
+            for path in paths or ():
+                check_file(path, what)
+        self.classes, self.names, self.files = classes, names, files
+        self.oddities: Counter[str] = Counter()
+        self._masks, self._read_mask = masks, read_mask or read_labels
+        self._annotations, self._first, self._slack = annotations, first, slack
         self._sizes = None if sizes is None else read_sizes(sizes, names, classes)
 
     def __getitem__(self, index: int) -> Sample:
-        image = read_image(self._images[index])
+        image = read_image(self.files[index])
+        _, height, width = image.shape
         sample: Sample = {"image": image}
-        if self._with_masks:
-            sample["labels"] = read_labels(self._masks[index], len(self.classes), size=image.shape[1:])
+        if self._masks is not None:
+            sample["labels"] = self._read_mask(self._masks[index], len(self.classes), size=(height, width))
+        if self._annotations is not None:
+            sample["boxes"], sample["box_labels"], cut = read_boxes(
+                self._annotations[index],
+                self.classes,
+                height,
+                width,
+                image=self.files[index].name,
+                first=self._first,
+                slack=self._slack,
+            )
+            self.oddities[CUT] += cut
         if self._sizes is not None:
             sample["sizes"] = self._sizes[index]
         return sample
 
     def labels(self, index: int) -> Tensor:
         """Labels of an image, int64 ``[H, W]``; only the mask is read."""
-        return read_labels(self._masks[index], len(self.classes))
+        if self._masks is None:
+            raise ValueError("labels: expected images with masks, got images without")
+        return self._read_mask(self._masks[index], len(self.classes))
 
 
 def check_folder(path: Path) -> None:
@@ -80,21 +118,24 @@ def check_file(path: Path, what: str) -> None:
 
 
 def read_image(path: Path) -> tv_tensors.Image:
-    """A JPEG or PNG image, float32 ``[3, H, W]``, RGB in [0, 1]; transparency is left out.
+    """A JPEG, PNG, BMP or TIFF image, float32 ``[3, H, W]``, RGB in [0, 1]; transparency is left out.
 
     Raises:
-        DataError: no file, no image, a damaged one, more than 8 bits of grey, or one that viewers turn or mirror, with
-            which a mask would not agree if it was drawn in such a viewer.
+        DataError: no file, no image, a damaged one, several pages, more than 8 bits of grey, or one that viewers turn
+            or mirror, with which a mask would not agree if it was drawn in such a viewer.
     """
-    image, _ = _decode(path, "a JPEG or PNG image", ("JPEG", "PNG"))
-    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    if orientation not in (0, 1):
-        raise DataError(f"{path}: expected an upright image, got EXIF orientation {orientation}: save it turned")
-    if image.mode.startswith(("I", "F")):  # Pillow would cut the values off at 255
-        raise DataError(f"{path}: expected 8 bits for each channel, got an image of mode {image.mode}")
-    image.info.pop("transparency", None)  # of a palette; Pillow warns of leaving it out
-    pixels = torch.from_numpy(np.array(image.convert("RGB")))
-    return tv_tensors.Image(pixels.permute(2, 0, 1).contiguous().float() / 255)
+    with opened(path, "a JPEG, PNG, BMP or TIFF image", FORMATS) as image:
+        if image.format == "TIFF" and image.n_frames > 1:  # type: ignore[attr-defined]
+            raise DataError(f"{path}: expected one image, got a file of {image.n_frames} pages")  # type: ignore[attr-defined]
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)  # before Pillow turns a TIFF
+        if orientation not in (0, 1):
+            raise DataError(f"{path}: expected an upright image, got EXIF orientation {orientation}: save it turned")
+        image.load()
+        if image.mode.startswith(("I", "F")):  # Pillow would cut the values off at 255
+            raise DataError(f"{path}: expected 8 bits for each channel, got an image of mode {image.mode}")
+        image.info.pop("transparency", None)  # of a palette; Pillow warns of leaving it out
+        pixels = torch.from_numpy(np.array(image if image.mode == "RGB" else image.convert("RGB")))
+    return tv_tensors.Image(pixels.permute(2, 0, 1).contiguous().float().div_(255))
 
 
 def read_labels(path: Path, classes: int, *, size: Sequence[int] | None = None) -> tv_tensors.Mask:
@@ -108,18 +149,26 @@ def read_labels(path: Path, classes: int, *, size: Sequence[int] | None = None) 
     Raises:
         DataError: no file, no PNG, a damaged one, colours instead of indices, another size, an unknown label.
     """
-    image, layout = _decode(path, "a PNG mask", ("PNG",))
-    if image.mode != "P" and layout != "L":  # greys of fewer bits are not indices: Pillow stretches them to 0..255
-        raise DataError(f"{path}: expected class indices (an indexed PNG, or greys of 8 bits), got mode {layout}")
-    if size is not None and image.size != (size[1], size[0]):
-        raise DataError(
-            f"{path}: expected {size[1]}x{size[0]} (width x height) as the image, got {image.width}x{image.height}"
-        )
-    labels = torch.from_numpy(np.array(image)).long()
+    with opened(path, "a PNG mask", ("PNG",)) as image:
+        tile = getattr(image, "tile", None)
+        layout = tile[0][3] if tile else None  # Pillow's name for the pixels in the file
+        if image.mode != "P" and layout != "L":  # greys of fewer bits are not indices: Pillow stretches them to 0..255
+            raise DataError(f"{path}: expected class indices (an indexed PNG, or greys of 8 bits), got mode {layout}")
+        labels = np.array(image)
+    return check_labels(path, labels, classes, size)
+
+
+def check_labels(path: Path, labels: NDArray[np.uint8], classes: int, size: Sequence[int] | None) -> tv_tensors.Mask:
+    """Labels ``[H, W]`` that were read from a file, as int64; :class:`DataError` where one is unknown, or for another
+    size than the image's.
+    """
+    height, width = labels.shape
+    if size is not None and (height, width) != tuple(size):
+        raise DataError(f"{path}: expected {size[1]}x{size[0]} (width x height) as the image, got {width}x{height}")
     unknown = labels[(labels >= classes) & (labels != VOID)]
     if len(unknown):
         raise DataError(f"{path}: expected labels from 0 to {classes - 1} and {VOID} (void), got {unknown[0]}")
-    return tv_tensors.Mask(labels)
+    return tv_tensors.Mask(torch.from_numpy(labels).long())
 
 
 def read_list(path: Path) -> list[str]:
@@ -128,7 +177,7 @@ def read_list(path: Path) -> list[str]:
     Raises:
         DataError: no file, not UTF-8, no names, an empty line between names, a name twice.
     """
-    names = [line.strip() for line in _read_text(path).rstrip().splitlines()]
+    names = [line.strip() for line in read_text(path).rstrip().splitlines()]
     if not names:
         raise DataError(f"{path}: expected at least one name, got an empty file")
     if "" in names:
@@ -197,7 +246,7 @@ def check_sizes(
     Raises:
         DataError: no file, not UTF-8, no CSV, a wrong header.
     """
-    rows = csv.reader(io.StringIO(_read_text(path)), skipinitialspace=True, strict=True)
+    rows = csv.reader(io.StringIO(read_text(path)), skipinitialspace=True, strict=True)
     try:
         lines = [(rows.line_num, row) for row in rows if row]
     except csv.Error as error:
@@ -260,7 +309,8 @@ def _shares(where: str, texts: Sequence[str]) -> list[float]:
     return [value / total for value in values]
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a file; :class:`DataError` if there is none, or if it is not UTF-8."""
     check_file(path, "a text file")
     try:
         return path.read_text(encoding="utf-8-sig")  # with or without the mark that spreadsheets put first
@@ -270,14 +320,19 @@ def _read_text(path: Path) -> str:
         raise DataError(f"{path}: expected a file that can be read, got: {error.strerror}") from None
 
 
-def _decode(path: Path, what: str, formats: tuple[str, ...]) -> tuple[Image.Image, object]:
-    """A decoded image, and Pillow's name for the layout of the pixels in the file."""
+@contextlib.contextmanager
+def opened(path: Path, what: str, formats: tuple[str, ...]) -> Iterator[Image.Image]:
+    """An image file while it is read; what is wrong with it is a :class:`DataError` that says what it should be."""
     check_file(path, what)
     try:
         with Image.open(path, formats=formats) as image:
-            layout = image.tile[0][3] if image.tile else None
-            image.load()
-            return image, layout
-    except BROKEN as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{path}: expected {what} that can be read, got: {reason}") from None
+            yield image
+    except DataError:
+        raise
+    except Exception as error:  # damaged files get nearly anything out of Pillow
+        raise DataError(f"{path}: expected {what} that can be read, got: {one_line(error)}") from None
+
+
+def one_line(error: Exception) -> str:
+    """What another library says, in a line."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -10,8 +10,9 @@ from engine.command import check_least
 from data.augment import Fit
 from data.files import read_classes
 from data.folder import Folder
-from data.sample import DataError, Images, Stacked
+from data.sample import Annotated, DataError, Images, Stacked
 from data.scenes import CLASSES, Scenes, Split, stack
+from data.tags import read_tags
 from data.voc import VOC
 
 EVALUATED = 200  # scenes
@@ -30,6 +31,9 @@ class Options(training.Options):
     """Training images of voc: the name of their list; trainaug with SBD, whose masks are in SegmentationClassAug."""
     split: Literal["val", "final"] = "val"
     """Images that are evaluated: val, or final, scenes kept for figures to report; settings were chosen on val."""
+    tags: Path | None = None
+    """File of the tags of training images of voc or folder, in place of the classes of their masks: cls_labels.npy,
+    .csv or .json."""
     scenes: int = 1500
     """Number of training scenes, for scenes."""
     size: int = 48
@@ -45,8 +49,17 @@ class Options(training.Options):
         if self.data != "voc" and self.train_split != "train":
             raise ValueError(f"--train-split: expected --data voc with it, got --data {self.data}")
 
+        if self.data == "scenes" and self.tags:
+            raise ValueError(f"--tags: expected --data voc or --data folder with it, got --data scenes and {self.tags}")
+
     def images(self, purpose: Literal["train", "evaluate"]) -> Images:
         """Images with masks, to train on or to evaluate."""
+        if purpose == "train" and self.tags:
+            images = self._images(purpose)
+            return Annotated(images, tags=read_tags(self.tags, images.names, images.classes))
+        return self._images(purpose)
+
+    def _images(self, purpose: Literal["train", "evaluate"]) -> Images:
         split: Split = "train" if purpose == "train" else self.split
         if self.root and self.data == "voc":
             return VOC(self.root, self.train_split if purpose == "train" else split)

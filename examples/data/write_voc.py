@@ -1,7 +1,8 @@
 """Writes scenes as a folder in the layout of Pascal VOC 2012, so that whatever reads VOC can be tried without it."""
 
 import io
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -49,18 +50,29 @@ def write_voc(root: Path, splits: Mapping[str, Scenes]) -> None:
                 tags[split][name] = scene.tags
                 sizes.append(",".join([name, *(f"{size:.9g}" for size in scene.sizes.tolist())]))  # all of float32
                 bar.update()
-    _write(root / "classes.txt", _lines(CLASSES))
-    _write(root / "sizes.csv", _lines(sizes))
+    write_file(root / "classes.txt", lines(CLASSES))
+    write_file(root / "sizes.csv", lines(sizes))
+    write_lists(root, CLASSES, tags)
 
+
+def write_lists(root: Path, classes: Sequence[str], tags: Mapping[str, Mapping[str, Sequence[int] | Tensor]]) -> None:
+    """Writes ``ImageSets``, which appears at once.
+
+    Args:
+        root: of the data set.
+        classes: names of the classes, the background first.
+        tags: of the images, by split and name.
+    """
     lists = root / "ImageSets.partial"
+    shutil.rmtree(lists, ignore_errors=True)  # of a killed run
     (lists / "Segmentation").mkdir(parents=True)
     (lists / "Main").mkdir()
     for split, images in tags.items():
         for kind in ("Segmentation", "Main"):
-            (lists / kind / f"{split}.txt").write_bytes(_lines(images))
-        for label, category in enumerate(CLASSES[1:], start=1):
+            (lists / kind / f"{split}.txt").write_bytes(lines(images))
+        for label, category in enumerate(classes[1:], start=1):
             rows = (f"{name} {1 if present[label] else -1:2d}" for name, present in images.items())
-            (lists / "Main" / f"{category}_{split}.txt").write_bytes(_lines(rows))
+            (lists / "Main" / f"{category.replace('/', '_')}_{split}.txt").write_bytes(lines(rows))
     lists.rename(root / "ImageSets")
 
 
@@ -70,16 +82,26 @@ def _write_scene(root: Path, name: str, scene: Scene) -> None:
     for number, visible in enumerate(scene.instances, start=1):
         objects[visible] = number
     pixels = (scene.image * 255).round().byte().permute(1, 2, 0).numpy()
-    image = io.BytesIO()
-    Image.fromarray(pixels).save(image, "JPEG", quality=95, subsampling=0)
+    labels = [CLASSES[label] for label in scene.box_labels.tolist()]
+    database = f"synthetic scenes, version {VERSION}"
 
-    _write(root / "JPEGImages" / f"{name}.jpg", image.getvalue())
-    _write(root / "SegmentationClass" / f"{name}.png", _indexed_png(scene.labels))
-    _write(root / "SegmentationObject" / f"{name}.png", _indexed_png(objects))
-    _write(root / "Annotations" / f"{name}.xml", _annotation(root.resolve().name, name, scene))
+    write_file(root / "JPEGImages" / f"{name}.jpg", jpeg(Image.fromarray(pixels)))
+    write_file(root / "SegmentationClass" / f"{name}.png", indexed_png(scene.labels))
+    write_file(root / "SegmentationObject" / f"{name}.png", indexed_png(objects))
+    write_file(
+        root / "Annotations" / f"{name}.xml",
+        annotation(root.resolve().name, name, scene.labels.shape, scene.boxes.tolist(), labels, database),
+    )
 
 
-def _indexed_png(indices: Tensor) -> bytes:
+def jpeg(image: Image.Image) -> bytes:
+    """A JPEG with colours at full resolution."""
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=95, subsampling=0)
+    return file.getvalue()
+
+
+def indexed_png(indices: Tensor) -> bytes:
     """A PNG of indices 0 to 255, ``[H, W]``, in the colours of VOC."""
     image = Image.fromarray(indices.byte().numpy())
     image.putpalette(palette().tobytes())
@@ -99,19 +121,35 @@ def palette() -> NDArray[np.uint8]:
     return (bits << (7 - turn)).sum(2).astype(np.uint8)
 
 
-def _annotation(folder: str, name: str, scene: Scene) -> bytes:
-    """The objects of a scene as XML; VOC counts pixels from 1, and a box ends with its last pixel."""
-    height, width = scene.labels.shape
+def annotation(
+    folder: str,
+    name: str,
+    size: Sequence[int],
+    boxes: Sequence[Sequence[float]],
+    labels: Sequence[str],
+    database: str,
+) -> bytes:
+    """The objects of an image as XML; VOC counts pixels from 1, and a box ends with its last pixel.
+
+    Args:
+        folder: of the data set.
+        name: of the image.
+        size: height and width of the image.
+        boxes: x1, y1, x2, y2 in pixels, far ends exclusive.
+        labels: names of their classes.
+        database: where the image is from.
+    """
+    height, width = size
     root = ElementTree.Element("annotation")
     _add(root, folder=folder, filename=f"{name}.jpg")
-    _add(ElementTree.SubElement(root, "source"), database=f"synthetic scenes, version {VERSION}")
+    _add(ElementTree.SubElement(root, "source"), database=database)
     _add(ElementTree.SubElement(root, "size"), width=width, height=height, depth=3)
     _add(root, segmented=1)
-    for label, box in zip(scene.box_labels.tolist(), scene.boxes.int().tolist(), strict=True):
+    for label, (left, top, right, bottom) in zip(labels, boxes, strict=True):
         entry = ElementTree.SubElement(root, "object")
-        _add(entry, name=CLASSES[label], pose="Unspecified", truncated=0, difficult=0)
-        left, top, right, bottom = box
-        _add(ElementTree.SubElement(entry, "bndbox"), xmin=left + 1, ymin=top + 1, xmax=right, ymax=bottom)
+        _add(entry, name=label, pose="Unspecified", truncated=0, difficult=0)
+        ends = {"xmin": left + 1, "ymin": top + 1, "xmax": right, "ymax": bottom}
+        _add(ElementTree.SubElement(entry, "bndbox"), **{end: f"{value:.9g}" for end, value in ends.items()})
     ElementTree.indent(root)
     return ElementTree.tostring(root) + b"\n"
 
@@ -122,11 +160,11 @@ def _add(parent: ElementTree.Element, **texts: str | int) -> None:
         ElementTree.SubElement(parent, tag).text = str(text)
 
 
-def _lines(rows: Iterable[str]) -> bytes:
+def lines(rows: Iterable[str]) -> bytes:
     return "".join(f"{row}\n" for row in rows).encode()
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes) -> None:
     """Writes a file that appears under its name only when it is complete."""
     partial = path.with_name(f"{path.name}.partial")
     partial.write_bytes(content)

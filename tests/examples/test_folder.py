@@ -173,26 +173,35 @@ AT_ONCE = [
     ),
     (
         lambda root: [(root / "images" / file).unlink() for file in NAMES.values()],
-        r"/images: expected images \(\.jpg, \.jpeg, \.png\), found none",
+        r"/images: expected images \(\.jpg, \.jpeg, \.png, \.bmp, \.tif, \.tiff\), found none",
     ),
 ]
 WHEN_READ = [
-    (remove("images/a.jpg"), r"/images/a\.jpg: expected a JPEG or PNG image, found no file"),
-    (write("images/a.jpg", ""), r"/images/a\.jpg: expected a JPEG or PNG image that can be read, got: cannot .*"),
-    (write("images/a.jpg", "text\n"), r"/images/a\.jpg: expected a JPEG or PNG image that can be read, got: cannot .*"),
-    (cut("images/a.jpg"), r"/images/a\.jpg: expected a JPEG or PNG image that can be read, got: .*truncated.*"),
-    (cut("images/b.PNG"), r"/images/b\.PNG: expected a JPEG or PNG image that can be read, got: .*"),
+    (remove("images/a.jpg"), r"/images/a\.jpg: expected a JPEG, PNG, BMP or TIFF image, found no file"),
+    (
+        write("images/a.jpg", ""),
+        r"/images/a\.jpg: expected a JPEG, PNG, BMP or TIFF image that can be read, got: cannot .*",
+    ),
+    (
+        write("images/a.jpg", "text\n"),
+        r"/images/a\.jpg: expected a JPEG, PNG, BMP or TIFF image that can be read, got: cannot .*",
+    ),
+    (
+        cut("images/a.jpg"),
+        r"/images/a\.jpg: expected a JPEG, PNG, BMP or TIFF image that can be read, got: .*truncated.*",
+    ),
+    (cut("images/b.PNG"), r"/images/b\.PNG: expected a JPEG, PNG, BMP or TIFF image that can be read, got: .*"),
     (
         write("images/b.PNG", png(16, 0, bytes(16))),
         r"/images/b\.PNG: expected 8 bits for each channel, got an image of mode I;16",
     ),
     (
         write("images/b.PNG", png(8, 0, bytes(8), (b"IDAT", b""), (b"\0\1\2\3", b""))),
-        r"/images/b\.PNG: expected a JPEG or PNG image that can be read, got: broken PNG file .*",
+        r"/images/b\.PNG: expected a JPEG, PNG, BMP or TIFF image that can be read, got: broken PNG file .*",
     ),
     (
         write("images/b.PNG", png(8, 0, bytes(8), (b"zTXt", b"text\0\0" + zlib.compress(bytes(2**21))))),
-        r"/images/b\.PNG: expected a JPEG or PNG image that can be read, got: Decompressed data too large .*",
+        r"/images/b\.PNG: expected a JPEG, PNG, BMP or TIFF image .*, got: Decompressed data too large .*",
     ),
     (remove("masks/a.png"), r"/masks/a\.png: expected a PNG mask, found no file"),
     (write("masks/a.png", "text"), r"/masks/a\.png: expected a PNG mask that can be read, got: cannot identify .*"),
@@ -302,12 +311,13 @@ def encoded(format: str, **options: object) -> bytes:
 
 
 INTACT = [encoded("JPEG"), encoded("JPEG", progressive=True), encoded("PNG"), encoded("PNG", mode="P", bits=4)]
+FURTHER = [encoded("BMP"), encoded("TIFF"), encoded("TIFF", compression="tiff_lzw")]
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    intact=st.sampled_from(INTACT),
+    intact=st.sampled_from(INTACT + FURTHER),
     changes=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=4),
     end=st.integers(0, 700),
 )
@@ -338,5 +348,42 @@ def test_intact_files_are_read_and_truncated_ones_are_not(tmp_path: Path) -> Non
         assert read_image(tmp_path / "x").shape == (3, 9, 12)
         for end in range(0, len(intact) - 20, 11):
             (tmp_path / "x").write_bytes(intact[:end])
-            with pytest.raises(DataError, match="x: expected a JPEG or PNG image that can be read, got"):
+            with pytest.raises(DataError, match="x: expected a JPEG, PNG, BMP or TIFF image that can be read, got"):
                 read_image(tmp_path / "x")
+
+
+def test_tiff_and_bmp_are_read_and_hidden_files_are_passed_over_and_counted(root: Path) -> None:
+    for name, ending in (("d", "tif"), ("e", "TIFF"), ("f", "bmp")):
+        Image.fromarray(colours(2, 3)).save(root / "images" / f"{name}.{ending}")
+        save_mask(LABELS["a"], root / "masks" / f"{name}.png")
+    for name in ("._a.jpg", ".hidden.png", ".DS_Store"):
+        (root / "images" / name).write_bytes(b"no image")
+    data = Folder(root)
+    assert data.names == [*NAMES, "d", "e", "f"]
+    for i in (3, 4, 5):
+        assert torch.equal((data[i]["image"] * 255).round(), torch.from_numpy(colours(2, 3)).permute(2, 0, 1).float())
+    assert data.oddities["hidden files that were passed over"] == 3
+
+
+@pytest.mark.parametrize("ending", ["webp", "GIF", "heic", "jp2"])
+def test_images_that_are_not_read_are_named(root: Path, ending: str) -> None:
+    (root / "images" / f"z.{ending}").write_bytes(b"image")
+    with pytest.raises(
+        DataError, match=rf"/images/z\.{ending}: expected images \(.*\), got another format: save it as PNG$"
+    ):
+        Folder(root)
+
+
+def test_a_tiff_of_several_pages_or_turned_or_of_16_bits_is_refused(tmp_path: Path) -> None:
+    path, image = tmp_path / "x.tif", Image.new("RGB", (3, 2))
+    image.save(path, save_all=True, append_images=[image])
+    with pytest.raises(DataError, match=r"x\.tif: expected one image, got a file of 2 pages$"):
+        read_image(path)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(path, exif=exif)
+    with pytest.raises(DataError, match=r"x\.tif: expected an upright image, got EXIF orientation 6: save it turned$"):
+        read_image(path)
+    Image.new("I;16", (3, 2)).save(path)
+    with pytest.raises(DataError, match=r"x\.tif: expected 8 bits for each channel, got an image of mode I;16$"):
+        read_image(path)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from data.augment import Crop
+from data.boxes import read_boxes
 from data.sample import VOID, DataError, Sample, collate, complete
-from data.voc import CLASSES, VOC, read_boxes
+from data.voc import CLASSES, VOC
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
@@ -235,8 +236,12 @@ AT_ONCE = [
         write(TRAIN, f"{NAMES[1]}\n/JPEGImages/{NAMES[1]}.jpg /SegmentationClassAug/{NAMES[1]}.png\n"),
         rf"/{TRAIN}:2: expected every name once, got {NAMES[1]} again \(first in line 1\)",
     ),
-    (write(TRAIN, "2007_1\n"), "/JPEGImages/2007_1.jpg: expected an image, found no file"),
-    (remove("SegmentationClass"), f"/SegmentationClass/{NAMES[0]}.png: expected a mask, found no file"),
+    (write(TRAIN, "2007_1\n"), f"/{TRAIN}:1: expected an image, found none at .*/JPEGImages/2007_1.jpg"),
+    (
+        remove("SegmentationClass"),
+        f"/{TRAIN}:1: expected a mask of {NAMES[0]}, found none at .*/SegmentationClass/{NAMES[0]}.png "
+        f"or .*/SegmentationClassAug/{NAMES[0]}.png",
+    ),
     (remove(f"Annotations/{NAMES[1]}.xml"), f"/Annotations/{NAMES[1]}.xml: expected an annotation, found no file"),
     (write("classes.txt", "sky\nsky\n"), r"/classes.txt:2: expected every name once, got sky again .*"),
 ]
@@ -265,7 +270,7 @@ def test_an_image_without_a_row_of_sizes_is_said_at_once(root: Path) -> None:
     [
         (
             write(f"JPEGImages/{NAMES[2]}.jpg", ""),
-            f"/JPEGImages/{NAMES[2]}.jpg: expected a JPEG or PNG image that can be read, got: .*",
+            f"/JPEGImages/{NAMES[2]}.jpg: expected a JPEG, PNG, BMP or TIFF image that can be read, got: .*",
         ),
         (
             lambda root: save_mask(labels_of(0).T.copy(), root / "SegmentationClass" / f"{NAMES[2]}.png"),
