@@ -102,24 +102,28 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.maps = maps
         self.found: tuple[Tensor, Callable[[Tensor], Tensor]] | None = None
+        self.given: Tensor | None = None  # to the network in its place
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if self.found and args and args[0] is self.given and "relu" in str(getattr(func, "__name__", func)):
+            self.found = result, self.found[1]  # of numbers that were positive: the map is behind it
         if not isinstance(result, Tensor) or not result.is_floating_point() or self.found:
             return result
         with torch._C.DisableTorchFunction():
             turn = next((turn for turn in _layouts(self.maps.shape) if self._is_it(result, turn)), None)
             if turn is None:
                 return result
-            self.found = result, turn
-            return result.clone()  # which the network may overwrite
+            self.found, self.given = (result, turn), result.clone()  # which the network may overwrite
+            return self.given
 
     def _is_it(self, result: Tensor, turn: Callable[[Tensor], Tensor]) -> bool:
         try:
             maps = turn(result)
         except (RuntimeError, IndexError):
             return False
-        return maps.shape == self.maps.shape and _near(maps.detach(), self.maps)
+        same = maps.shape == self.maps.shape and maps.dtype == self.maps.dtype
+        return same and _near(maps.detach(), self.maps)
 
 
 def _layouts(shape: tuple[int, ...]) -> Iterator[Callable[[Tensor], Tensor]]:

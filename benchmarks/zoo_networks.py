@@ -12,7 +12,18 @@ from torchvision import models
 
 CLASSES = 7
 # Not square, so that a map which is turned or no map shows; squares for networks that take no other image.
-SIZES = ((64, 96), (96, 128), (128, 128), (224, 224), (256, 256), (192, 192), (240, 240), (384, 384), (112, 112))
+SIZES = (
+    (64, 96),
+    (96, 128),
+    (128, 128),
+    (224, 224),
+    (256, 256),
+    (192, 192),
+    (240, 240),
+    (384, 384),
+    (112, 112),
+    (518, 518),
+)
 
 # At least one of each family, in each of its variants of stem, head, normalisation or attention.
 TIMM = (Path(__file__).parent / "zoo_timm.txt").read_text().split()
