@@ -14,6 +14,7 @@ from data.files import read_image
 from engine.command import check_least, output_folder, run
 from engine.processes import Device, pick_device
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from parts.pretrained import CLASSES, Pretrained, pretrained
 from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
@@ -65,7 +66,8 @@ ADVCAM: dict[str, Any] = {"steps": 27, "step_size": 0.04}
 RIB: dict[str, Any] = {"steps": 10, "lr": 5e-5, "threshold": 0.8}
 FROZEN = 11  # layers, up to stride 16, that RIB leaves as they are
 LRP: dict[str, dict[str, Any]] = {"LRP-0": {}, "LRP-ε": {"epsilon": 5.0}}  # rules, a column each
-BACKGROUND = 0.5  # what maps, at most 1, must exceed in a mask
+CRF: dict[str, Any] = {"weight": 4.0, "sigma_xy": 40.0}
+BACKGROUND = 0.45  # the score of the background, where maps have at most 1
 
 Method = Callable[[Tensor, list[int]], Tensor]  # image [1, 3, H, W] and n classes to maps [1, n, h, w]
 
@@ -133,12 +135,17 @@ def multi_hot(classes: list[int], device: torch.device) -> Tensor:
     return tags
 
 
+def positive(maps: Tensor) -> Tensor:
+    """Positive parts of maps, each over its maximum."""
+    return cast(Tensor, normalize(maps.detach(), "relu_max"))
+
+
 def refined(maps: dict[str, Tensor], image: Tensor) -> Tensor:
     """Labels ``[H, W]`` by the dense CRF, of the mean of AdvCAM's and multi-scale maps."""
     sides = image.shape[2:]
-    scores = [F.interpolate(maps[name][None], sides, mode="bilinear") for name in ("AdvCAM", "multi-scale CAM")]
-    scores = F.pad(normalize(torch.stack(scores).mean(0), "relu_max"), (0, 0, 0, 0, 1, 0), value=BACKGROUND)
-    return dense_crf(scores / scores.sum(1, keepdim=True), image).argmax(1)[0]
+    resized = [F.interpolate(maps[name][None], sides, mode="bilinear") for name in ("AdvCAM", "multi-scale CAM")]
+    scores = F.pad(positive(torch.stack(resized).mean(0)), (0, 0, 0, 0, 1, 0), value=BACKGROUND)
+    return dense_crf(scores / scores.sum(1, keepdim=True), image, **CRF).argmax(1)[0]
 
 
 def look(network: Pretrained, methods: dict[str, Method], path: Path, config: Config, bar: "tqdm[Any]") -> Shown:
@@ -150,27 +157,30 @@ def look(network: Pretrained, methods: dict[str, Method], path: Path, config: Co
     maps = {}
     for name, method in methods.items():
         bar.set_postfix_str(f"{path.name}, {name}")
-        maps[name] = cast(Tensor, normalize(method(image, classes), "relu_max")).detach()[0]
+        maps[name] = positive(method(image, classes))[0]
         bar.update()
     titles = [f"{CLASSES[c]}\n{probabilities[c]:.1%}" for c in classes]
     return Shown(image[0].cpu(), titles, {k: m.cpu() for k, m in maps.items()}, refined(maps, image).cpu())
 
 
 def picture(photographs: Sequence[Shown], path: Path) -> None:
-    """Draws a row for each class: the image, each method's map over it, and the mask alone."""
+    """Draws a row for each class: the image, each method's map over it, and what the mask leaves of the image."""
     rows = [(shown, n) for shown in photographs for n in range(len(shown.titles))]
     titles = ["image", *photographs[0].maps, "mask by dense CRF"]
     ratios = [shown.image.shape[1] / shown.image.shape[2] for shown, _ in rows]
-    figure = Figure(figsize=(2 * len(titles), 0.5 + 2 * sum(ratios)), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
+    layout = ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
+    figure = Figure(figsize=(2 * len(titles), 0.5 + 2 * sum(ratios)), layout=layout)
     grid = figure.subplots(len(rows), len(titles), squeeze=False, gridspec_kw={"height_ratios": ratios})
     for axes, (shown, n) in zip(grid, rows, strict=True):
-        mask = torch.where(shown.labels == n + 1, shown.image, 1)
-        cells = [shown.image, *(overlay(shown.image, maps[n]) for maps in shown.maps.values()), mask]
+        mask = shown.labels == n + 1
+        rest = torch.lerp(shown.image.mean(0), torch.tensor(1.0), 0.8)
+        maps = [overlay(shown.image, of_method[n]) for of_method in shown.maps.values()]
+        cells = [shown.image, *maps, torch.where(mask, shown.image, rest)]
         for axis, cell in zip(axes, cells, strict=True):
             axis.imshow(cell.clamp(0, 1).movedim(0, -1).numpy())
             axis.set(xticks=[], yticks=[])
-        axes[0].set_ylabel(shown.titles[n])
+        axes[0].set_ylabel(shown.titles[n], fontsize=12)
+        axes[-1].contour(mask.numpy(), [0.5], colors="red", linewidths=1)
     for axis, title in zip(grid[0], titles, strict=True):
         axis.set_title(title)
     figure.savefig(path, dpi=100)

@@ -88,7 +88,7 @@ class EfficientNetLite0(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[B, K]`` of normalised images ``[B, 3, H, W]``."""
-        return self.classifier(self.avgpool(self.features(x)).flatten(1))  # type: ignore[no-any-return]
+        return self.classifier(self.avgpool(self.features(x)).flatten(1))
 
     def load(self, file: Path) -> None:
         """Reads weights, of other implementations too: their names differ, their order is the same."""
