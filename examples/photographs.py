@@ -88,7 +88,7 @@ def load(path: Path, size: int, device: torch.device) -> Tensor:
     """A photograph ``[1, 3, H, W]`` of so many pixels on its shorter side, of whole cells."""
     image = read_image(path).as_subclass(Tensor)[None]
     sides = [max(1, round(side * size / min(image.shape[2:]) / CELL)) * CELL for side in image.shape[2:]]
-    return F.interpolate(image, sides, mode="bilinear", antialias=True).to(device)
+    return F.interpolate(image, sides, mode="bilinear", antialias=True).clamp(0, 1).to(device)
 
 
 def make_methods(network: Pretrained, size: int) -> dict[str, Method]:
