@@ -28,18 +28,16 @@ class SameConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C, H, W]`` to ``[B, D, ceil(H / stride), ceil(W / stride)]``."""
-        (height, top), (width, left) = (
-            self._padding(length, k, s) for length, k, s in zip(x.shape[2:], self.kernel_size, self.stride, strict=True)
-        )
+        (height, top), (width, left) = (self._padding(axis, length) for axis, length in enumerate(x.shape[2:]))
         if height == 2 * top and width == 2 * left:
-            return F.conv2d(x, self.weight, self.bias, self.stride, (top, left), groups=self.groups)
+            return F.conv2d(x, self.weight, self.bias, self.stride, (top, left), self.dilation, self.groups)
         padded = F.pad(x, (left, width - left, top, height - top))
-        return F.conv2d(padded, self.weight, self.bias, self.stride, groups=self.groups)
+        return F.conv2d(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
-    @staticmethod
-    def _padding(length: int, kernel: int, stride: int) -> tuple[int, int]:
+    def _padding(self, axis: int, length: int) -> tuple[int, int]:
         """Of one axis: on both sides together, and before its first pixel."""
-        both = max(0, (-(-length // stride) - 1) * stride + kernel - length)
+        stride, extent = self.stride[axis], self.dilation[axis] * (self.kernel_size[axis] - 1) + 1
+        both = max(0, (-(-length // stride) - 1) * stride + extent - length)
         return both, both // 2
 
 

@@ -1,5 +1,6 @@
 """Networks with ImageNet weights for photographs: classifiers, tag classifiers, encoders, segmentation networks."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -16,6 +17,8 @@ Torchvision = Literal[
     "mobilenet_v2", "mobilenet_v3_large", "squeezenet1_0", "vgg16", "vgg16_bn", "resnet18", "resnet50", "resnet101"
 ]
 Name = Literal["efficientnet_lite0", Torchvision]
+
+Parts = tuple[nn.Sequential, nn.Module, Sequence[float], Sequence[float]]  # what Pretrained is made of
 
 CLASSES: tuple[str, ...] = tuple(models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"])  # ImageNet's, in their order
 
@@ -48,12 +51,8 @@ class Pretrained(nn.Module):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
         self.channels: dict[int, int] = {}
         self._ends: dict[int, int] = {}  # the layer that each stride's last feature map comes from, by its number
-        with torch.no_grad(), evaluating(self):
-            x = self.mean.new_zeros(1, 3, _PROBE, _PROBE)
-            for number, layer in enumerate(features):
-                x = layer(x)
-                stride = 2 ** round(torch.tensor(_PROBE / x.shape[2]).log2().item())
-                self.channels[stride], self._ends[stride] = x.shape[1], number
+        for number, (stride, channels) in enumerate(_probe(features)):
+            self.channels[stride], self._ends[stride] = channels, number
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits ``[B, K]`` of images ``[B, 3, H, W]``."""
@@ -118,18 +117,51 @@ class Segmenter(nn.Module):
         return F.interpolate(self.decode(torch.stack(maps).sum(0)), tuple(size), mode="bilinear")
 
 
-def pretrained(name: Name, weights: str = "imagenet") -> Pretrained:
+def pretrained(name: Name, weights: str = "imagenet", *, stride: Literal[8, 16, 32] = 32) -> Pretrained:
     """A classifier of ImageNet's 1,000 classes, :data:`CLASSES`, in evaluation mode.
 
     Args:
         name: ``"efficientnet_lite0"``, or a network of ``torchvision.models``.
         weights: ``"imagenet"``, from a package or, for torchvision, downloaded; ``"none"`` for random ones; or the path
             of a state dict.
+        stride: of the last feature map, at most (SqueezeNet's is 16); smaller ones by dilation.
     """
-    return (_lite0(weights) if name == "efficientnet_lite0" else _of_torchvision(name, weights)).eval()
+    parts = _lite0(weights) if name == "efficientnet_lite0" else _of_torchvision(name, weights)
+    dilate(parts[0], stride)
+    return Pretrained(*parts).eval()
 
 
-def _lite0(weights: str) -> Pretrained:
+def dilate(features: nn.Sequential, stride: int) -> None:
+    """Keeps the resolution from a stride on: layers no longer sub-sample, and those behind them are dilated instead.
+
+    The new feature map has the values of the former one between its further ones (after max pooling, similar ones).
+    """
+    before = 1
+    for layer, (after, _) in zip(features, _probe(features), strict=True):
+        for module in layer.modules() if after > stride else ():
+            if isinstance(module, nn.Conv2d):
+                reached = before if module.stride[0] > 1 else after
+                dilation = max(1, reached // stride)
+                module.dilation, module.stride = (dilation, dilation), (1, 1)
+                if not isinstance(module.padding, str):
+                    module.padding = (dilation * module.padding[0], dilation * module.padding[1])
+            elif isinstance(module, nn.MaxPool2d):
+                module.kernel_size, module.stride, module.padding = 3, 1, 1
+        before = after
+
+
+def _probe(features: nn.Sequential) -> list[tuple[int, int]]:
+    """Stride and channels after each layer."""
+    found = []
+    with torch.no_grad(), evaluating(features):
+        x = next(features.parameters()).new_zeros(1, 3, _PROBE, _PROBE)
+        for layer in features:
+            x = layer(x)
+            found.append((2 ** round(math.log2(_PROBE / x.shape[2])), x.shape[1]))
+    return found
+
+
+def _lite0(weights: str) -> Parts:
     network = efficientnet.EfficientNetLite0()
     try:
         if weights != "none":
@@ -141,10 +173,10 @@ def _lite0(weights: str) -> Pretrained:
     except (OSError, RuntimeError, ValueError) as error:
         raise SystemExit(f"error: {_expected(weights, 'efficientnet_lite0', error)}") from None
     head = nn.Sequential(network.avgpool, nn.Flatten(), network.classifier)
-    return Pretrained(network.features, head, efficientnet.MEAN, efficientnet.DEVIATION)
+    return network.features, head, efficientnet.MEAN, efficientnet.DEVIATION
 
 
-def _of_torchvision(name: str, weights: str) -> Pretrained:
+def _of_torchvision(name: str, weights: str) -> Parts:
     try:
         network = models.get_model(name, weights="DEFAULT" if weights == "imagenet" else None)
         if weights not in ("imagenet", "none"):
@@ -157,7 +189,7 @@ def _of_torchvision(name: str, weights: str) -> Pretrained:
         layers, last = list(network.features), network.classifier
         pool = getattr(network, "avgpool", nn.AdaptiveAvgPool2d(1))
     head = (last, nn.Flatten()) if name.startswith("squeezenet") else (pool, nn.Flatten(), last)  # it pools itself
-    return Pretrained(nn.Sequential(*layers), nn.Sequential(*head), _MEAN, _DEVIATION)
+    return nn.Sequential(*layers), nn.Sequential(*head), _MEAN, _DEVIATION
 
 
 def _expected(weights: str, name: str, error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -53,6 +54,31 @@ def test_features_of_each_stride_are_what_its_last_layer_gives(name: str) -> Non
         assert list(found.shape[2:]) == pytest.approx([96 / stride, 128 / stride], rel=0.25)  # not all of them pad
         assert any(torch.equal(found, one) for one in each if one.shape == found.shape)
     assert torch.equal(maps[max(maps)], each[-1])
+
+
+@pytest.mark.parametrize("stride", [8, 16])
+@pytest.mark.parametrize(("name", "offset"), [("efficientnet_lite0", 1), ("mobilenet_v2", 0), ("resnet18", 0)])
+def test_a_dilated_network_has_the_values_of_the_other_one_and_more_between(
+    name: str, offset: int, stride: Literal[8, 16]
+) -> None:
+    torch.manual_seed(0)
+    network = pretrained(name, "none")  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    dilated, image = pretrained(name, "none", stride=stride), torch.rand(1, 3, 96, 128)  # type: ignore[arg-type]
+    fine, coarse, factor = dilated.pyramid(image)[stride], network.pyramid(image)[32], 32 // stride
+    assert max(dilated.channels) == stride
+    assert fine.shape[2:] == (96 // stride, 128 // stride)
+    # TensorFlow's padding takes the last one of each group of locations, torchvision's the first one.
+    start = offset * (factor - 1)
+    torch.testing.assert_close(fine[..., start::factor, start::factor], coarse)
+    assert dilated(image).shape == (1, 1000)
+
+
+@pytest.mark.parametrize("name", ["squeezenet1_0", pytest.param("vgg16_bn", marks=pytest.mark.slow)])
+def test_a_network_with_max_pooling_keeps_its_resolution_too(name: str) -> None:
+    maps = pretrained(name, "none", stride=8).pyramid(torch.rand(1, 3, 96, 128))  # type: ignore[arg-type]
+    assert max(maps) == 8
+    assert list(maps[8].shape[2:]) == pytest.approx([12, 16], rel=0.1)
 
 
 def test_a_tag_classifier_shares_the_features_and_has_activation_maps(lite0: Pretrained) -> None:
