@@ -204,4 +204,5 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # a single small image is soon done: where cores are shared, threads wait for each other
     run(main, Config)
