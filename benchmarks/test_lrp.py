@@ -1,7 +1,9 @@
 """Heatmaps of all classes, and a training step through them: the unrolled decoder against autograd, class by class.
 
 21 classes are VOC's. resnet18 on 2 images of 96 pixels is small enough for what is done per class to show, resnet50 on
-an image of 224 is what classifiers are trained on; its training step is left out, as it takes long. Shares are those of
+an image of 224 is what classifiers are trained on; its training step is left out, as it takes long. The composite
+EpsilonPlus is zennit's and the same by rule="epsilon_plus"; time over the number of classes that are decoded at once is
+a curve of its own. Shares are those of
 one forward pass of the classifier, without gradients, in the same group: time in forward passes is what can be compared
 between machines. Evaluation mode, float32, one thread.
 
@@ -48,6 +50,7 @@ CASES = [
     Case("training", "resnet18", (2, 3, 96, 96), 3),
     Case("heatmaps", "resnet50", (1, 3, 224, 224), 2),
 ]
+CHUNKS = [1, 2, 3, 4, 5, 7, 11, 21]
 
 
 def zennit(model: nn.Module) -> Heatmaps:
@@ -59,7 +62,15 @@ def zennit(model: nn.Module) -> Heatmaps:
         (types.Linear, rules.Epsilon(epsilon=1e-9)),  # convolutions too; LRP-0, but for 0 / 0
     ]
     canonizer = import_module("zennit.torchvision").ResNetCanonizer()
-    composite = composites.LayerMapComposite(layers, canonizers=[canonizer])
+    return class_by_class(model, composites.LayerMapComposite(layers, canonizers=[canonizer]))
+
+
+def zennit_epsilon_plus(model: nn.Module) -> Heatmaps:
+    canonizer = import_module("zennit.torchvision").ResNetCanonizer()
+    return class_by_class(model, import_module("zennit.composites").EpsilonPlus(canonizers=[canonizer]))
+
+
+def class_by_class(model: nn.Module, composite: object) -> Heatmaps:
     attributor = import_module("zennit.attribution").Gradient(model, composite)
 
     def run(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,3 +172,75 @@ def test_lrp(benchmark, case: Case, method: str) -> None:  # type: ignore[no-unt
     benchmark.extra_info.update(method=method, rival=FORWARD, error=error)
     benchmark.extra_info["extra_bytes"] = max(0, peak_bytes(step, method, case) - output)
     benchmark.pedantic(run, rounds=20 if method == FORWARD else case.rounds)
+
+
+RULES: dict[str, Callable[[nn.Module], Heatmaps]] = {
+    "unrolled": lambda model: unroll(model, rule="epsilon_plus"),
+    "zennit": zennit_epsilon_plus,
+}
+
+
+def rule_step(method: str, case: Case) -> Callable[[], tuple[Tensor, ...]]:
+    """A call that returns the heatmaps of the composite, of a network whose normalisation zennit merges rightly."""
+    torch.set_num_threads(1)
+    model = classifier(case)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 0.0
+    images = torch.randn(case.shape)
+    heatmaps = RULES[method](model)
+
+    def call(images: Tensor) -> tuple[Tensor, ...]:
+        with torch.set_grad_enabled(method == "zennit"):
+            return (heatmaps(images)[1],)
+
+    call(images[:1, :, :32, :32])
+    return partial(call, images)
+
+
+@cache
+def by_zennit(case: Case) -> tuple[Tensor, ...]:
+    return rule_step("zennit", case)()
+
+
+@pytest.mark.usefixtures("_one_thread")
+@pytest.mark.parametrize("method", RULES)
+def test_lrp_epsilon_plus(benchmark, method: str) -> None:  # type: ignore[no-untyped-def]
+    pytest.importorskip("zennit")
+    case = CASES[0]
+    run = rule_step(method, case)
+    results = run()
+    error = relative_error(results, by_zennit(case))
+    assert error < 1e-3
+    output = sum(4 * result.numel() for result in results)
+    benchmark.group = f"lrp epsilon_plus {case.network} {'x'.join(map(str, case.shape))}, {CLASSES} classes, 1 thread"
+    benchmark.extra_info.update(method=method, rival="zennit", error=error)
+    benchmark.extra_info["extra_bytes"] = max(0, peak_bytes(rule_step, method, case) - output)
+    benchmark.pedantic(run, rounds=3)
+
+
+def chunk_step(chunk: int, case: Case) -> Callable[[], tuple[Tensor, ...]]:
+    torch.set_num_threads(1)
+    unrolled = unroll(classifier(case), chunk=chunk)
+    images = torch.randn(case.shape)
+
+    def call(images: Tensor) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return (unrolled(images)[1],)
+
+    call(images[:1, :, :32, :32])
+    return partial(call, images)
+
+
+@pytest.mark.usefixtures("_one_thread")
+@pytest.mark.parametrize("case", [CASES[0], CASES[2]], ids=str)
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_lrp_chunk(benchmark, case: Case, chunk: int) -> None:  # type: ignore[no-untyped-def]
+    run = chunk_step(chunk, case)
+    results = run()
+    error = relative_error(results, expected(case))
+    assert error < 1e-4
+    benchmark.group = f"lrp {case}, classes decoded at once, 1 thread"
+    benchmark.extra_info.update(method=f"{chunk} at once", rival=f"{CLASSES} at once", error=error)
+    benchmark.extra_info["extra_bytes"] = max(0, peak_bytes(chunk_step, chunk, case) - 4 * results[0].numel())
+    benchmark.pedantic(run, rounds=3)
