@@ -65,7 +65,7 @@ GRAD_CAM: dict[str, Any] = {"layer": ("features.10", "features.17"), "pool": Fal
 ADVCAM: dict[str, Any] = {"steps": 27, "step_size": 0.04}
 RIB: dict[str, Any] = {"steps": 10, "lr": 5e-5, "threshold": 0.8}
 FROZEN = 11  # layers, up to stride 16, that RIB leaves as they are
-LRP: dict[str, dict[str, Any]] = {"LRP-0": {}, "LRP-ε": {"epsilon": 5.0}}  # rules, a column each
+LRP: dict[str, dict[str, Any]] = {"LRP-0": {}, "LRP ε, z+": {"rule": "epsilon_plus"}}  # rules, a column each
 CRF: dict[str, Any] = {"weight": 4.0, "sigma_xy": 40.0}
 BACKGROUND = 0.45  # the score of the background, where maps have at most 1
 

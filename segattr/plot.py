@@ -114,7 +114,7 @@ def map_grid(
 
 
 def heatmap(image: Tensor, heatmaps: Mapping[str, Tensor], *, percentile: float = 99.5) -> Figure:
-    r"""Signed heatmaps such as those of LRP beside their image: red for, blue against, white for 0.
+    r"""Signed heatmaps such as those of LRP beside their image, four in a row: red for, blue against, white for 0.
 
     Colours are symmetric: they reach from :math:`-v` to :math:`v`, the percentile of the absolute values of each
     heatmap, so that a few large pixels do not leave the others white.
@@ -156,11 +156,15 @@ def heatmap(image: Tensor, heatmaps: Mapping[str, Tensor], *, percentile: float 
                 f"{shape_text(values.shape)}"
             )
     height, width = image.shape[1:]
-    figure = _figure(2.8 * (1 + len(heatmaps)), 2.8 * height / width + 0.4)
-    first, *others = figure.subplots(1, 1 + len(heatmaps), squeeze=False)[0]
+    columns = min(4, 1 + len(heatmaps))
+    rows = -(-(1 + len(heatmaps)) // columns)
+    figure = _figure(3.2 * columns, rows * (3.2 * 0.8 * height / width + 0.5))
+    first, *others = figure.subplots(rows, columns, squeeze=False).flat
     _show(first, image)
     first.set_title("image")
-    for axis, (title, values) in zip(others, heatmaps.items(), strict=True):
+    for axis in others[len(heatmaps) :]:
+        axis.remove()
+    for axis, (title, values) in zip(others, heatmaps.items(), strict=False):
         numbers = values.detach().double().cpu()
         limit = float(torch.quantile(numbers.abs().flatten()[:: -(-numbers.numel() // 10**6)], percentile / 100))
         limit = limit or float(numbers.abs().max()) or 1.0

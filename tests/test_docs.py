@@ -76,6 +76,7 @@ def test_the_index_tells_the_purpose_of_every_page_in_the_order_of_the_contents(
 
 def test_every_public_name_has_exactly_one_api_entry() -> None:
     parts = {f"segattr.{part}": getattr(segattr, part) for part in ("lrp", "metrics", "plot", "refine")}
+    parts |= {f"segattr.lrp.{part}": getattr(segattr.lrp, part) for part in ("composites", "rules")}
     packages = {"segloss": segloss, "segattr": segattr, **parts}
     public = {f"{path}.{name}" for path, package in packages.items() for name in package.__all__} - set(parts)
     directive = r"^\.\. (?:auto|py:)(?:function|class|exception|data):: ([\w.]+)"

@@ -125,7 +125,8 @@ def test_names_are_the_published_ones() -> None:
         "split": "(model, layer, *, example)",
         "lrp.heatmap_loss": "(heatmaps, scores, labels, tags, *, scale, weight, background_weight, ignore_index)",
         "lrp.labelled_subset": "(tags, count, *, uniform_below, generator)",
-        "lrp.unroll": "(model, *, activations, weights, upsampling, skip, batch_norm, epsilon, chunk, gates, example)",
+        "lrp.unroll": "(model, *, activations, weights, upsampling, skip, batch_norm, epsilon, chunk, gates, example, "
+        "rule)",
         "metrics.average_best_overlap": "(predictions, truths)",
         "metrics.average_precision": "(predictions, truths, *, threshold)",
         "metrics.best_threshold_miou": "(maps, labels, *, tags, thresholds, ignore_index)",

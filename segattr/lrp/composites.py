@@ -15,6 +15,21 @@ from torch import nn
 from segattr.lrp.rules import STABILIZER, AlphaBeta, Epsilon, Flat, Gamma, Pass, Rule, WSquare, ZBox, ZPlus
 from segloss.common.checks import check_choice
 
+__all__ = [
+    "Place",
+    "anything",
+    "base",
+    "convolution",
+    "epsilon_alpha2_beta1",
+    "epsilon_alpha2_beta1_flat",
+    "epsilon_gamma_box",
+    "epsilon_plus",
+    "epsilon_plus_flat",
+    "first",
+    "linear",
+    "single",
+]
+
 
 @dataclass(frozen=True)
 class Place:

@@ -15,6 +15,8 @@ from torch import Tensor
 from segattr.lrp.adjoints import Layer
 from segloss.common.checks import check_number
 
+__all__ = ["AlphaBeta", "Epsilon", "Flat", "Gamma", "Pass", "WSquare", "ZBox", "ZPlus"]
+
 STABILIZER = 1e-6  # added to denominators, in the unit of the activations
 
 

@@ -15,7 +15,7 @@ from photographs import Config, bundled, load, look, make_methods, refined
 from PIL import Image
 
 SMALL = 64
-METHODS = ["CAM", "Grad-CAM", "AdvCAM", "RIB", "LRP-0", "LRP-ε", "multi-scale CAM"]
+METHODS = ["CAM", "Grad-CAM", "AdvCAM", "RIB", "LRP-0", "LRP ε, z+", "multi-scale CAM"]
 SILENT: Any = SimpleNamespace(set_postfix_str=lambda text: None, update=lambda: None)
 
 
