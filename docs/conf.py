@@ -31,7 +31,8 @@ napoleon_use_rtype = False
 napoleon_custom_sections = ["Source"]  # free text: titles of papers have colons
 maximum_signature_line_length = 88
 nitpicky = True
-nitpick_ignore_regex = [("py:class", r"(torch|collections\.abc)\..*|Tensor|Figure")]  # types of other libraries
+# Types of other libraries, and the protocol of a rule of LRP.
+nitpick_ignore_regex = [("py:class", r"(torch|collections\.abc)\..*|Tensor|Figure|segattr\.lrp\.rules\.Rule")]
 
 # Pictures: the code that a page shows is the code that drew them.
 plot_include_source = True

@@ -297,8 +297,8 @@ def unroll(
     classes in one batch, can be trained, and reads the parameters of the classifier, of which there is one copy:
     training, moving or loading one is training, moving or loading the other.
 
-    Other rules, for smoother heatmaps, pass relevance instead of gradients: see ``rule``, :mod:`segattr.lrp.rules` and
-    :mod:`segattr.lrp.composites`. Masks, indices of maxima, inputs and what is divided by are constants then, so that
+    Other rules, for smoother heatmaps, pass relevance instead of gradients: see ``rule``, ``segattr.lrp.rules`` and
+    ``segattr.lrp.composites``. Masks, indices of maxima, inputs and what is divided by are constants then, so that
     the heatmaps reach the weights where a rule has them, scales of batch normalisation among them: gamma, z+ and
     alpha-beta through their positive and negative parts, w-squared through squares, z-box through all three, flat not
     at all; biases get no gradient.
