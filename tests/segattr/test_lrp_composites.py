@@ -176,7 +176,7 @@ def without_biases() -> tuple[nn.Module, Tensor]:
 
 
 @pytest.mark.parametrize(
-    "rule", [Epsilon(0), Gamma(0.5, 0), ZPlus(0), Flat(0), WSquare(0), [(first, ZBox(0.0, 1.0, 0))]], ids=str
+    "rule", [Epsilon(0), Gamma(0.5, 0), ZPlus(0), Flat(0), WSquare(0), [(first, ZBox(0.0, 1.0, 0))]]
 )
 def test_rules_that_conserve_put_the_whole_score_on_pixels(rule: Any) -> None:
     """Without biases and stabilisers, and with the linear layer by LRP-0."""
@@ -308,7 +308,6 @@ def test_a_constant_that_is_added_makes_an_input_signed() -> None:
         ([(anything, ZPlus())], ValueError, "for layers with weights, and the composite gives it to 1 "),
         ([(anything, Pass())], ValueError, "on single numbers, and the composite gives it to 0 "),
     ],
-    ids=str,
 )
 def test_a_wrong_rule_is_refused(rule: Any, error: type[Exception], message: str) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))

@@ -112,7 +112,6 @@ def small() -> tuple[nn.Sequential, Tensor]:
         (Flat(), lambda rules: rules.Flat()),
         (WSquare(), lambda rules: rules.WSquare()),
     ],
-    ids=str,
 )
 def test_a_rule_everywhere_is_that_of_zennit(own: Any, make: Callable[[Any], Any]) -> None:
     from zennit import composites as theirs
