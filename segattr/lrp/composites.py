@@ -146,9 +146,10 @@ def epsilon_plus(epsilon: float = STABILIZER, stabilizer: float = STABILIZER) ->
         stabilizer: of all denominators else.
 
     Example:
+        >>> import torch
         >>> from segattr.lrp import unroll
-        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
-        >>> scores, heat = unroll(model, rule="epsilon_plus")(torch.rand(1, 3, 4, 4))
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+        >>> scores, heatmaps = unroll(model, rule="epsilon_plus")(torch.rand(1, 3, 8, 8))
     """
     return [(convolution, ZPlus(stabilizer)), (linear, Epsilon(epsilon)), *base(stabilizer)]
 

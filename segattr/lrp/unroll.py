@@ -1,6 +1,7 @@
 """Layer-wise relevance propagation (LRP) unrolled into a decoder whose layers are tied to those of the classifier."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,7 @@ from segattr.lrp.plan import Operation, Plan, Plans, Saved
 from segattr.lrp.relevance import Choice, Relevance, over
 from segattr.lrp.rules import STABILIZER, Epsilon, Rule
 from segattr.networks.classes import Classes, check_classes
-from segattr.networks.classifier import Classifier, taking
+from segattr.networks.classifier import Classifier, check_images, taking
 from segattr.networks.reader.read import unwrapped
 from segattr.networks.reader.record import IMAGES, Result
 from segloss.common.checks import check_choice, check_finite, check_floating, check_int, check_number, shape_text
@@ -360,9 +361,9 @@ def unroll(
         A module from images to ``(scores [B, K], heatmaps [B, K, H, W])``; see :meth:`UnrolledLRP.forward`.
 
     Raises:
-        TypeError: a model whose code cannot be followed, as it reads numbers out of images, say; with operations that
-            have no adjoint (all are named; see :func:`segattr.lrp.adjoint`); with other outputs, probabilities among
-            them.
+        TypeError: an ``example`` that is not floating point; a model whose code cannot be followed, as it reads numbers
+            out of images, say; with operations that have no adjoint (all are named; see :func:`segattr.lrp.adjoint`);
+            with other outputs, probabilities among them.
         ValueError: options that do not go together, ``epsilon`` below 0, ``chunk`` below 1, an unknown rule, one that
             is not for an operation that it is given to.
 
@@ -412,12 +413,15 @@ def unroll(
         )
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if example is not None:
+        check_images(example, "example")
     rules = dict(RULES)
     if activations == "relu":
         rules |= {operation: untied_relu for operation, rule in RULES.items() if rule in (relu, relu_module)}
     if batch_norm == "batch":
         rules |= {operation: batch_statistics for operation, rule in RULES.items() if rule is RULES[nn.BatchNorm2d]}
-    plans = Plans(_inside(model), rules, gates, example, chosen)
+    with nullcontext() if example is None else taking("example", example):
+        plans = Plans(_inside(model), rules, gates, example, chosen)
     if weights == "free":
         return FreeDecoder(plans, skip=skip)
     return UnrolledLRP(plans, float(epsilon), chunk)

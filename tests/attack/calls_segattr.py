@@ -301,6 +301,15 @@ def unroll() -> Call:
     return Call(call, arguments | settings, heatmaps, fixed=("model",))
 
 
+def unroll_by_a_rule() -> Call:
+    def call(model: Any, x: Any, classes: Any, **settings: Any) -> Any:
+        return lrp.unroll(model, **settings)(x, classes)
+
+    settings = {"rule": "gamma", "gates": "constant", "example": images(), "chunk": 2}
+    arguments = {"model": network(), "x": images(), "classes": [0, 2]}
+    return Call(call, arguments | settings, heatmaps, fixed=("model",))
+
+
 def unrolled_lrp() -> Call:
     unrolled = lrp.unroll(network())
     return Call(unrolled, {"x": images(), "classes": [[0, 2], [1]]}, heatmaps, fixed=("x",))
@@ -566,6 +575,11 @@ def map_grid() -> Call:
     return Call(plot.map_grid, arguments)
 
 
+def heatmap() -> Call:
+    arguments = {"image": rand(3, 4, 3), "heatmaps": {"cat": rand(4, 3)}, "percentile": 99.0}
+    return Call(plot.heatmap, arguments)
+
+
 def size_grid() -> Call:
     arguments = {"image": rand(3, 4, 3), "columns": 3, "rows": 2}
     return Call(plot.size_grid, arguments)
@@ -597,6 +611,7 @@ CALLS: dict[str, Callable[[], Call]] = {
     "segattr.lrp.heatmap_loss": lambda: heatmap_loss(lrp.heatmap_loss),
     "segattr.lrp.labelled_subset": labelled_subset,
     "segattr.lrp.unroll": unroll,
+    "segattr.lrp.unroll rules": unroll_by_a_rule,
     "segattr.metrics.BestThreshold": best_threshold_record,
     "segattr.metrics.JAndF": j_and_f_of_data_set,
     "segattr.metrics.PerClass": per_class,
@@ -609,6 +624,7 @@ CALLS: dict[str, Callable[[], Call]] = {
     "segattr.metrics.j_and_f": lambda: of_two_masks(metrics.j_and_f),
     "segattr.metrics.pointing_game": pointing_game,
     "segattr.metrics.region_similarity": lambda: of_two_masks(metrics.region_similarity),
+    "segattr.plot.heatmap": heatmap,
     "segattr.plot.map_grid": map_grid,
     "segattr.plot.overlay": overlay,
     "segattr.plot.size_grid": size_grid,
