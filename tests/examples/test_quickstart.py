@@ -161,7 +161,9 @@ def test_it_trains_on_plain_folders(voc: Path, tmp_path: Path) -> None:
         done = quickstart(*TINY, "--data", "folder", "--root", tmp_path, "--workers", workers, "--out", tmp_path / "no")
         assert done.returncode == 1
         assert re.search(
-            r"^error: .*train_000003.jpg: expected a JPEG, PNG, BMP or TIFF image that can be read, .*$", done.stderr, re.M
+            r"^error: .*train_000003.jpg: expected a JPEG, PNG, BMP or TIFF image that can be read, .*$",
+            done.stderr,
+            re.M,
         )
         assert "Traceback" not in done.stderr
 
