@@ -28,6 +28,7 @@ __all__ = [
     "first",
     "linear",
     "single",
+    "weighted",
 ]
 
 
@@ -75,7 +76,7 @@ def first(place: Place) -> bool:
         >>> first(Place("conv1", "conv2d", None, first=True))
         True
     """
-    return place.first and place.kind in WEIGHTED
+    return place.first and weighted(place)
 
 
 def convolution(place: Place) -> bool:
@@ -85,7 +86,7 @@ def convolution(place: Place) -> bool:
         >>> convolution(Place("fc", "linear", None, first=False))
         False
     """
-    return place.kind in WEIGHTED and place.kind != "linear"
+    return weighted(place) and place.kind != "linear"
 
 
 def linear(place: Place) -> bool:
@@ -96,6 +97,16 @@ def linear(place: Place) -> bool:
         True
     """
     return place.kind == "linear"
+
+
+def weighted(place: Place) -> bool:
+    """All layers with weights.
+
+    Example:
+        >>> weighted(Place("fc", "linear", None, first=False))
+        True
+    """
+    return place.kind in WEIGHTED
 
 
 def single(place: Place) -> bool:
@@ -135,7 +146,7 @@ def base(stabilizer: float = STABILIZER) -> Composite:
 
 def everywhere(rule: Rule) -> Composite:
     """One rule for all layers with weights."""
-    return [(lambda place: place.kind in WEIGHTED, rule), *base()]
+    return [(weighted, rule), *base()]
 
 
 def epsilon_plus(epsilon: float = STABILIZER, stabilizer: float = STABILIZER) -> Composite:

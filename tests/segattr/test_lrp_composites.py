@@ -1,5 +1,7 @@
 """LRP rules against their textbook formulas, written with one contribution for each pair of an input and an output."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -258,12 +260,23 @@ def test_rules_compile(rule: str) -> None:
     torch.testing.assert_close(torch.compile(unrolled, fullgraph=True, backend="eager")(x), unrolled(x))
 
 
-def test_a_copy_has_the_same_rules() -> None:
-    import copy
-
+@pytest.mark.parametrize("rule", ["gamma", "epsilon_plus_flat"])
+def test_a_copy_has_the_same_rules(rule: str) -> None:
     model, x = without_biases()
-    unrolled = unroll(model, rule="epsilon_plus")
-    assert error(copy.deepcopy(unrolled)(x)[1], unrolled(x)[1]) == 0
+    unrolled = unroll(model, rule=rule)
+    for copied in (copy.deepcopy(unrolled), pickle.loads(pickle.dumps(unrolled))):
+        assert error(copied(x)[1], unrolled(x)[1]) == 0
+
+
+@pytest.mark.parametrize("rule", ["gamma", "epsilon_plus", "epsilon_alpha2_beta1_flat"])
+def test_rules_under_autocast_are_close_to_single_precision(rule: str) -> None:
+    model, x = without_biases()
+    unrolled, x = unroll(model.float(), rule=rule), x.float()
+    with torch.no_grad():
+        expected = unrolled(x)[1]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = unrolled(x)[1]
+    assert error(found.double(), expected.double()) < 0.1
 
 
 def test_a_constant_that_is_added_makes_an_input_signed() -> None:
