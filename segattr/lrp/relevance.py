@@ -59,12 +59,14 @@ class Choice:
 
     def __init__(self, operations: Sequence["Operation"], model: nn.Module, composite: Composite) -> None:
         self.rules: dict[str, Rule | None] = {}  # None for what moves numbers
-        self.nonnegative: set[Result] = set()  # results without numbers below 0
+        self.nonnegative: dict[str, bool] = {}  # whether an operation gets no numbers below 0
+        positive: set[Result] = set()  # results without numbers below 0
         pixels = {IMAGES}  # results that are made of pixels alone
         for operation in operations:
             kind, given = kind_of(operation), results_in((operation.args, operation.kwargs))
-            if kind in _POSITIVE or (_keeps_sign(operation, kind) and self.nonnegative.issuperset(given)):
-                self.nonnegative.update(operation.outputs)
+            self.nonnegative[operation.name] = positive.issuperset(operation.inputs)
+            if kind in _POSITIVE or (_keeps_sign(operation, kind) and positive.issuperset(given)):
+                positive.update(operation.outputs)
             if kind in _MOVES and operation.inputs and pixels.issuperset(operation.inputs):
                 pixels.update(operation.outputs)
             if operation.inputs and kind not in _MOVES:
@@ -82,7 +84,7 @@ class Choice:
         if isinstance(rule, Pass):
             return Relevance(step, inputs, [])
         if step.layer is not None:
-            step.layer.nonnegative = self.nonnegative.issuperset(operation.inputs)
+            step.layer.nonnegative = self.nonnegative[operation.name]
             return Relevance(step, inputs, rule(step.layer))
         assert isinstance(rule, Epsilon)
         inverses = [stable(output, rule.epsilon).unsqueeze(1) for output in outputs]
