@@ -128,7 +128,7 @@ class Relevance:
     def __init__(self, step: Linearised, inputs: list[Tensor], parts: list[Part], moves: bool = False) -> None:
         self.step, self.inputs, self.parts, self.moves = step, inputs, parts, moves
         # Whether the sum may be another one at the inputs: also where constants are concatenated.
-        self.takes = bool(parts) or bool(step.shifts)
+        self.takes = len(parts) + len(step.shifts) > 0
 
     def __call__(self, relevance: Any) -> Sequence[Tensor]:
         if self.moves:
