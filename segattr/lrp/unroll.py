@@ -120,7 +120,7 @@ class UnrolledLRP(nn.Module):
         for name, step in steps.items():
             size = step.output.detach().abs().unsqueeze(1) if self.epsilon and step.weighted else None
             several = None if isinstance(step.output, Tensor) else step.output
-            tape[name] = Saved(step.adjoint, step.shifts, size, several, bool(step.shifts))
+            tape[name] = Saved(step.adjoint, step.shifts, size, several, len(step.shifts) > 0)
         return results[plan.output], tape
 
     def _heat(self, plan: Plan, x: Tensor, start: Tensor, tape: dict[str, Saved]) -> Tensor:
