@@ -105,7 +105,7 @@ class Saved(NamedTuple):
 
     adjoint: Adjoint | Relevance
     shifts: dict[str, Tensor]
-    size: Tensor | None  # of its output, for LRP-epsilon
+    output: Tensor | None  # [B, 1, *out], for LRP-epsilon
     several: Sequence[Tensor] | None  # outputs, where it has more than one
     adds: bool = False  # whether relevance may go to what it adds, or to its rule
 

@@ -76,9 +76,8 @@ class UnrolledLRP(nn.Module):
         ``"<operation>.saturation"``, activations that are not 0 at 0 ``".at_zero"``, padding ``".value"``, all other
         constants that are added or concatenated ``".constant"``. Under rules other than LRP-0 biases take the share
         that the rule gives them, and ``"<operation>.rule"`` is what the rule takes, or adds if it is negative, by its
-        stabiliser or otherwise. The sum is not that with ``epsilon > 0``, which takes relevance away by itself, or
-        ``activations="relu"``. It runs the classifier: in training mode dropout is
-        drawn anew, and with ``batch_norm="batch"`` running statistics are updated.
+        stabiliser or otherwise. With ``activations="relu"`` the sum is another one. It runs the classifier: in training
+        mode dropout is drawn anew, and with ``batch_norm="batch"`` running statistics are updated.
         Where a constant is added to windows or tokens of all images, it takes a pass for each image.
 
         Args:
@@ -118,9 +117,10 @@ class UnrolledLRP(nn.Module):
             return results[plan.output], _relevance(plan, plan.choice, steps, results)
         tape = {}
         for name, step in steps.items():
-            size = step.output.detach().abs().unsqueeze(1) if self.epsilon and step.weighted else None
+            output = step.output.detach().unsqueeze(1) if self.epsilon and step.weighted else None
             several = None if isinstance(step.output, Tensor) else step.output
-            tape[name] = Saved(step.adjoint, step.shifts, size, several, len(step.shifts) > 0)
+            adds = len(step.shifts) > 0 or output is not None
+            tape[name] = Saved(step.adjoint, step.shifts, output, several, adds)
         return results[plan.output], tape
 
     def _heat(self, plan: Plan, x: Tensor, start: Tensor, tape: dict[str, Saved]) -> Tensor:
@@ -145,11 +145,16 @@ class UnrolledLRP(nn.Module):
         for operation, layer in zip(reversed(plan.carrying), plan.decoder, strict=True):
             step = tape[operation.name]
             gradient = _gather(operation, gradients, step.several)
-            if step.size is not None:
-                gradient = gradient * (step.size / (step.size + self.epsilon))
+            taken = {}
+            if step.output is not None:
+                size = step.output.abs()
+                whole, gradient = gradient, gradient * (size / (size + self.epsilon))
+                if absorbed is not None:
+                    taken[f"{operation.label}.rule"] = _total([(whole - gradient) * step.output], apart)
             back = layer(gradient, step)
             if absorbed is not None:
-                for entry, value in _absorbed(operation, gradient, back, step, apart).items():
+                taken |= _absorbed(operation, gradient, back, step, apart)
+                for entry, value in taken.items():
                     absorbed[entry] = absorbed[entry] + value if entry in absorbed else value  # modules used twice
             for result, part in zip(operation.inputs, back, strict=True):
                 gradients[result] = gradients[result] + part if result in gradients else part
@@ -402,9 +407,10 @@ def unroll(
         raise ValueError(
             "weights: expected 'tied' with activations='relu', epsilon or chunk: a free decoder has none, got 'free'"
         )
-    if rule == "epsilon" or isinstance(rule, Epsilon):
-        epsilon = epsilon or (rule.epsilon if isinstance(rule, Epsilon) else STABILIZER)
-        rule = "zero"
+    if isinstance(rule, Epsilon) and epsilon:
+        raise ValueError(f"epsilon: expected none beside a rule that has one, got {epsilon} with {rule}")
+    if isinstance(rule, Epsilon) or (isinstance(rule, str) and rule == "epsilon"):
+        rule, epsilon = "zero", rule.epsilon if isinstance(rule, Epsilon) else epsilon or STABILIZER
     chosen = composite(rule)
     if chosen is not None and (weights == "free" or activations != "tied" or epsilon):
         raise ValueError(

@@ -57,7 +57,7 @@ def spoils(call: Call) -> list[Spoil]:
     ]
 
 
-def attack(call: Call, spoilt: list[Spoil], seconds: float = 10.0) -> None:
+def assert_withstands(call: Call, spoilt: list[Spoil], seconds: float = 10.0) -> None:
     """Raises AssertionError where the call neither gives a documented result nor an error that names an argument."""
     try:
         _attack(call, spoilt, seconds)

@@ -19,7 +19,7 @@ import segattr
 import segattr.plot
 import segloss
 from segloss.common.precision import _get, _set
-from tests.attack.attack import Spoil, _equal, _tensors, attack, spoils
+from tests.attack.attack import Spoil, _equal, _tensors, assert_withstands, spoils
 from tests.attack.call import Call, Calls
 from tests.attack.calls_segattr import CALLS as CALLS_SEGATTR
 from tests.attack.calls_segloss import CALLS as CALLS_SEGLOSS
@@ -61,29 +61,29 @@ def test_a_spoilt_argument_is_refused_by_name_or_gives_a_sound_result(name: str)
     """A sample, another one for each call."""
     every = spoils_of(name)
     for spoil in random.Random(name).sample(every, min(len(every), 15)):
-        attack(fresh(name), [spoil])
+        assert_withstands(fresh(name), [spoil])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 def test_all_ways_to_spoil_an_argument(name: str) -> None:
     for spoil in spoils_of(name):
-        attack(fresh(name), [spoil])
+        assert_withstands(fresh(name), [spoil])
 
 
-def attack_two(name: str, data: st.DataObject) -> None:
+def assert_two_withstand(name: str, data: st.DataObject) -> None:
     """Spoils two arguments, where there are as many that may be."""
     every = spoils_of(name)
     if len({target for target, _ in every}) > 1:
         choice = st.lists(st.sampled_from(every), min_size=2, max_size=2, unique_by=lambda spoil: spoil[0])
-        attack(fresh(name), data.draw(choice))
+        assert_withstands(fresh(name), data.draw(choice))
 
 
 @pytest.mark.parametrize("name", CALLS)
 @settings(max_examples=10)
 @given(data=st.data())
 def test_two_spoilt_arguments(name: str, data: st.DataObject) -> None:
-    attack_two(name, data)
+    assert_two_withstand(name, data)
 
 
 @pytest.mark.slow
@@ -91,7 +91,7 @@ def test_two_spoilt_arguments(name: str, data: st.DataObject) -> None:
 @settings(max_examples=60)
 @given(data=st.data())
 def test_more_of_two_spoilt_arguments(name: str, data: st.DataObject) -> None:
-    attack_two(name, data)
+    assert_two_withstand(name, data)
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -102,7 +102,7 @@ def test_valid_arguments_are_accepted(name: str) -> None:
             call.function(**call.arguments)
     else:
         call.function(**call.arguments)
-    attack(fresh(name), [])
+    assert_withstands(fresh(name), [])
 
 
 def keep(x: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ def root(x: Tensor) -> Tensor:
 def test_the_attack_finds_what_is_wrong(function: Callable[..., Any], way: str, problem: str) -> None:
     call = Call(function, {"x": torch.zeros(2, 3)}, lambda _: (2, 3))
     with torch.random.fork_rng(), as_before(), pytest.raises(AssertionError, match=problem):
-        attack(call, [("x", way)], **({"seconds": 0.2} if function is hang else {}))
+        assert_withstands(call, [("x", way)], **({"seconds": 0.2} if function is hang else {}))
 
 
 @contextmanager
@@ -245,7 +245,7 @@ def hook(x: Tensor, net: nn.Linear) -> Tensor:
 def test_the_attack_finds_a_changed_network(function: Callable[..., Any], problem: str) -> None:
     call = Call(function, {"x": torch.zeros(2, 3), "net": nn.Linear(3, 3)}, fixed=("net",))
     with pytest.raises(AssertionError, match=f"{problem} of a network changed"):
-        attack(call, [("x", "torch.float64")])
+        assert_withstands(call, [("x", "torch.float64")])
 
 
 @pytest.mark.parametrize(
@@ -269,10 +269,10 @@ def test_an_error_names_an_argument_at_its_place(message: str, named: bool) -> N
 
     call = Call(function, {"image": torch.zeros(2)})
     if named:
-        attack(call, [("image", "torch.float64")])
+        assert_withstands(call, [("image", "torch.float64")])
     else:
         with pytest.raises(AssertionError, match="names none of"):
-            attack(call, [("image", "torch.float64")])
+            assert_withstands(call, [("image", "torch.float64")])
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -295,8 +295,8 @@ def test_a_default_device_changes_nothing(name: str) -> None:
 def test_every_tensor_is_spoilt_at_once() -> None:
     call = Call(lambda x, y: x + y, {"x": torch.zeros(2), "y": torch.zeros(2)}, lambda arguments: (2,))
     with pytest.raises(AssertionError, match="RuntimeError"):
-        attack(call, [("x", "meta")])
-    attack(call, [("every tensor", "meta")])
+        assert_withstands(call, [("x", "meta")])
+    assert_withstands(call, [("every tensor", "meta")])
 
 
 def test_the_attack_passes_what_is_right() -> None:
@@ -307,6 +307,6 @@ def test_the_attack_passes_what_is_right() -> None:
 
     call = Call(function, {"x": torch.zeros(2, 3)}, lambda _: (2, 3))
     for way in ("torch.float64", "requires grad", "one dimension more", "one entry -1"):
-        attack(call, [("x", way)])
-    attack(Call(function, call.arguments, any_value=("x",)), [("x", "one entry NaN")])
-    attack(Call(function, call.arguments, infinite=("x",)), [("x", "one entry infinite")])
+        assert_withstands(call, [("x", way)])
+    assert_withstands(Call(function, call.arguments, any_value=("x",)), [("x", "one entry NaN")])
+    assert_withstands(Call(function, call.arguments, infinite=("x",)), [("x", "one entry infinite")])

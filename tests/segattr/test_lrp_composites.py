@@ -159,6 +159,20 @@ def test_heatmaps_and_ledger_sum_to_the_score_under_composites(rule: str, drawn:
     assert closes(*drawn, rule) < 1e-9
 
 
+@pytest.mark.parametrize(
+    "options", [{"epsilon": 0.3}, {"rule": "epsilon"}, {"rule": Epsilon(0.1)}, {"epsilon": 0.3, "batch_norm": "batch"}]
+)
+@settings(max_examples=3, deadline=None)
+@given(classifiers())
+def test_the_ledger_says_what_epsilon_takes(options: dict[str, Any], drawn: tuple[nn.Module, Tensor]) -> None:
+    model, x = drawn
+    unrolled = unroll(model, **options, example=x)
+    with torch.no_grad():
+        ledger = unrolled.ledger(x)
+        assert conservation_error(*unrolled(x), ledger) < 1e-9
+    assert any(name.endswith(".rule") for name in ledger)
+
+
 @settings(max_examples=5, deadline=None)
 @given(classifiers())
 def test_the_rule_zero_is_input_times_gradient(drawn: tuple[nn.Module, Tensor]) -> None:
@@ -342,6 +356,11 @@ def test_a_wrong_rule_is_refused(rule: Any, error: type[Exception], message: str
 def test_wrong_settings_are_refused(make: Callable[[], Rule], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_epsilon_is_said_once() -> None:
+    with pytest.raises(ValueError, match=r"epsilon: expected none beside a rule that has one, got 0\.1 with Epsilon"):
+        unroll(without_biases()[0], rule=Epsilon(0.2), epsilon=0.1)
 
 
 @pytest.mark.parametrize("options", [{"epsilon": 0.1}, {"activations": "relu"}, {"weights": "free"}])

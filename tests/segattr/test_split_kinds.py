@@ -30,7 +30,7 @@ def ready(model: nn.Module) -> Any:
     return model
 
 
-def close(found: Tensor, expected: Tensor) -> None:
+def assert_close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -128,8 +128,8 @@ def test_the_map_of_a_head_is_what_its_trunk_gives(name: str) -> None:
     net = headed(name)
     clf = split(net)
     for images in (IMAGES, SQUARES[:1]):
-        close(clf.features(images), net.trunk(images))
-        close(clf(images), logits_of(net(images)))
+        assert_close(clf.features(images), net.trunk(images))
+        assert_close(clf(images), logits_of(net(images)))
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -139,14 +139,14 @@ def test_grad_cam_of_a_head_is_that_of_autograd(name: str) -> None:
     logits = logits_of(net.head(net, maps)).view(2, -1)
     each = [torch.autograd.grad(logits[:, c].sum(), maps, retain_graph=True)[0] for c in range(logits.shape[1])]
     expected = [(gradient.mean((2, 3), keepdim=True) * maps).sum(1) for gradient in each]
-    close(grad_cam(net, IMAGES, norm="raw"), torch.stack(expected, 1))
+    assert_close(grad_cam(net, IMAGES, norm="raw"), torch.stack(expected, 1))
 
 
 @pytest.mark.parametrize("name", HEADS)
 def test_cam_is_for_linear_layers_of_averages_alone(name: str) -> None:
     net = headed(name)
     if name in MEANS:
-        close(cam(net, IMAGES), torch.einsum("kd,bdhw->bkhw", net.fc.weight.flatten(1), net.trunk(IMAGES)))
+        assert_close(cam(net, IMAGES), torch.einsum("kd,bdhw->bkhw", net.fc.weight.flatten(1), net.trunk(IMAGES)))
     else:
         with pytest.raises(ValueError, match="use grad_cam"):
             cam(net, IMAGES)
@@ -173,8 +173,8 @@ def test_the_map_of_attention_is_what_it_adds_up() -> None:
         Headed(lambda net, x: net.fc(weighted(net, x).sum(1)), score=nn.Linear(CHANNELS, 1), fc=nn.Linear(CHANNELS, 2))
     )
     maps = weighted(net, net.trunk(IMAGES)).mT.unflatten(2, (12, 9))
-    close(split(net).features(IMAGES), maps)
-    close(grad_cam(net, IMAGES, norm="raw"), torch.einsum("kd,bdhw->bkhw", net.fc.weight, maps))
+    assert_close(split(net).features(IMAGES), maps)
+    assert_close(grad_cam(net, IMAGES, norm="raw"), torch.einsum("kd,bdhw->bkhw", net.fc.weight, maps))
 
 
 # --- networks
@@ -203,8 +203,8 @@ def test_code_that_depends_on_the_size() -> None:
     clf = split(net)
     for size in ((24, 18), (9, 11), (32, 32), (12, 13)):
         images = torch.randn(3, 3, *size, dtype=torch.float64)
-        close(clf.features(images), net.maps(images))
-        close(clf(images), net(images))
+        assert_close(clf.features(images), net.maps(images))
+        assert_close(clf(images), net(images))
 
 
 class Mixer(nn.Module):
@@ -226,15 +226,15 @@ class Mixer(nn.Module):
 def test_the_map_of_a_mixer_is_its_tokens() -> None:
     net = ready(Mixer())
     expected = net.tokens(SQUARES).mT.unflatten(2, (4, 4))
-    close(split(net).features(SQUARES), expected)
-    close(cam(net, SQUARES), torch.einsum("kd,bdhw->bkhw", net.fc.weight, expected))
+    assert_close(split(net).features(SQUARES), expected)
+    assert_close(cam(net, SQUARES), torch.einsum("kd,bdhw->bkhw", net.fc.weight, expected))
 
 
 def test_an_example_tells_a_size_that_is_not_usual() -> None:
     net, images = ready(Mixer(40)), torch.randn(2, 3, 40, 40, dtype=torch.float64)
     for clf in (split(net), split(net, example=images[:1])):
-        close(clf(images), net(images))
-        close(clf.features(images), net.tokens(images).mT.unflatten(2, (5, 5)))
+        assert_close(clf(images), net(images))
+        assert_close(clf.features(images), net.tokens(images).mT.unflatten(2, (5, 5)))
 
 
 class Shrinking(nn.Module):
@@ -273,9 +273,9 @@ def test_tokens_of_patches_attention_and_windows(kind: type[nn.Module]) -> None:
     images = torch.randn(2, 3, 32, 48, dtype=torch.float64)
     expected = net.maps(images) if kind is Shrinking else net.tokens(images).mT.unflatten(2, (4, 6))
     clf = split(net)
-    close(clf.features(images), expected)
-    close(clf(images), net(images))
-    close(cam(net, images), torch.einsum("kd,bdhw->bkhw", net.fc.weight, expected))
+    assert_close(clf.features(images), expected)
+    assert_close(clf(images), net(images))
+    assert_close(cam(net, images), torch.einsum("kd,bdhw->bkhw", net.fc.weight, expected))
 
 
 class Passing(nn.Module):
@@ -296,8 +296,8 @@ class Passing(nn.Module):
 def test_a_block_behind_the_map_may_take_what_it_does_not_need() -> None:
     net = ready(Passing())
     clf = split(net, "trunk")
-    close(clf.features(IMAGES), net.trunk(IMAGES))
-    close(clf(IMAGES), net(IMAGES))
+    assert_close(clf.features(IMAGES), net.trunk(IMAGES))
+    assert_close(clf(IMAGES), net(IMAGES))
 
 
 class Block(nn.Module):
@@ -345,11 +345,11 @@ def test_the_map_of_a_class_token_is_the_input_of_the_last_block(registers: int)
     (gradient,) = torch.autograd.grad(logits[:, 1].sum(), seen[0])
     tokens, clf = seen[0].detach(), split(net)
     maps, others = clf.features(SQUARES)
-    close(maps, of_tokens(tokens, 1 + registers))
-    close(others, tokens[:, : 1 + registers])
-    close(clf(SQUARES), logits)
+    assert_close(maps, of_tokens(tokens, 1 + registers))
+    assert_close(others, tokens[:, : 1 + registers])
+    assert_close(clf(SQUARES), logits)
     weights = of_tokens(gradient, 1 + registers).mean((2, 3), keepdim=True)
-    close(grad_cam(clf, SQUARES, [1], norm="raw")[:, 0], (weights * of_tokens(tokens, 1 + registers)).sum(1))
+    assert_close(grad_cam(clf, SQUARES, [1], norm="raw")[:, 0], (weights * of_tokens(tokens, 1 + registers)).sum(1))
 
 
 def test_the_map_of_averaged_tokens_is_what_is_averaged() -> None:
@@ -360,10 +360,10 @@ def test_the_map_of_averaged_tokens_is_what_is_averaged() -> None:
     clf = split(net)
     maps = clf.features(SQUARES)
     maps = maps[0] if isinstance(maps, tuple) else maps
-    close(maps, of_tokens(seen[0], 3))
-    close(clf(SQUARES), logits)
+    assert_close(maps, of_tokens(seen[0], 3))
+    assert_close(clf(SQUARES), logits)
     expected = torch.einsum("kd,bdhw->bkhw", net.fc.weight, of_tokens(seen[0], 3)) / 16
-    close(grad_cam(net, SQUARES, norm="raw"), expected)
+    assert_close(grad_cam(net, SQUARES, norm="raw"), expected)
 
 
 @pytest.mark.parametrize("average", [False, True])
@@ -399,9 +399,9 @@ def test_maps_that_are_channels_last_are_turned() -> None:
     expected = net.maps(images).permute(0, 3, 1, 2)
     for layer in (None, "norm"):
         clf = split(net, layer)
-        close(clf.features(images), expected)
-        close(clf(images), net(images))
-    close(cam(net, images), torch.einsum("kd,bdhw->bkhw", net.fc.weight, expected))
+        assert_close(clf.features(images), expected)
+        assert_close(clf(images), net(images))
+    assert_close(cam(net, images), torch.einsum("kd,bdhw->bkhw", net.fc.weight, expected))
 
 
 class Segmenter(nn.Module):
@@ -422,7 +422,7 @@ def test_grad_cam_of_segmentation_is_of_the_sum_over_pixels(chosen: bool) -> Non
     where = pixels if chosen else logits.argmax(1) == 2
     (gradient,) = torch.autograd.grad((logits[:, 2] * where).sum(), maps)
     expected = (gradient.mean((2, 3), keepdim=True) * maps).sum(1).detach()
-    close(grad_cam(net, IMAGES, [2], pixels=pixels if chosen else None, norm="raw")[:, 0], expected)
+    assert_close(grad_cam(net, IMAGES, [2], pixels=pixels if chosen else None, norm="raw")[:, 0], expected)
 
 
 # --- Grad-CAM's variants
@@ -450,8 +450,8 @@ def test_other_weightings_by_their_formulas(name: str, weighting: Any) -> None:
     gradient = gradient_at(net, maps, 3)
     with torch.no_grad():
         expected = plus_plus(gradient, maps) if weighting == "gradcam++" else (gradient.relu() * maps).sum(1)
-        close(grad_cam(net, IMAGES, [3], weighting=weighting, norm="raw")[:, 0], expected)
-        close(grad_cam(net, IMAGES, [3], weighting=weighting)[:, 0], expected.relu())
+        assert_close(grad_cam(net, IMAGES, [3], weighting=weighting, norm="raw")[:, 0], expected)
+        assert_close(grad_cam(net, IMAGES, [3], weighting=weighting)[:, 0], expected.relu())
 
 
 def test_several_layers_are_averaged_at_the_size_of_the_largest() -> None:
@@ -462,7 +462,7 @@ def test_several_layers_are_averaged_at_the_size_of_the_largest() -> None:
     assert large.shape[2:] == (12, 9)
     assert small.shape[2:] == (6, 4)
     resized = F.interpolate(small, (12, 9), mode="bilinear", align_corners=False)
-    close(grad_cam(net, IMAGES, [1], layer=layers), (large + resized) / 2)
+    assert_close(grad_cam(net, IMAGES, [1], layer=layers), (large + resized) / 2)
 
 
 class Averaged(nn.Module):
@@ -478,10 +478,10 @@ class Averaged(nn.Module):
 def test_classes_as_tensors(method: Callable[..., Any]) -> None:
     net = headed("mean")
     every = method(net, IMAGES, None)
-    close(method(net, IMAGES, torch.tensor([2, 0])), every[:, [2, 0]])
+    assert_close(method(net, IMAGES, torch.tensor([2, 0])), every[:, [2, 0]])
     each = method(net, IMAGES, torch.tensor([[1, 3], [0, 2]]))
     for found, expected in zip(each, (every[0, [1, 3]], every[1, [0, 2]]), strict=True):
-        close(found, expected)
+        assert_close(found, expected)
 
 
 def test_a_single_logit_and_the_map_of_its_absence() -> None:
@@ -489,8 +489,8 @@ def test_a_single_logit_and_the_map_of_its_absence() -> None:
     raw = grad_cam(net, IMAGES, norm="raw")
     maps = net.trunk(IMAGES)
     expected = torch.einsum("d,bdhw->bhw", net.fc.weight[0], maps)[:, None] / maps[0, 0].numel()
-    close(raw, expected)
-    close(normalize(-raw, "relu"), (-expected).relu())
+    assert_close(raw, expected)
+    assert_close(normalize(-raw, "relu"), (-expected).relu())
 
 
 # --- layers whose weight is computed in each call; hooks, aliases and views
@@ -520,9 +520,9 @@ def test_a_layer_whose_weight_is_computed(change: Callable[[nn.Module], None]) -
     units = torch.eye(CHANNELS, dtype=maps.dtype)
     weight = (net.fc(units) - net.fc(torch.zeros_like(units))).T
     expected = torch.einsum("kd,bdhw->bkhw", weight, maps)
-    close(cam(clf, IMAGES), expected)
+    assert_close(cam(clf, IMAGES), expected)
     tags = torch.ones(2, CLASSES)
-    close(rib(clf, IMAGES, tags, companions=[], steps=0, norm="raw"), expected)
+    assert_close(rib(clf, IMAGES, tags, companions=[], steps=0, norm="raw"), expected)
 
 
 class Aliases(nn.Module):
@@ -551,9 +551,9 @@ class Aliases(nn.Module):
 def test_aliases_and_views_that_are_overwritten() -> None:
     net = ready(Aliases())
     clf = split(net)
-    close(clf.features(IMAGES), net.maps(IMAGES))
-    close(clf(IMAGES), net(IMAGES))
-    close(cam(net, IMAGES), torch.einsum("kd,bdhw->bkhw", net.fc.weight, net.maps(IMAGES)))
+    assert_close(clf.features(IMAGES), net.maps(IMAGES))
+    assert_close(clf(IMAGES), net(IMAGES))
+    assert_close(cam(net, IMAGES), torch.einsum("kd,bdhw->bkhw", net.fc.weight, net.maps(IMAGES)))
 
 
 def test_what_a_network_keeps_of_its_calls_is_as_before() -> None:
@@ -578,8 +578,10 @@ def test_hooks_run_and_change_what_is_split() -> None:
     net.trunk.register_forward_hook(lambda module, inputs, result: 2 * result)
     net.fc.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 0.5,))
     clf = split(net)
-    close(clf(IMAGES), net(IMAGES))
-    close(grad_cam(net, IMAGES, norm="raw"), torch.einsum("kd,bdhw->bkhw", net.fc.weight, net.trunk(IMAGES)) / 108)
+    assert_close(clf(IMAGES), net(IMAGES))
+    assert_close(
+        grad_cam(net, IMAGES, norm="raw"), torch.einsum("kd,bdhw->bkhw", net.fc.weight, net.trunk(IMAGES)) / 108
+    )
 
 
 # --- RIB
@@ -598,5 +600,5 @@ def test_rib_of_a_head_that_is_linear_in_effect_is_that_of_the_layer() -> None:
         rib(net, IMAGES, tags, companions=companions, steps=3, lr=1e-3, norm="raw", frozen=[net.fc])
         for net in (plain, hidden)
     )
-    close(other, one)
+    assert_close(other, one)
     assert not torch.allclose(one, 4 * cam(plain, IMAGES))
