@@ -23,8 +23,9 @@ from segattr.lrp.adjoints import (
 from segattr.lrp.call import Call, overwrites
 from segattr.lrp.composites import Composite
 from segattr.lrp.gates import GATED
-from segattr.lrp.relevance import Choice, Relevance
+from segattr.lrp.relevance import Choice
 from segattr.lrp.roles import BLANK, CHOOSING, GATES, Arguments, arguments, flat
+from segattr.lrp.rules import Part
 from segattr.networks.modes import evaluating
 from segattr.networks.reader.graph import Graph, filled, needed, results_in, store
 from segattr.networks.reader.read import Reader
@@ -103,11 +104,12 @@ class Operation:
 class Saved(NamedTuple):
     """What the decoder needs of an operation that the encoder has run."""
 
-    adjoint: Adjoint | Relevance
+    adjoint: Adjoint
     shifts: dict[str, Tensor]
     output: Tensor | None  # [B, 1, *out], for LRP-epsilon
     several: Sequence[Tensor] | None  # outputs, where it has more than one
-    adds: bool = False  # whether relevance may go to what it adds, or to its rule
+    adds: bool  # whether relevance may go to what it adds, or to its rule
+    parts: list[Part] | None = None  # of its relevance, under rules other than LRP-0
 
 
 class TiedLayer(nn.Module):

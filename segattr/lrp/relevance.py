@@ -1,11 +1,11 @@
 """Relevance instead of gradients through the operations of a network, by the rules of a composite."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
-from segattr.lrp.adjoints import Linearised
+from segattr.lrp.adjoints import Adjoint, Linearised
 from segattr.lrp.composites import WEIGHTED, Composite, Place
 from segattr.lrp.products import summed
 from segattr.lrp.rules import Epsilon, Part, Pass, Rule, stable
@@ -72,37 +72,31 @@ class Choice:
             if operation.inputs and kind not in _MOVES:
                 self.rules[operation.name] = _rule(operation, model, composite, pixels.issuperset(operation.inputs))
 
-    def step(self, operation: "Operation", step: Linearised, results: Mapping[Result, Any]) -> "Relevance":
+    def way(self, operation: "Operation", step: Linearised, results: Mapping[Result, Any]) -> "Way":
         """How relevance goes through an operation that has run."""
-        inputs = [results[result] for result in operation.inputs]
-        outputs = (
-            [step.output] if isinstance(step.output, Tensor) else [t for t in step.output if t.is_floating_point()]
-        )
         rule = self.rules.get(operation.name)
         if rule is None:
-            return Relevance(step, inputs, [], moves=True)
+            return Way(step.adjoint, [], takes=len(step.shifts) > 0)  # constants that are concatenated
+        inputs = [results[result] for result in operation.inputs]
         if isinstance(rule, Pass):
-            return Relevance(step, inputs, [])
+            return Way(lambda relevance: summed(relevance, inputs[0]), [], takes=False)
         if step.layer is not None:
             step.layer.nonnegative = self.nonnegative[operation.name]
-            return Relevance(step, inputs, rule(step.layer))
-        assert isinstance(rule, Epsilon)
-        inverses = [stable(output, rule.epsilon).unsqueeze(1) for output in outputs]
-        part = Part(inverses, [x.detach().unsqueeze(1) for x in inputs], step.adjoint, step.shifts)
-        return Relevance(step, inputs, [part])
+            parts = rule(step.layer)
+        else:
+            assert isinstance(rule, Epsilon)
+            outputs = [step.output] if isinstance(step.output, Tensor) else step.output
+            inverses = [stable(output, rule.epsilon).unsqueeze(1) for output in outputs if output.is_floating_point()]
+            parts = [Part(inverses, [x.detach().unsqueeze(1) for x in inputs], step.adjoint, step.shifts)]
+        return Way(lambda relevance: _divided(relevance, parts), parts, takes=True)
 
 
 def _keeps_sign(operation: "Operation", kind: str) -> bool:
     """Whether nothing comes in that could be below 0 where its tensors are not."""
-    tensors = tensors_in((operation.args, operation.kwargs))
+    constants = next(tensors_in((operation.args, operation.kwargs)), None) is not None or _has_parameter(operation.args)
     given = len(results_in(operation.args))
-    return (
-        kind in _KEEP_SIGN
-        and not operation.kwargs.get("alpha")
-        and given >= (2 if kind in _KEPT_BY_TWO else 1)
-        and next(tensors, None) is None
-        and not _has_parameter(operation.args)
-    )
+    enough = given >= (2 if kind in _KEPT_BY_TWO else 1)
+    return kind in _KEEP_SIGN and enough and not constants and not operation.kwargs.get("alpha")
 
 
 def _has_parameter(value: Any) -> bool:
@@ -122,26 +116,21 @@ def _rule(operation: "Operation", model: nn.Module, composite: Composite, first:
     return rule
 
 
-class Relevance:
+class Way(NamedTuple):
     """How relevance goes from the output of an operation to its inputs."""
 
-    def __init__(self, step: Linearised, inputs: list[Tensor], parts: list[Part], moves: bool = False) -> None:
-        self.step, self.inputs, self.parts, self.moves = step, inputs, parts, moves
-        # Whether the sum may be another one at the inputs: also where constants are concatenated.
-        self.takes = len(parts) + len(step.shifts) > 0
+    back: Adjoint
+    parts: list[Part]
+    takes: bool  # whether the sum may be another one at the inputs
 
-    def __call__(self, relevance: Any) -> Sequence[Tensor]:
-        if self.moves:
-            back = self.step.adjoint(relevance)
-            return [back] if isinstance(back, Tensor) else back
-        if not self.parts:
-            return [summed(relevance, self.inputs[0])]
-        total: list[Tensor] = []
-        for part in self.parts:
-            back = part.back(over(relevance, part))
-            shares = [x * b for x, b in zip(part.inputs, [back] if isinstance(back, Tensor) else back, strict=True)]
-            total = [a + b for a, b in zip(total, shares, strict=True)] if total else shares
-        return total
+
+def _divided(relevance: Any, parts: list[Part]) -> list[Tensor]:
+    total: list[Tensor] = []
+    for part in parts:
+        back = part.back(over(relevance, part))
+        shares = [x * b for x, b in zip(part.inputs, [back] if isinstance(back, Tensor) else back, strict=True)]
+        total = [a + b for a, b in zip(total, shares, strict=True)] if total else shares
+    return total
 
 
 def over(relevance: Any, part: Part) -> Any:

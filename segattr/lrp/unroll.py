@@ -12,7 +12,7 @@ from segattr.lrp.adjoints import RULES, Linearised, batch_statistics, channels, 
 from segattr.lrp.composites import Composite, composite
 from segattr.lrp.free import FreeDecoder
 from segattr.lrp.plan import Operation, Plan, Plans, Saved
-from segattr.lrp.relevance import Choice, Relevance, over
+from segattr.lrp.relevance import Choice, over
 from segattr.lrp.rules import STABILIZER, Epsilon, Rule
 from segattr.networks.classes import Classes, check_classes
 from segattr.networks.classifier import Classifier, check_images, taking
@@ -168,9 +168,9 @@ def _relevance(
     tape = {}
     for operation in plan.carrying:
         step = steps[operation.name]
-        way = choice.step(operation, step, results)
+        way = choice.way(operation, step, results)
         several = None if isinstance(step.output, Tensor) else step.output
-        tape[operation.name] = Saved(way, {}, None, several, way.takes)
+        tape[operation.name] = Saved(way.back, {}, None, several, way.takes, way.parts)
     return tape
 
 
@@ -195,11 +195,11 @@ def _absorbed(
     Where images do not lie apart along the first axis, ``[1, K]``, of all of them together.
     """
     entries: dict[str, Tensor] = {}
-    if not isinstance(step.adjoint, Relevance):
+    if step.parts is None:
         for name, shift in step.shifts.items():
             entries[_entry(operation, name)] = _inner(gradient, shift, apart)
         return entries
-    for part in step.adjoint.parts:
+    for part in step.parts:
         for name, shift in part.shifts.items():
             share = _inner(_one_of(over(gradient, part)), shift, apart)
             entry = _entry(operation, name)
