@@ -200,7 +200,12 @@ class Plans:
         )
 
     def __reduce__(self) -> Any:  # read again in a copy or another process
-        return Plans, (self.model, self.rules, self.gates, self.example, self.composite)
+        kinds = {kind for module in self.model.modules() for kind in type(module).__mro__}
+        # Not those of other modules of users, which may be of classes that another process cannot find.
+        rules = {
+            key: rule for key, rule in self.rules.items() if isinstance(key, str) or key in kinds or _of_torch(key)
+        }
+        return Plans, (self.model, rules, self.gates, self.example, self.composite)
 
     def plan(self, x: Tensor) -> Plan:
         """For images. Under ``torch.compile`` one that there is."""
@@ -236,6 +241,10 @@ class Plans:
 
     def _is_atomic(self, kind: str) -> bool:
         return kind in self.rules or kind in GATES
+
+
+def _of_torch(kind: type) -> bool:
+    return kind.__module__.startswith("torch.")
 
 
 def computed(module: nn.Module) -> bool:

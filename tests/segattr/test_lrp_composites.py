@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from segattr.lrp import composites, unroll
+from segattr.lrp import Linearised, composites, unroll
+from segattr.lrp.adjoints import RULES as ADJOINTS
 from segattr.lrp.composites import Place, anything, base, convolution, first, linear
 from segattr.lrp.rules import AlphaBeta, Epsilon, Flat, Gamma, Pass, Rule, WSquare, ZBox, ZPlus
 from tests.segattr.lrp_nets import classifiers, conservation_error, error, gradients
@@ -272,6 +273,16 @@ def test_rules_compile(rule: str) -> None:
     model, x = without_biases()
     unrolled = unroll(model, rule=rule)
     torch.testing.assert_close(torch.compile(unrolled, fullgraph=True, backend="eager")(x), unrolled(x))
+
+
+def test_a_rule_of_another_module_does_not_stand_in_the_way_of_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Local(nn.Module):
+        """Cannot be found by another process."""
+
+    monkeypatch.setitem(ADJOINTS, Local, lambda module, x: Linearised(x, lambda gradient: gradient))
+    model, x = without_biases()
+    unrolled = unroll(model)
+    assert error(pickle.loads(pickle.dumps(unrolled))(x)[1], unrolled(x)[1]) == 0
 
 
 @pytest.mark.parametrize("rule", ["gamma", "epsilon_plus_flat"])
