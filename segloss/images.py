@@ -41,7 +41,8 @@ def denormalize(
 
     def per_channel(name: str, values: Sequence[float] | Tensor) -> Tensor:
         try:
-            tensor = torch.as_tensor(values, dtype=image.dtype, device=image.device)
+            tensor = torch.as_tensor(values, dtype=image.dtype)  # checked before it goes to the device: no waiting
+            moved = tensor.to(image.device)
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise TypeError(f"{name}: expected numbers, got {values!r}") from error
         if tensor.shape != image.shape[1:2]:
@@ -50,6 +51,6 @@ def denormalize(
                 f"got {shape_text(tensor.shape)}"
             )
         check_finite(name, tensor)
-        return tensor.view(-1, 1, 1)
+        return moved.view(-1, 1, 1)
 
     return image * per_channel("std", std) + per_channel("mean", mean)

@@ -29,3 +29,8 @@ def test_denormalize_undoes_a_normalisation() -> None:
 def test_arguments_that_make_no_sense_are_refused(arguments, error, message) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(error, match=message):
         segloss.denormalize(*arguments)
+
+
+def test_the_mean_of_images_without_values_is_checked_all_the_same() -> None:
+    with pytest.raises(ValueError, match=r"^mean: expected finite"):
+        segloss.denormalize(torch.empty(1, 3, 2, 2, device="meta"), [0.5, torch.nan, 0.5])
