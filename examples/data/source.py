@@ -36,6 +36,9 @@ class Options(training.Options):
     .csv or .json."""
     scenes: int = 1500
     """Number of training scenes, for scenes."""
+    quick: bool = False
+    """For photographs, settings that take at most 20 minutes on two cores; without it, those of the papers, for a GPU.
+    ``--data voc --help`` shows the one, ``--data voc --quick --help`` the other."""
     size: int = 48
     """Height and width of the images in pixels; photographs are made to fit and padded."""
 
@@ -48,9 +51,10 @@ class Options(training.Options):
             raise ValueError(f"--root: expected the folder of --data {self.data}, got none")
         if self.data != "voc" and self.train_split != "train":
             raise ValueError(f"--train-split: expected --data voc with it, got --data {self.data}")
-
         if self.data == "scenes" and self.tags:
             raise ValueError(f"--tags: expected --data voc or --data folder with it, got --data scenes and {self.tags}")
+        if self.data == "scenes" and self.quick:
+            raise ValueError("--quick: expected --data voc or --data folder with it, got --data scenes")
 
     def images(self, purpose: Literal["train", "evaluate"]) -> Images:
         """Images with masks, to train on or to evaluate."""

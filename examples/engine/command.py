@@ -1,5 +1,6 @@
 """The command line of the examples: options, one-line errors, the folder that results go to."""
 
+import argparse
 import contextlib
 import dataclasses
 import io
@@ -40,12 +41,14 @@ def parse(config: type[Config], args: Sequence[str] | None = None) -> Config:
 
     Args:
         config: a dataclass whose fields have defaults and docstrings; its ``__post_init__`` may raise ``ValueError``.
+            Its mappings ``PHOTOGRAPHS`` and ``QUICK``, if it has them, are other defaults: those with ``--data voc``
+            or ``folder``, and those with ``--quick`` on top.
         args: arguments instead of those of the command line.
     """
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
-            return tyro.cli(config, args=args)
+            return tyro.cli(config, args=args, default=config(**_preset(config, args)))
     except SystemExit as end:
         if end.code and processes.rank() == 0:  # all processes have the same command line
             lines = [line.strip("│╰╯ ") for line in messages.getvalue().splitlines()[1:]]  # without the title
@@ -55,6 +58,19 @@ def parse(config: type[Config], args: Sequence[str] | None = None) -> Config:
             text = " ".join(message).removeprefix(f"Error parsing {config.__name__}: ")
             print(f"error: {text} (see --help)", file=sys.stderr)
         raise
+
+
+def _preset(config: type[Any], args: Sequence[str] | None) -> dict[str, Any]:
+    """Defaults that go with other options; these are looked up before all of them are parsed."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--data", nargs="?")
+    parser.add_argument("--quick", action="store_true")
+    given, _ = parser.parse_known_args(args)
+    preset: dict[str, Any] = {}
+    if given.data in ("voc", "folder"):
+        preset |= getattr(config, "PHOTOGRAPHS", {})
+        preset |= getattr(config, "QUICK", {}) if given.quick else {}
+    return preset
 
 
 def check_least(config: object, **bounds: int) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -65,6 +66,37 @@ class Repeated(Config):
 def test_parse_reads_options() -> None:
     assert parse(Config, []) == Config(3)
     assert parse(Config, ["--steps", "7"]) == Config(7)
+
+
+@dataclass(frozen=True)
+class OfImages(Config):
+    """A configuration with other defaults for photographs."""
+
+    PHOTOGRAPHS: ClassVar[dict[str, Any]] = {"steps": 1000, "size": 512}
+    QUICK: ClassVar[dict[str, Any]] = {"steps": 50}
+
+    data: str = "scenes"
+    """Images."""
+    size: int = 48
+    """Of the images."""
+    quick: bool = False
+    """Few steps."""
+
+
+@pytest.mark.parametrize(
+    ("args", "steps", "size"),
+    [
+        ([], 3, 48),
+        (["--quick"], 3, 48),
+        (["--data", "voc"], 1000, 512),
+        (["--data=folder", "--size", "64"], 1000, 64),
+        (["--quick", "--data", "voc"], 50, 512),
+        (["--data", "voc", "--quick", "--steps", "7"], 7, 512),
+    ],
+)
+def test_photographs_and_quick_have_their_own_defaults(args: list[str], steps: int, size: int) -> None:
+    found = parse(OfImages, args)
+    assert (found.steps, found.size) == (steps, size)
 
 
 def test_runs_differ_by_their_seeds_alone() -> None:
