@@ -48,7 +48,8 @@ def parse(config: type[Config], args: Sequence[str] | None = None) -> Config:
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
-            return tyro.cli(config, args=args, default=config(**_preset(config, args)))
+            preset = _preset(config, args)
+            return tyro.cli(config, args=args, **({"default": config(**preset)} if preset else {}))
     except SystemExit as end:
         if end.code and processes.rank() == 0:  # all processes have the same command line
             lines = [line.strip("│╰╯ ") for line in messages.getvalue().splitlines()[1:]]  # without the title
