@@ -49,7 +49,7 @@ def parse(config: type[Config], args: Sequence[str] | None = None) -> Config:
     try:
         with contextlib.redirect_stderr(messages):
             preset = _preset(config, args)
-            return tyro.cli(config, args=args, **({"default": config(**preset)} if preset else {}))
+            return tyro.cli(config, args=args, default=config(**preset) if preset else tyro.MISSING_NONPROP)
     except SystemExit as end:
         if end.code and processes.rank() == 0:  # all processes have the same command line
             lines = [line.strip("│╰╯ ") for line in messages.getvalue().splitlines()[1:]]  # without the title
