@@ -3,9 +3,8 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from tests.forked import ROOT, run
 
 
 def run_example(
@@ -15,7 +14,10 @@ def run_example(
 
     ``typed`` is what it reads from the terminal.
     """
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *launcher * (processes > 1), str(ROOT / "examples" / f"{name}.py"), *map(str, options)]
+    script = ROOT / "examples" / f"{name}.py"
+    if processes == 1:
+        return run(script, *options, typed=typed)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [*launcher, str(script), *map(str, options)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, input=typed)
