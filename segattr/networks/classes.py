@@ -27,7 +27,9 @@ def check_classes(classes: Any, images: int, count: int) -> list[int] | list[lis
             raise ValueError(f"classes: expected a tensor [n] or [B, n], got {shape_text(classes.shape)}")
         classes = classes.tolist()
     if not isinstance(classes, Sequence):
-        raise TypeError(f"classes: expected integers, or a sequence of them for each image, got {classes!r}")
+        raise TypeError(
+            f"classes: expected a sequence of integers such as [0, 2], or one for each image, got {classes!r}"
+        )
     if not any(isinstance(c, Sequence) for c in classes):
         return _numbers(classes, count)
     if len(classes) != images:

@@ -53,6 +53,7 @@ def test_photographs_have_whole_cells_and_keep_their_shape() -> None:
     [
         ({"classes": ("tabby", "tigr cat")}, "--classes: expected names such as tiger cat, .*, got 'tigr cat'"),
         ({"classes": ("",)}, "--classes: expected names such as .*, got ''"),
+        ({"classes": ("cat",)}, "--classes: expected names such as tiger cat, Persian cat, Siamese cat, got 'cat'"),
         ({"best": 0}, "--best: expected at least 1, got 0"),
         ({"size": 31}, "--size: expected at least 32, got 31"),
     ],

@@ -489,7 +489,7 @@ def test_scores_that_are_not_one_vector_an_image_are_refused() -> None:
         ([[0], [5]], ValueError, "classes: expected integers from 0 to 2, got 5"),
         ([0.5], TypeError, "classes: "),
         ([[0], 1], TypeError, "classes: expected a sequence of integers for each image, got 1"),
-        (1, TypeError, "classes: expected integers, or a sequence"),
+        (1, TypeError, r"classes: expected a sequence of integers such as \[0, 2\], or one for each image, got 1"),
     ],
     ids=str,
 )
