@@ -33,6 +33,7 @@ from segattr.ficklenet import stochastic_conv2d
 from segattr.lrp import unroll
 from segloss import feature_similarity, path_affinity_loss, size_kl
 from segloss.bilateral.reference import gaussian_filter_reference
+from tests.forked import run
 
 ROOT = Path(__file__).parents[1]
 ROW = {
@@ -136,8 +137,7 @@ def test_the_command_writes_results_with_their_environment(tmp_path: Path) -> No
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    command = [sys.executable, "-m", "benchmarks", "--out", str(tmp_path / "file" / "folder")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = run("-m", "benchmarks", "--out", tmp_path / "file" / "folder")
     assert done.returncode == 2
     assert done.stderr.startswith("--out: expected a folder that can be written")
     assert done.stderr.count("\n") == 1

@@ -1,8 +1,7 @@
 """The frontier benchmark: what it measures against, its adapters to other libraries, its report, its command."""
 
 import json
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,6 +26,7 @@ from benchmarks.peers import PEERS, UNUSABLE
 from benchmarks.photos import HELD_OUT, SIGMA_RGB, TUNED, photo, probabilities, sigma_xy, truth
 from segloss.bilateral import ToleranceError, guide_features
 from segloss.bilateral.reference import gaussian_filter_reference
+from tests.forked import run
 
 ROOT = Path(__file__).parents[1]
 ROW = {
@@ -225,9 +225,7 @@ def test_the_adapter_of_a_peer_asks_for_the_right_filter(name: str) -> None:
         torch.testing.assert_close(share, filtered.flatten(1).t()[pixels])
 
 
-def command(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    line = [sys.executable, "-m", "benchmarks.frontier", *arguments]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+command = partial(run, "-m", "benchmarks.frontier")
 
 
 @pytest.mark.slow

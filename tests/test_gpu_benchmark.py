@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,14 +14,13 @@ import pytest
 import segloss
 from benchmarks import gpu
 from benchmarks.gpu_report import Report, Row, Target, line, markdown, replace
+from tests import forked
 
 ROOT = Path(__file__).parents[1]
 WHERE = {"date": "today", "gpu": "one", "torch": "2", "triton": "3", "limits": {"copy": 4.2e12}}
 
 
-def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "benchmarks.gpu", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
+run = partial(forked.run, "-m", "benchmarks.gpu")
 
 
 def test_rows_of_a_group_share_a_table() -> None:
@@ -140,6 +140,7 @@ MOST = {"exponentials": 1e12, "products": 1e14, "copy": 1e12}
 
 
 @pytest.mark.usefixtures("_small")
+@pytest.mark.slow
 def test_every_case_runs_and_is_right(tmp_path: Path) -> None:
     report = Report(tmp_path, WHERE)
     gpu.measure_all(report, ["astronaut", "coffee"], MOST)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests import soak
-from tests.run_example import ROOT
+from tests.forked import ROOT, run
 
 
 @pytest.mark.slow
@@ -43,7 +43,6 @@ def test_a_leak_is_found() -> None:
 
 
 def test_too_few_steps_end_with_one_line() -> None:
-    command = [sys.executable, "-m", "tests.soak", "--steps", "3"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    done = run("-m", "tests.soak", "--steps", 3)
     assert done.returncode == 2
     assert done.stderr.endswith("error: --steps: expected at least 10, got 3\n")

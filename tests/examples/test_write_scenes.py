@@ -2,10 +2,8 @@
 
 import csv
 import errno
-import os
 import re
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -17,6 +15,8 @@ from data.write_voc import write_voc
 from parts import torchvision_cpu  # noqa: F401  (before torchvision)
 from PIL import Image
 from torchvision.datasets import VOCDetection, VOCSegmentation
+
+from tests.run_example import run_example
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SPLITS = {
@@ -243,10 +243,7 @@ def test_what_has_its_name_is_complete_wherever_the_disk_is_full(
         assert not (root / "ImageSets").exists()
 
 
-def write_scenes(*options: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(EXAMPLES / "write_scenes.py"), *map(str, options)]
-    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+write_scenes = partial(run_example, "write_scenes")
 
 
 TINY = ("--train", "3", "--val", "2", "--final", "1", "--size", "32", "--seed", "5")

@@ -28,6 +28,7 @@ def run(name: str, *options: str, **variables: str) -> subprocess.CompletedProce
 
 
 @needs_triton
+@pytest.mark.slow
 def test_kernels_compute_what_they_should_in_the_interpreter() -> None:
     done = run("interpreted_kernels.py", "-m", "not slow", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr
