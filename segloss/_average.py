@@ -1,8 +1,9 @@
 """The one pass over the pixels behind every size loss: the logarithm of the average softmax prediction.
 
 All size losses are small formulas on the ``[B, K]`` result, so this is where their time and memory go. On the CPU the
-pixels are walked in blocks that stay in cache; forward keeps two numbers per pixel, backward needs no full-size buffer
-but the gradient. Exponentials are powers of 2, which are several times faster there.
+pixels of large inputs are walked in blocks that stay in cache; forward keeps two numbers per pixel, backward needs no
+full-size buffer but the gradient. Exponentials are powers of 2, which are several times faster there. Small inputs keep
+their softmax instead, which takes fewer calls.
 """
 
 import math
@@ -19,6 +20,9 @@ from segloss.common.registration import fold, known, register
 
 _LOG2E = math.log2(math.e)
 _BLOCK = 1 << 19  # elements per block: it stays in cache, and the calls it costs are few
+_SMALL = 1 << 22  # elements: up to there the softmax is kept, beyond computed twice, which then costs less than memory
+_TINY = 1 << 18  # elements: up to there autograd's own steps take less time than the calls of a function
+_LEAST = 1e-20  # sums of probabilities from which on no rounding error of small ones counts
 _MOST_CLASSES = 256  # of the Triton kernels, which hold a pixel in registers
 
 
@@ -223,6 +227,54 @@ def _gradient_reference(grad: Tensor, logits: Tensor, valid: Tensor | None, *_: 
     return (grad[:, :, None] * share - torch.exp(log_softmax) * mean).to(logits.dtype)
 
 
+class KeptLogSum(torch.autograd.Function):
+    """The log-sums of few logits, with their softmax kept for the backward pass: fewer calls than blocks have."""
+
+    @staticmethod
+    def forward(logits: Tensor, valid: Tensor | None, share: Tensor, total: Tensor) -> Tensor:
+        return total.log()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        logits, *kept = ctx.saved_tensors
+        return known(_kept_gradient, _gradient_reference, (grad, logits), tuple(kept)), None, None, None
+
+
+def _kept_gradient(grad: Tensor, logits: Tensor, _: Tensor | None, share: Tensor, total: Tensor) -> Tensor:
+    slope = grad / total
+    with torch.autocast("cpu", enabled=False):
+        mean = torch.bmm(slope[:, None], share)
+    return (slope[:, :, None] - mean).mul_(share).to(logits.dtype)
+
+
+def _small_log_sum(logits: Tensor, valid: Tensor | None) -> Tensor | None:
+    """None for many logits, where a class nearly vanishes, and where no value can be looked at."""
+    if logits.device.type != "cpu" or logits.numel() > _SMALL or torch.compiler.is_compiling():
+        return None
+    tiny = logits.numel() <= _TINY
+    with torch.set_grad_enabled(tiny and torch.is_grad_enabled()):
+        share = torch.softmax(logits, 1, dtype=wide_dtype(logits))
+        if valid is not None:
+            share = share * valid[:, None]
+        total = share.sum(2)
+    try:
+        enough = bool((total > _LEAST).all())
+    except RuntimeError:  # vmap and fake tensors have no values
+        return None
+    if not enough:
+        return None
+    return total.log() if tiny else KeptLogSum.apply(logits, valid, share, total)
+
+
+def _log_sums(logits: Tensor, valid: Tensor | None) -> Tensor:
+    small = _small_log_sum(logits, valid)
+    return LogSum.apply(logits, valid)[0] if small is None else small
+
+
 def log_average(logits: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Log of the average prediction, ``[B, K]``, and which images have pixels at all, ``[B]`` or None for all of them.
 
@@ -234,9 +286,9 @@ def log_average(logits: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | 
         nothing = logits.sum(2).to(wide_dtype(logits))
         return nothing, torch.zeros_like(nothing[:, 0], dtype=torch.bool)
     if valid is None:
-        return LogSum.apply(logits, None)[0] - math.log(pixels), None
+        return _log_sums(logits, None) - math.log(pixels), None
     valid = valid.flatten(1)
-    log_sum = LogSum.apply(logits, valid)[0]
+    log_sum = _log_sums(logits, valid)
     count = valid.sum(1)
     seen = count > 0
     average = log_sum - count.clamp(min=1).to(log_sum.dtype).log()[:, None]

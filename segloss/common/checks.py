@@ -135,7 +135,8 @@ def check_finite(name: str, value: Tensor, most: float = math.inf) -> None:
     def fits() -> Tensor:
         # The two extremes carry every NaN and infinity and need one pass and no buffer.
         least, largest = torch.aminmax(value)
-        return least.isfinite() & largest.isfinite() & (least >= -most) & (largest <= most)
+        limit = min(most, torch.finfo(value.dtype).max) if value.is_floating_point() else most
+        return (least >= -limit) & (largest <= limit)
 
     def problem() -> str:
         beyond = value[value.isfinite() & (value.abs() > most)]
@@ -223,22 +224,18 @@ def check_sizes(name: str, sizes: object, logits: Tensor | None = None) -> None:
         raise ValueError(f"{name}: expected [B, K], got {shape_text(sizes.shape)}")
     if not sizes.numel():
         return
-    require(
-        name,
-        sizes,
-        lambda: (sizes >= 0).all(),
-        lambda: f"expected fractions of at least 0, got {sizes.min().item():.6g}",
-    )
     tolerance = _SUM_TOLERANCE.get(sizes.dtype, 1e-4)
 
     def error() -> Tensor:
         return (sizes.sum(1, dtype=torch.float64) - 1).abs()
 
     def problem() -> str:
+        if not (sizes >= 0).all():
+            return f"expected fractions of at least 0, got {sizes.min().item():.6g}"
         row = int(error().nan_to_num(nan=torch.inf).argmax())
         return f"expected each row to sum to 1, got {sizes[row].sum(dtype=torch.float64).item():.6g} in row {row}"
 
-    require(name, sizes, lambda: (error() <= tolerance).all(), problem)
+    require(name, sizes, lambda: (sizes.amin() >= 0) & (error().amax() <= tolerance), problem)
 
 
 def check_scores(scores: object) -> None:

@@ -102,6 +102,31 @@ def test_blocked_average_equals_its_definition_for_any_block_size(
     torch.testing.assert_close(fast_grad, plain_grad, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize(("tiny", "small"), [(1 << 30, 1 << 30), (0, 1 << 30), (0, 0)], ids=["steps", "kept", "blocks"])
+@given(batch=st.integers(1, 3), classes=st.integers(2, 5), pixels=st.integers(1, 30), masked=st.booleans(), seed=seeds)
+def test_inputs_of_every_size_have_the_same_average(
+    tiny: int, small: int, batch: int, classes: int, pixels: int, masked: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    logits = (torch.randn(batch, classes, pixels, dtype=torch.float64) * 30).requires_grad_()
+    valid = torch.rand(batch, pixels) < 0.7 if masked else None
+    weight = torch.randn(batch, classes, dtype=torch.float64)
+    if valid is not None:
+        valid[:, 0] = True
+
+    def derivatives(log_average: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        (first,) = torch.autograd.grad((log_average * weight).sum(), logits, create_graph=True)
+        return log_average, first, torch.autograd.grad(first.square().sum(), logits)[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_average, "_TINY", tiny)
+        patch.setattr(_average, "_SMALL", small)
+        found = derivatives(_average.log_average(logits, valid)[0])
+    count = torch.tensor(pixels) if valid is None else valid.sum(1, keepdim=True)
+    expected = derivatives(_average.log_sum_reference(logits, valid) - count.double().log())
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 def test_operators_are_registered_correctly(masked: bool, dtype: torch.dtype) -> None:
