@@ -322,13 +322,15 @@ def grid_potts(
     check_choice("connectivity", connectivity, tuple(_OFFSETS))
     sigma_rgb = colour_sigma(image, sigma_rgb)
     probability, guide, mask = _prepare(logits, image, valid, from_logits)
-    inside = mask * probability
+    inside = probability if valid is None else mask * probability
     outside = mask - inside
     colour = guide_colour(guide, sigma_rgb)
     energy = inside.new_zeros(len(inside))
     for (i, j), (s, t), (not_s, not_t) in neighbours((colour, inside, outside), _OFFSETS[connectivity]):
         weight = torch.exp((i - j).square().sum(1) / -2)
-        energy = energy + (weight * (not_s * t + s * not_t).sum(1)).sum((1, 2))
+        # Of probabilities that sum to 1, both terms of a pair are the same.
+        differ = 2 * (s * not_t).sum(1) if from_logits else (not_s * t + s * not_t).sum(1)
+        energy = energy + (weight * differ).sum((1, 2))
     return reduce(energy, reduction)
 
 

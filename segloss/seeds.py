@@ -127,7 +127,7 @@ def balanced_seeding(
     log_probability = _log_softmax(logits, floor).flatten(2)
     picked = (seeds != 0).flatten(2)
     per_class = torch.where(picked, log_probability, 0).sum(2)
-    count = picked.sum(2)
+    count = picked.sum(2, dtype=torch.int32)
     of_background = torch.arange(logits.shape[1], device=logits.device) == background
     groups = [
         torch.where(group, per_class, 0).sum(1) / torch.where(group, count, 0).sum(1).clamp(min=1)
@@ -203,16 +203,17 @@ def boundary_constraint(
     _check_clip(clip)
     check_fractions("refined", refined, "probabilities", 1e-3)
     log_prediction = _log_softmax(logits, 0.0)
-    target = refined.detach().to(log_prediction.dtype)
-    present = target > 0
-    log_ratio = torch.where(present, target, 1).log() - log_prediction
-    if clip is not None:
-        log_ratio = log_ratio.clamp(math.log(clip[0]), math.log(clip[1]))
-    divergence = torch.where(present, target * log_ratio, 0)
+    target = refined.detach().to(log_prediction.dtype).clamp(min=0)
+    if clip is None:
+        negative = torch.addcmul(torch.special.entr(target), target, log_prediction)
+    else:
+        present = target > 0
+        log_ratio = log_prediction - torch.where(present, target, 1).log()
+        negative = torch.where(present, target * log_ratio.clamp(-math.log(clip[1]), -math.log(clip[0])), 0)
     if seeds is not None:
-        return reduce(torch.where(seeds != 0, divergence, 0).flatten(1).sum(1), reduction)
+        return reduce(-torch.where(seeds != 0, negative, 0).flatten(1).sum(1), reduction)
     pixels = logits[0, 0].numel() if len(logits) else 1
-    return reduce(divergence.flatten(1).sum(1) / max(pixels, 1), reduction)
+    return reduce(negative.flatten(1).sum(1) / -max(pixels, 1), reduction)
 
 
 class BoundaryConstraint(LossModule):
