@@ -126,7 +126,7 @@ def balanced_seeding(
     check_reduction(reduction)
     log_probability = _log_softmax(logits, floor).flatten(2)
     picked = (seeds != 0).flatten(2)
-    per_class = torch.where(picked, log_probability, 0).sum(2)
+    per_class = torch.where(picked, log_probability, 0).sum(2).clamp(min=LOG_FLOOR)
     count = picked.sum(2, dtype=torch.int32)
     of_background = torch.arange(logits.shape[1], device=logits.device) == background
     groups = [
@@ -202,7 +202,7 @@ def boundary_constraint(
     check_reduction(reduction)
     _check_clip(clip)
     check_fractions("refined", refined, "probabilities", 1e-3)
-    log_prediction = _log_softmax(logits, 0.0)
+    log_prediction = _log_softmax(logits, 0.0).clamp(min=LOG_FLOOR)
     target = refined.detach().to(log_prediction.dtype).clamp(min=0)
     if clip is None:
         negative = torch.addcmul(torch.special.entr(target), target, log_prediction)
@@ -230,7 +230,7 @@ class BoundaryConstraint(LossModule):
 
 
 def _log_softmax(logits: Tensor, floor: float) -> Tensor:
-    log_softmax = torch.log_softmax(logits.to(wide_dtype(logits)), 1).clamp(min=LOG_FLOOR)
+    log_softmax = torch.log_softmax(logits.to(wide_dtype(logits)), 1)
     if floor == 0:
         return log_softmax
     raised = torch.logaddexp(log_softmax, log_softmax.new_tensor(math.log(floor)))

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 import segattr
+from benchmarks import losses
 from benchmarks.__main__ import collect, markdown
 from benchmarks.baselines import (
     batched_heatmaps,
@@ -115,6 +117,27 @@ def test_attribution_baselines_compute_what_they_are_compared_with() -> None:
     image = torch.rand(1, 3, 9, 7, dtype=torch.float64)
     found = segattr.refine.dense_crf(probabilities, image, **segattr.refine.IRN_CRF)
     close(dense_mean_field(probabilities, image, **segattr.refine.IRN_CRF), found)
+
+
+@pytest.mark.parametrize("name", [name for name, _ in losses.pairs(1, 4)])
+def test_losses_are_those_of_the_plain_code(name: str) -> None:
+    ours, plain, arguments = dict(losses.pairs(2, 12))[name]
+    draws, tolerance = (100, 0.02) if name == "importance_sampling" else (1, 1e-4)
+    mine, other = (torch.stack([loss(*arguments) for _ in range(draws)]).mean() for loss in (ours, plain))
+    torch.testing.assert_close(mine, other, rtol=tolerance, atol=1e-5)
+
+
+def test_losses_are_measured_with_and_without_checks() -> None:
+    ours, plain, arguments = dict(losses.pairs(2, 12))["size_kl"]
+    wrong = (arguments[0], arguments[1] + 1)  # refused, where values are looked at
+    row = {"loss": "size_kl", "shape": "2 x 12"} | losses.measure((ours, plain, arguments), 3, time.process_time)
+    assert row["ratio"] > 0
+    with losses.unchecked():
+        assert ours(*wrong).isfinite()
+    with pytest.raises(ValueError, match="sizes"):
+        ours(*wrong)
+    where = {"date": "today", "processor": "one", "threads": 1, "load": 0.5, "torch": "2"}
+    assert f"| `size_kl` | {row['ratio']:.2f} ({row['unchecked']:.2f}) |" in losses.markdown([row], where)
 
 
 @pytest.mark.slow
