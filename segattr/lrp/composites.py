@@ -1,9 +1,10 @@
 """Which LRP rule each operation of a network gets: a list of pairs of a predicate and a rule, the first that holds.
 
-The named ones are those of zennit. In each, activations, products with gates and constants, and batch normalisation
-that follows no convolution pass relevance on, and all other operations that mix numbers (sums, averages, attention
-weights times values, layer normalisation) take the epsilon rule with 1e-6. What only moves numbers, as maximum pooling,
-concatenation and views do, brings relevance back to where it is from, and has no other rule.
+The named ones are those of zennit. In each, numbers that the image is normalised with, activations, products with gates
+and constants, and batch normalisation that follows no convolution pass relevance on, and all other operations that mix
+numbers (sums, averages, attention weights times values, layer normalisation) take the epsilon rule with 1e-6. What only
+moves numbers, as maximum pooling, concatenation and views do, brings relevance back to where it is from, and has no
+other rule.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ __all__ = [
     "epsilon_plus_flat",
     "first",
     "linear",
+    "normalisation",
     "single",
     "weighted",
 ]
@@ -41,7 +43,7 @@ class Place:
         kind: what it is called, in lower case without underscores: ``"conv2d"``, ``"linear"``, ``"batchnorm2d"``,
             ``"relu"``, ``"add"``, for the module and the function alike.
         module: that it is; None for a function.
-        first: whether it gets the image, or what only moves its pixels makes of it.
+        first: whether it gets the image alone, or what moves, shifts and scales its pixels makes of it.
     """
 
     path: str
@@ -64,6 +66,7 @@ _SINGLE = frozenset(
     )
 )
 _NORMALISATIONS = frozenset(("batchnorm", "syncbatchnorm", *(f"batchnorm{d}" for d in _DIMENSIONS)))
+SCALES = frozenset(("add", "sub", "subtract", "rsub", "mul", "multiply", "div", "divide", "truediv", "truedivide"))
 
 
 # --- predicates
@@ -77,6 +80,16 @@ def first(place: Place) -> bool:
         True
     """
     return place.first and weighted(place)
+
+
+def normalisation(place: Place) -> bool:
+    """The numbers that a network normalises its image with.
+
+    Example:
+        >>> normalisation(Place("", "sub", None, first=True))
+        True
+    """
+    return place.first and place.kind in SCALES
 
 
 def convolution(place: Place) -> bool:
@@ -141,7 +154,7 @@ def base(stabilizer: float = STABILIZER) -> Composite:
     Example:
         >>> composite = [(first, Flat()), (convolution, Gamma(0.1)), (linear, Epsilon()), *base()]
     """
-    return [(single, Pass()), (anything, Epsilon(stabilizer))]
+    return [(normalisation, Pass()), (single, Pass()), (anything, Epsilon(stabilizer))]
 
 
 def everywhere(rule: Rule) -> Composite:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 
 from segattr.lrp.adjoints import Adjoint, Linearised
-from segattr.lrp.composites import WEIGHTED, Composite, Place
+from segattr.lrp.composites import SCALES, WEIGHTED, Composite, Place
 from segattr.lrp.products import summed
 from segattr.lrp.rules import Epsilon, Part, Pass, Rule, stable
 from segattr.networks.reader.graph import results_in
@@ -67,10 +67,12 @@ class Choice:
             self.nonnegative[operation.name] = positive.issuperset(operation.inputs)
             if kind in _POSITIVE or (_keeps_sign(operation, kind) and positive.issuperset(given)):
                 positive.update(operation.outputs)
-            if kind in _MOVES and operation.inputs and pixels.issuperset(operation.inputs):
+            of_pixels = bool(operation.inputs) and pixels.issuperset(operation.inputs)
+            first = of_pixels and len(operation.inputs) == 1
+            if (of_pixels and kind in _MOVES) or (first and kind in SCALES):
                 pixels.update(operation.outputs)
             if operation.inputs and kind not in _MOVES:
-                self.rules[operation.name] = _rule(operation, model, composite, pixels.issuperset(operation.inputs))
+                self.rules[operation.name] = _rule(operation, model, composite, first)
 
     def way(self, operation: "Operation", step: Linearised, results: Mapping[Result, Any]) -> "Way":
         """How relevance goes through an operation that has run."""

@@ -185,6 +185,33 @@ def test_the_rule_zero_is_input_times_gradient(drawn: tuple[nn.Module, Tensor]) 
         assert error(unroll(model, rule="epsilon", example=x)(x)[1], short) == 0
 
 
+class Normalising(nn.Module):
+    """Wants images in [0, 1], as networks do that know how they were trained."""
+
+    mean: Tensor
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", torch.tensor([0.5, 0.4, 0.3], dtype=torch.float64).view(3, 1, 1))
+
+    def normalised(self, image: Tensor) -> Tensor:
+        return (image - self.mean) / 0.25
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.network(self.normalised(image))
+
+
+@pytest.mark.parametrize("rule", ["flat", "epsilon_plus", "epsilon_plus_flat", "epsilon_alpha2_beta1_flat", "zplus"])
+def test_a_network_that_normalises_its_image_has_the_heatmaps_of_its_layers(rule: str) -> None:
+    network, x = without_biases()
+    model = Normalising(network)
+    with torch.no_grad():
+        found, expected = unroll(model, rule=rule)(x), unroll(network, rule=rule)(model.normalised(x))
+    torch.testing.assert_close(found, expected)
+    assert closes(model, x, rule) < 1e-9
+
+
 def without_biases() -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 8, 3, bias=False), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, bias=False), nn.ReLU()]
