@@ -180,7 +180,7 @@ def test_ctrl_c_loses_nothing(tmp_path: Path) -> None:
                 break
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
-        rest, errors = process.communicate(timeout=60)
+        rest, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert "1 of 3 images are in" in rest
     assert (tmp_path / "sizes.csv").read_text().splitlines()[1:] == ["size48_seed0_000000,0.95,0.05,0,0,0"]

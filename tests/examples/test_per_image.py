@@ -354,7 +354,7 @@ class Run:
     def end(self) -> list[int | None]:
         """Waits; returns the exit codes."""
         for process in self.processes:
-            process.join(60)
+            process.join(300)
         return [process.exitcode for process in self.processes]
 
     def worked_on(self) -> list[tuple[int, str]]:
