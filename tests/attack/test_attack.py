@@ -1,7 +1,6 @@
 """Every public name under attack."""
 
 import random
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -132,7 +131,7 @@ def fail(x: Tensor) -> Tensor:
 
 def hang(x: Tensor) -> Tensor:
     while True:
-        time.sleep(0.01)
+        x = x + 1
 
 
 def leave_grad_off(x: Tensor) -> Tensor:
