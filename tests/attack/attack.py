@@ -236,7 +236,7 @@ def _state() -> dict[str, Any]:
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Ends a call that computes too long in Python, on its own clock; any that hangs ends the process, with a traceback."""
+    """Ends a call that computes too long in Python; one that hangs otherwise ends the process, with a traceback."""
 
     def give_up(signum: int, frame: FrameType | None) -> NoReturn:
         raise AssertionError(f"no result after {seconds:g} seconds")
