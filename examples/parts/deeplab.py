@@ -1,15 +1,21 @@
-"""Networks to train with size targets: torchvision's DeepLabV3 as they are, and a small one for quick trials."""
+"""Segmentation networks to train: a small one for quick trials, torchvision's DeepLabV3, pretrained encoders with a
+light decoder."""
 
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
+from engine import storage
 from torch import Tensor, nn
 from torchvision.models import segmentation
 
+from parts import pretrained
 from parts.network import EncoderDecoder
+from parts.pretrained import UNUSABLE, Segmenter
 
-Name = Literal["small", "deeplabv3_mobilenet_v3_large", "deeplabv3_resnet50", "deeplabv3_resnet101"]
-Weights = Literal["none", "imagenet", "coco"]
+DeepLab = Literal["deeplabv3_mobilenet_v3_large", "deeplabv3_resnet50", "deeplabv3_resnet101"]
+Name = Literal["small", DeepLab, pretrained.Name]
+Weights = str  # none, imagenet, coco, or the path of a state dict
 
 # Of the photographs that the weights of torchvision were trained on.
 MEAN, STANDARD_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -33,10 +39,15 @@ class Logits(nn.Module):
 
 
 def check(name: Name, weights: Weights, at_once: int) -> None:
-    """Raises ValueError for options that do not go together; ``at_once``: images in the network at a time."""
-    if name == "small" and weights != "none":
-        raise ValueError(f"--weights: expected a DeepLabV3 as --network with {weights}, got small")
-    if name != "small" and at_once == 1:  # statistics of its pooled features
+    """Raises ValueError for options that do not go together; ``at_once``: images in the network at a time.
+
+    ImageNet's weights, the default for photographs, go with every network: the small one starts from nothing.
+    """
+    if weights == "coco" and name not in get_args(DeepLab):
+        raise ValueError(f"--weights: expected a DeepLabV3 as --network with {weights}, got {name}")
+    if name == "small" and weights not in ("none", "imagenet"):
+        raise ValueError(f"--weights: expected another --network with {weights}, got {name}")
+    if name in get_args(DeepLab) and at_once == 1:  # statistics of its pooled features
         raise ValueError("--batch-size: expected at least 2 images at once for a DeepLabV3, got 1")
 
 
@@ -44,29 +55,52 @@ def build(name: Name, num_classes: int, weights: Weights) -> nn.Module:
     """A network from images ``[B, 3, H, W]`` in [0, 1] to logits ``[B, K, H, W]``.
 
     Args:
-        name: ``"small"``, or a network of ``torchvision.models.segmentation``.
+        name: ``"small"``; a network of ``torchvision.models.segmentation``; or one of :mod:`parts.pretrained`, which
+            gets a light decoder, and normalises with the statistics that it has if it has weights.
         num_classes: K, the background being class 0.
-        weights: where a network of torchvision starts: ``"imagenet"`` has its backbone, ``"coco"`` all of it but, for
-            other than VOC's 21 classes, its last layer. Both are downloaded.
+        weights: where a network other than the small one starts: ``"none"``, ``"imagenet"`` or the path of a state dict
+            for :func:`parts.pretrained.pretrained`; for torchvision's, ``"imagenet"`` has the backbone, ``"coco"`` or
+            a state dict of the same kind all of it but, for other than VOC's 21 classes, the last layer.
     """
     if name == "small":
         return EncoderDecoder(num_classes)
+    if name in get_args(DeepLab):
+        return Logits(_deeplab(name, num_classes, weights))
+    encoder = pretrained.pretrained(name, weights)  # type: ignore[arg-type]
+    return Segmenter(encoder.train(weights == "none"), num_classes)
+
+
+def _deeplab(name: str, num_classes: int, weights: Weights) -> nn.Module:
     make = getattr(segmentation, name)
     try:
-        if weights != "coco":
+        if weights in ("none", "imagenet"):
             backbone = "DEFAULT" if weights == "imagenet" else None
-            return Logits(make(weights=None, weights_backbone=backbone, num_classes=num_classes))
-        network = make(weights="DEFAULT")
-    except (OSError, RuntimeError) as error:  # no connection; a file with another check sum
-        raise SystemExit(f"error: --weights {weights}: expected to download those of {name}, got: {error}") from None
+            return make(weights=None, weights_backbone=backbone, num_classes=num_classes)
+        network: Any = make(weights="DEFAULT") if weights == "coco" else _of_file(make, Path(weights))
+    except UNUSABLE as error:
+        wanted = "to download those" if weights in ("imagenet", "coco") else "those"
+        message = f"expected {wanted} of {name}, got: {storage.reason(error)}"
+        raise SystemExit(f"error: --weights {weights}: {message}") from None
     last = network.classifier[-1]
     if last.out_channels != num_classes:
         network.classifier[-1] = nn.Conv2d(last.in_channels, num_classes, 1)
-    return Logits(network)
+    return network
+
+
+def _of_file(make: Any, path: Path) -> nn.Module:
+    network: nn.Module = make(weights=None, weights_backbone=None, aux_loss=True)
+    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return network
 
 
 def optimizer(model: nn.Module, weights: Weights) -> torch.optim.Optimizer:
-    """SGD as in the paper for weights that are there; from scratch AdamW learns more in few steps."""
-    if weights != "none":
+    """SGD as in the paper for a DeepLabV3 whose weights are there; otherwise AdamW, which learns more in few steps,
+    with a tenth of its rate for an encoder whose weights are there.
+    """
+    if isinstance(model, Logits) and weights != "none":
         return torch.optim.SGD(model.parameters(), lr=0.005, momentum=0.9, weight_decay=1e-4)
-    return torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
+    encoder = [*model.encoder.parameters()] if isinstance(model, Segmenter) and weights != "none" else []
+    known = {*encoder}
+    new = [parameter for parameter in model.parameters() if parameter not in known]
+    groups = [{"params": new, "lr": 2e-3}, *([{"params": encoder, "lr": 2e-4}] if encoder else [])]
+    return torch.optim.AdamW(groups, weight_decay=1e-2)

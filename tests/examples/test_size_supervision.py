@@ -24,6 +24,7 @@ from parts.sweeps import SWEEPS, TABLE, Result, Trial
 from scipy.ndimage import label
 from size_supervision import Annotator, Config, background_and_dice
 from torch import Tensor, nn
+from torchvision import models
 
 from tests.run_example import run_example
 
@@ -118,6 +119,8 @@ def test_two_processes_share_a_deeplab_on_voc_with_sizes_of_a_file(tmp_path: Pat
     ("options", "message"),
     [
         (["--weights", "coco"], "--weights: expected a DeepLabV3 as --network with coco, got small"),
+        (["--network", "resnet18", "--weights", "coco"], "--weights: expected a DeepLabV3 .* with coco, got resnet18"),
+        (["--weights", "a.pt"], "--weights: expected another --network with a.pt, got small"),
         (["--classes", "brick"], "--classes: expected --sweep classes or barrier with it, got brick"),
         (
             ["--sweep", "classes", "--classes", "brick"],
@@ -161,6 +164,33 @@ def test_a_deeplab_is_that_of_torchvision_and_sees_normalised_images() -> None:
     with torch.no_grad():
         torch.testing.assert_close(model(image), network.eval()(normalised)["out"])
         assert model(image).shape == (2, 4, 48, 40)
+
+
+def test_weights_of_a_file_replace_those_of_coco(tmp_path: Path) -> None:
+    name: deeplab.Name = "deeplabv3_mobilenet_v3_large"
+    network = deeplab.segmentation.deeplabv3_mobilenet_v3_large(weights=None, weights_backbone=None, aux_loss=True)
+    torch.save(network.state_dict(), tmp_path / "weights.pt")
+    built = deeplab.build(name, 4, str(tmp_path / "weights.pt")).state_dict()
+    last = {name for name, value in network.state_dict().items() if not torch.equal(built[f"network.{name}"], value)}
+    assert last == {"classifier.4.weight", "classifier.4.bias"}
+    for path in (tmp_path / "none.pt", Path(__file__)):
+        with pytest.raises(SystemExit, match=rf"^error: --weights .*: expected those of {name}, got: [^\n]*$"):
+            deeplab.build(name, 4, str(path))
+
+
+@pytest.mark.parametrize("weights", ["none", "of a file"])
+def test_a_pretrained_encoder_gets_a_decoder_that_learns_faster(weights: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    if weights == "of a file":
+        weights = str(tmp_path / "weights.pt")
+        torch.save(models.squeezenet1_0().state_dict(), weights)
+    model = deeplab.build("squeezenet1_0", 4, weights)
+    assert model(torch.rand(2, 3, 48, 40)).shape == (2, 4, 48, 40)
+    assert model.encoder.training == (weights == "none")
+    groups = deeplab.optimizer(model, weights).param_groups
+    assert [group["lr"] for group in groups] == [2e-3, 2e-4][: len(groups)]
+    assert sum(len(group["params"]) for group in groups) == len([*model.parameters()])
+    assert len(groups) == (1 if weights == "none" else 2)
 
 
 def test_each_object_has_a_scribble_of_its_own_class_and_the_background_one() -> None:
