@@ -38,11 +38,19 @@ class Logits(nn.Module):
         return logits
 
 
-def check(name: Name, weights: Weights, at_once: int) -> None:
-    """Raises ValueError for options that do not go together; ``at_once``: images in the network at a time.
+def check(name: Name, weights: Weights, at_once: int, frozen: bool = False) -> None:
+    """Raises ValueError for options that do not go together.
 
     ImageNet's weights, the default for photographs, go with every network: the small one starts from nothing.
+
+    Args:
+        name: see :func:`build`.
+        weights: see :func:`build`.
+        at_once: images in the network at a time.
+        frozen: whether only the decoder trains.
     """
+    if frozen and name not in get_args(pretrained.Name):
+        raise ValueError(f"--frozen: expected a --network with a decoder of its own, or --no-frozen, got {name}")
     if weights == "coco" and name not in get_args(DeepLab):
         raise ValueError(f"--weights: expected a DeepLabV3 as --network with {weights}, got {name}")
     if name == "small" and weights not in ("none", "imagenet"):

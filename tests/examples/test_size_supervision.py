@@ -16,17 +16,21 @@ from data.scenes import Scenes
 from data.stream import Prepared, Whole
 from data.write_voc import write_voc
 from engine.command import parse
+from engine.storage import StorageError
 from matplotlib.image import imread
 from parts import deeplab, supervisions, sweeps
+from parts.frozen import freeze
 from parts.scribbles import Scribbled, all_scribbles, scribbles
 from parts.subset import Subset
 from parts.sweeps import SWEEPS, TABLE, Result, Trial
+from parts.tag_classifier import Part
 from scipy.ndimage import label
 from size_supervision import Annotator, Config, background_and_dice
 from torch import Tensor, nn
 from torchvision import models
 
 from tests.run_example import run_example
+from tests.tiny_photographs import write_tiny_photographs
 
 TINY = ("--steps", "1", "--pretrain-steps", "1", "--scenes", "24", "--size", "32", "--device", "cpu")
 CLASSES = ("background", "cat", "dog")
@@ -106,13 +110,72 @@ def test_two_processes_share_a_deeplab_on_voc_with_sizes_of_a_file(tmp_path: Pat
     done = example(
         *("--steps", 1, "--pretrain-steps", 1, "--size", 32, "--device", "cpu", "--batch-size", 4),
         *("--data", "voc", "--root", root, "--sizes", root / "sizes.csv", "--out", tmp_path / "out"),
-        *("--network", "deeplabv3_mobilenet_v3_large", "--sweep", "classes", "--classes", "grass", "brick", "gravel"),
+        *("--network", "deeplabv3_mobilenet_v3_large", "--weights", "none"),
+        *("--sweep", "classes", "--classes", "grass", "brick", "gravel"),
         processes=2,
     )
     assert done.returncode == 0, done.stderr
     table = rows(done.stdout)
     assert [name for name, _ in table] == [*(trial.curve for trial in SWEEPS["classes"].trials), "sizes of --sizes"]
     assert " 4 classes\n" in done.stdout
+
+
+@pytest.mark.slow
+def test_decoders_train_on_frozen_features_of_photographs_and_go_on_after_a_stop(tmp_path: Path) -> None:
+    write_tiny_photographs(tmp_path / "photographs")
+    options = ("--data", "voc", "--root", tmp_path / "photographs", "--quick", "--weights", "none", "--out", tmp_path)
+    small = ("--size", 64, "--steps", 2, "--batch-size", 4, "--device", "cpu")
+    first = example(*options, *small)
+    assert first.returncode == 0, first.stderr
+    assert [name for name, _ in rows(first.stdout)] == [trial.curve for trial in TABLE]
+    (features,) = (tmp_path / "features").iterdir()
+    made = {path: path.stat().st_mtime_ns for path in features.glob("*.npz")}
+    assert len(made) == 2 * (6 + 3), "the images of both lists, as they are and mirrored"
+    next(iter(made)).unlink()
+    (tmp_path / "checkpoints" / "average_size_seed_0.pt").unlink()
+    again = example(*options, *small, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert [cells[:-1] for _, cells in rows(first.stdout)] == [cells[:-1] for _, cells in rows(again.stdout)]
+    assert sum(path.stat().st_mtime_ns != time for path, time in made.items()) == 1
+
+
+@pytest.mark.slow
+def test_a_whole_network_trains_on_photographs(tmp_path: Path) -> None:
+    write_tiny_photographs(tmp_path / "photographs")
+    options = ("--data", "voc", "--root", tmp_path / "photographs", "--weights", "none", "--out", tmp_path)
+    done = example(*options, "--size", 64, "--steps", 2, "--batch-size", 4, "--device", "cpu", "--sweep", "barrier")
+    assert done.returncode == 0, done.stderr
+    assert imread(tmp_path / "barrier.png")[..., :3].std() > 0.05
+
+
+def test_frozen_features_are_those_of_the_encoder(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    data = Stacked(CLASSES, torch.rand(3, 3, 40, 40), torch.zeros(3, 40, 40, dtype=torch.int64))
+    model = deeplab.build("squeezenet1_0", 3, "none").eval()
+    images = torch.stack([data[0]["image"], data[2]["image"].flip(-1)])
+    with torch.no_grad():
+        expected = model(images)
+        freeze(model, [Part(data, [0, 1]), Part(data, [2])], tmp_path)
+        torch.testing.assert_close(model(images), expected, rtol=0, atol=1e-3)  # kept in half precision
+    assert not [name for name in model.state_dict() if name.startswith("encoder")]
+    with pytest.raises(StorageError, match=r"^cannot read .*\.npz: No such file or directory$"):
+        model(torch.rand(1, 3, 40, 40))
+
+
+def test_presets_for_photographs(capsys: pytest.CaptureFixture[str]) -> None:
+    config = parse(Config, ["--data", "voc", "--root", "."])
+    assert (config.network, config.weights, config.frozen, config.size) == (
+        "efficientnet_lite0",
+        "imagenet",
+        False,
+        512,
+    )
+    config = parse(Config, ["--data", "voc", "--root", ".", "--quick", "--size", "96"])
+    assert (config.network, config.weights, config.frozen, config.size) == ("efficientnet_lite0", "imagenet", True, 96)
+    parse(Config, ["--data", "voc", "--root", ".", "--network", "small"])
+    with pytest.raises(SystemExit):
+        parse(Config, ["--data", "voc", "--root", ".", "--quick", "--network", "small"])
+    assert "--frozen: expected a --network with a decoder of its own, or --no-frozen, got" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
