@@ -1,15 +1,17 @@
-"""Few pixel labels, many tags: classifiers trained through their heatmaps against U-Nets and their kin."""
+"""Few pixel labels, many tags: classifiers trained through their heatmaps against U-Nets and their kin.
+
+For VOC, ``--data voc --train-split trainaug --network resnet50 --size 256 --labelled 1 5 25 0`` is close to the paper.
+"""
 
 import copy
 import dataclasses
 import statistics
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from data.augment import Crop
 from data.sample import VOID, Batch, Images, Sample, complete, first
 from data.source import Options
 from data.stream import Whole
@@ -18,7 +20,7 @@ from engine.command import check_least, each_run, run
 from engine.processes import pick_device, rank, say, total
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from parts import torchvision_cpu  # noqa: F401  (before torchvision)
+from parts import pretrained, torchvision_cpu  # noqa: F401  (before torchvision)
 from parts.report import draw_rows
 from torch import Tensor, nn
 from torchvision import models, tv_tensors
@@ -33,10 +35,18 @@ class Config(Options):
 
     labelled: tuple[int, ...] = (1,)
     """Images with masks per class, one column of the tables each; 0 for all images. The paper has 1 5 25 0."""
-    backbone: Literal["vgg", "resnet"] = "vgg"
-    """Classifier: a small one; with --weights imagenet VGG-16 with batch normalisation, or ResNet-50."""
-    weights: Literal["none", "imagenet"] = "none"
-    """Where the classifier starts; imagenet downloads weights, crops photographs and trains at a rate of 1e-5."""
+    PHOTOGRAPHS: ClassVar[dict[str, Any]] = {
+        "network": "efficientnet_lite0",
+        "weights": "imagenet",
+        "size": 256,
+    }
+    QUICK: ClassVar[dict[str, Any]] = {"size": 96, "pretrain_steps": 60, "steps": 60}
+
+    network: Literal["small", "small_resnet", pretrained.Name] = "small"
+    """Classifier: a small VGG or ResNet, or for photographs a network that can start from ImageNet."""
+    weights: str = "none"
+    """Where a network that is not small starts: imagenet, or the path of a state dict; those of efficientnet_lite0 are
+    a package, others are downloaded."""
     pretrain_steps: int = 1000
     """Optimizer steps of the classifier, on tags."""
     steps: int = 250
@@ -55,10 +65,12 @@ class Config(Options):
         check_least(self, pretrain_steps=0, steps=1, repeats=1)
         if not self.labelled or min(self.labelled) < 0:
             raise ValueError(f"--labelled: expected numbers of at least 0, got {self.labelled}")
+        if self.network.startswith("small") and self.weights not in ("none", "imagenet"):
+            raise ValueError(f"--weights: expected another --network with {self.weights}, got {self.network}")
 
-    def augment(self, classes: int) -> "Hide":
-        """Scenes are mirrored, photographs cropped as well."""
-        return Hide(self.fit(mirror=True) if self.data == "scenes" else Crop(self.size), classes)
+    @property
+    def pretrained(self) -> bool:
+        return not self.network.startswith("small") and self.weights != "none"
 
 
 class Method(NamedTuple):
@@ -74,25 +86,35 @@ METHODS = {
     "U-Net": Method(FREE | {"skip": "concat"}, tags=False),
     "multi-task U-Net": Method(FREE | {"skip": "concat"}, tags=True),
 }
-RATES = {"none": 1e-3, "imagenet": 1e-5}
+RATE, PRETRAINED_RATE = 1e-3, 1e-4  # of new weights, and of those of ImageNet
 TAGS_WEIGHT = 10.0  # of the loss of the tags: that of the authors' code, where with 1 the F1 score falls more
 SHOWN = 5
 
 
 class Normalised(nn.Module):
-    """A network for images in [0, 1] from one that wants ImageNet's mean and deviation to be 0 and 1."""
+    """A network for images in [0, 1] from one that wants their mean and deviation to be 0 and 1.
+
+    Args:
+        network: for normalised images.
+        mean: of the images, by channel.
+        deviation: of the images, by channel.
+    """
 
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, mean: Tensor, deviation: Tensor) -> None:
         super().__init__()
         self.network = network
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
-        self.register_buffer("deviation", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("deviation", deviation, persistent=False)
 
     def forward(self, image: Tensor) -> Any:
         return self.network((image - self.mean) / self.deviation)
+
+    def made_of(self, network: nn.Module) -> "Normalised":
+        """Another network for the same images."""
+        return Normalised(network, self.mean, self.deviation)
 
 
 class Maps(nn.Module):
@@ -106,18 +128,28 @@ class Maps(nn.Module):
         return self.network(image)[1]
 
 
-def classifier(config: Config, classes: int) -> nn.Module:
-    start = None if config.weights == "none" else "DEFAULT"
-    if config.backbone == "resnet":
-        resnet = models.resnet50(weights=start) if start else models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1])
-        resnet.fc = nn.Linear(resnet.fc.in_features, classes)
-        return resnet
-    if start:
-        vgg = models.vgg16_bn(weights=start)
-        vgg.classifier[-1] = nn.Linear(4096, classes)
-        return vgg
-    features = models.vgg.make_layers([16, 16, "M", 32, 32, "M", 64, 64, "M", 128, 128], batch_norm=True)
-    return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, classes))
+def classifier(config: Config, classes: int) -> Normalised:
+    if not config.network.startswith("small"):
+        whole = pretrained.pretrained(config.network, config.weights).tag_classifier(classes)  # type: ignore[arg-type]
+        whole.features.train(not config.pretrained)  # statistics that are there stay
+        return Normalised(nn.Sequential(whole.features, whole.head), whole.mean, whole.deviation)
+    if config.network == "small_resnet":
+        network = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1])
+        network.fc = nn.Linear(512, classes)
+    else:
+        features = models.vgg.make_layers([16, 16, "M", 32, 32, "M", 64, 64, "M", 128, 128], batch_norm=True)
+        network = nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, classes))
+    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (pretrained.MEAN, pretrained.DEVIATION))
+    return Normalised(network, mean, deviation)
+
+
+def optimizer(model: Normalised, encoder: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """AdamW. Features of the encoder, which is a part of the model, learn more slowly where they are pretrained."""
+    known = [*encoder[0].parameters()] if config.pretrained else []  # type: ignore[index]
+    ours = {*known}
+    new = [p for p in model.parameters() if p.requires_grad and p not in ours]
+    groups = [{"params": new, "lr": RATE}, *([{"params": known, "lr": PRETRAINED_RATE}] if known else [])]
+    return torch.optim.AdamW(groups)
 
 
 class FewMasks(Images):
@@ -178,12 +210,12 @@ class Outcome(NamedTuple):
 
 def pretrain(config: Config, images: Images) -> Normalised:
     """A classifier trained on tags; the background, which is everywhere, has no weight."""
-    model = Normalised(classifier(config, len(images.classes))).to(pick_device(config.device))
+    model = classifier(config, len(images.classes)).to(pick_device(config.device))
     training.train(
         model,
         lambda scores, batch: F.binary_cross_entropy_with_logits(scores[:, 1:], batch["tags"][:, 1:].to(scores.dtype)),
-        config.stream(images, config.augment(len(images.classes))),
-        torch.optim.AdamW(model.parameters(), lr=RATES[config.weights]),
+        config.stream(images, Hide(config.fit(mirror=True), len(images.classes))),
+        optimizer(model, model.network, config),
         steps=config.pretrain_steps,
         name=f"classifier, seed {config.seed}",
         options=config,
@@ -191,20 +223,19 @@ def pretrain(config: Config, images: Images) -> Normalised:
     return model
 
 
-def experiment(
-    config: Config, name: str, per_class: int, pretrained: Normalised, images: Images, test: Images
-) -> Outcome:
+def experiment(config: Config, name: str, per_class: int, start: Normalised, images: Images, test: Images) -> Outcome:
     """Trains one network, made from the classifier, with some masks."""
     method, count = METHODS[name], min(per_class * (len(images.classes) - 1), len(images)) or len(images)
     device, generator = pick_device(config.device), torch.Generator().manual_seed(config.seed)
     masked = labelled_subset((images.sizes() > 0)[:, 1:], count, generator=generator).tolist()
-    model = Normalised(unroll(copy.deepcopy(pretrained.network), **method.options)).to(device)
+    image = first(Whole(test, config.fit()), SHOWN)["image"].to(device)
+    encoder = copy.deepcopy(start.network)
+    model = start.made_of(unroll(encoder, example=image, **method.options)).to(device)
     # Relevances of pixels are shares of a score, the maps of other networks are logits.
     heatmap_loss = HeatmapLoss(
         scale="pixels" if "weights" not in method.options else 1.0, weight=TAGS_WEIGHT * method.tags
     )
     shown: list[tuple[Tensor, Tensor]] = []
-    image = first(Whole(test, config.fit()), SHOWN)["image"].to(device)
 
     def loss(output: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
         return heatmap_loss(output[1], output[0], batch["labels"], batch["tags"])
@@ -222,8 +253,8 @@ def experiment(
     training.train(
         model,
         loss,
-        config.stream(FewMasks(images, masked, others=method.tags), config.augment(len(images.classes))),
-        torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATES[config.weights]),
+        config.stream(FewMasks(images, masked, others=method.tags), Hide(config.fit(mirror=True), len(images.classes))),
+        optimizer(model, encoder, config),
         steps=config.steps,
         name=f"{name}, {per_class or 'all'}, seed {config.seed}",
         options=config,
@@ -278,11 +309,11 @@ def main(config: Config) -> None:
     for own in each_run(config):
         training.seed_everything(own.seed)
         images = own.images("train")
-        pretrained = pretrain(own, images)
-        before.append(f1(pretrained, test, config))
+        start = pretrain(own, images)
+        before.append(f1(start, test, config))
         for per_class in config.labelled:
             for name in METHODS:
-                outcome = experiment(own, name, per_class, pretrained, images, test)
+                outcome = experiment(own, name, per_class, start, images, test)
                 outcomes.setdefault((name, per_class), []).append(outcome)
     say(table(outcomes, config, before))
     if rank() == 0:

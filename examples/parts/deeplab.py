@@ -11,14 +11,15 @@ from torchvision.models import segmentation
 
 from parts import pretrained
 from parts.network import EncoderDecoder
-from parts.pretrained import UNUSABLE, Segmenter
+from parts.pretrained import DEVIATION, MEAN, UNUSABLE, Segmenter
 
 DeepLab = Literal["deeplabv3_mobilenet_v3_large", "deeplabv3_resnet50", "deeplabv3_resnet101"]
 Name = Literal["small", DeepLab, pretrained.Name]
 Weights = str  # none, imagenet, coco, or the path of a state dict
 
-# Of the photographs that the weights of torchvision were trained on.
-MEAN, STANDARD_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Of the features that a decoder reads. Without the last ones the mIoU is .37 instead of .56: full masks, 150 steps on
+# frozen features of EfficientNet-Lite0 for 160 pixels, 243 photographs of five animals, and 61 others to evaluate.
+STRIDES = (8, 16, 32)
 
 
 class Logits(nn.Module):
@@ -33,7 +34,7 @@ class Logits(nn.Module):
         self.network = network
 
     def forward(self, image: Tensor) -> Tensor:
-        mean, deviation = (image.new_tensor(values).view(3, 1, 1) for values in (MEAN, STANDARD_DEVIATION))
+        mean, deviation = (image.new_tensor(values).view(3, 1, 1) for values in (MEAN, DEVIATION))
         logits: Tensor = self.network((image - mean) / deviation)["out"]
         return logits
 
@@ -64,7 +65,7 @@ def build(name: Name, num_classes: int, weights: Weights) -> nn.Module:
 
     Args:
         name: ``"small"``; a network of ``torchvision.models.segmentation``; or one of :mod:`parts.pretrained`, which
-            gets a light decoder, and normalises with the statistics that it has if it has weights.
+            gets a light decoder and, if it has weights, keeps the statistics of its batch normalisation.
         num_classes: K, the background being class 0.
         weights: where a network other than the small one starts: ``"none"``, ``"imagenet"`` or the path of a state dict
             for :func:`parts.pretrained.pretrained`; for torchvision's, ``"imagenet"`` has the backbone, ``"coco"`` or
@@ -75,7 +76,8 @@ def build(name: Name, num_classes: int, weights: Weights) -> nn.Module:
     if name in get_args(DeepLab):
         return Logits(_deeplab(name, num_classes, weights))
     encoder = pretrained.pretrained(name, weights)  # type: ignore[arg-type]
-    return Segmenter(encoder.train(weights == "none"), num_classes)
+    strides = [stride for stride in STRIDES if stride in encoder.channels]
+    return Segmenter(encoder.train(weights == "none"), num_classes, strides=strides)
 
 
 def _deeplab(name: str, num_classes: int, weights: Weights) -> nn.Module:

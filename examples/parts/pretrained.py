@@ -27,7 +27,7 @@ CLASSES: tuple[str, ...] = tuple(models.ResNet50_Weights.IMAGENET1K_V1.meta["cat
 # No connection; a file that is missing, has another check sum, is of another network or of something else.
 UNUSABLE = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, pickle.UnpicklingError)
 
-_MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of images for the networks of torchvision
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of images for the networks of torchvision
 _PROBE = 128  # side in pixels of the image that tells the strides of a network
 
 
@@ -194,7 +194,7 @@ def _of_torchvision(name: str, weights: str) -> Parts:
         layers, last = list(network.features), network.classifier
         pool = getattr(network, "avgpool", nn.AdaptiveAvgPool2d(1))
     head = (last, nn.Flatten()) if name.startswith("squeezenet") else (pool, nn.Flatten(), last)  # it pools itself
-    return nn.Sequential(*layers), nn.Sequential(*head), _MEAN, _DEVIATION
+    return nn.Sequential(*layers), nn.Sequential(*head), MEAN, DEVIATION
 
 
 def _expected(weights: str, name: str, error: Exception) -> str:
