@@ -21,6 +21,7 @@ from engine.processes import pick_device, rank, say, total
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from parts import pretrained, torchvision_cpu  # noqa: F401  (before torchvision)
+from parts.frozen import Kept
 from parts.report import draw_rows
 from torch import Tensor, nn
 from torchvision import models, tv_tensors
@@ -67,6 +68,11 @@ class Config(Options):
             raise ValueError(f"--labelled: expected numbers of at least 0, got {self.labelled}")
         if self.network.startswith("small") and self.weights not in ("none", "imagenet"):
             raise ValueError(f"--weights: expected another --network with {self.weights}, got {self.network}")
+
+    def whole(self, images: Images) -> Images:
+        """Images as the networks see them, in memory with --quick."""
+        fitted = Whole(images, self.fit())
+        return Kept(fitted) if self.quick else fitted
 
     @property
     def pretrained(self) -> bool:
@@ -223,12 +229,24 @@ def pretrain(config: Config, images: Images) -> Normalised:
     return model
 
 
-def experiment(config: Config, name: str, per_class: int, start: Normalised, images: Images, test: Images) -> Outcome:
-    """Trains one network, made from the classifier, with some masks."""
+def experiment(
+    config: Config, name: str, per_class: int, start: Normalised, images: Images, tags: Tensor, test: Images
+) -> Outcome:
+    """Trains one network, made from the classifier, with some masks.
+
+    Args:
+        config: of the command line.
+        name: of the method.
+        per_class: images with masks.
+        start: the classifier.
+        images: to train on.
+        tags: of the masks of these images, ``[N, K]``.
+        test: to evaluate on.
+    """
     method, count = METHODS[name], min(per_class * (len(images.classes) - 1), len(images)) or len(images)
     device, generator = pick_device(config.device), torch.Generator().manual_seed(config.seed)
-    masked = labelled_subset((images.sizes() > 0)[:, 1:], count, generator=generator).tolist()
-    image = first(Whole(test, config.fit()), SHOWN)["image"].to(device)
+    masked = labelled_subset(tags[:, 1:], count, generator=generator).tolist()
+    image = first(test, SHOWN)["image"].to(device)
     encoder = copy.deepcopy(start.network)
     model = start.made_of(unroll(encoder, example=image, **method.options)).to(device)
     # Relevances of pixels are shares of a score, the maps of other networks are logits.
@@ -250,7 +268,7 @@ def experiment(config: Config, name: str, per_class: int, start: Normalised, ima
         shown.append((heat.argmax(1), heat))
 
     look(model)
-    training.train(
+    progress = training.train(
         model,
         loss,
         config.stream(FewMasks(images, masked, others=method.tags), Hide(config.fit(mirror=True), len(images.classes))),
@@ -261,8 +279,9 @@ def experiment(config: Config, name: str, per_class: int, start: Normalised, ima
         evaluate=evaluate,
         evaluations=3,
     )
-    iou = training.evaluate(Maps(model), test, augment=config.fit(), workers=config.workers).nanmean().item()
-    return Outcome(iou, f1(model, test, config), shown)
+    if len(shown) == 1:  # resumed after its last step
+        look(model)
+    return Outcome(progress.curve[-1][1], f1(model, test, config), shown)
 
 
 def table(outcomes: dict[tuple[str, int], list[Outcome]], config: Config, before: list[float]) -> str:
@@ -303,22 +322,24 @@ def picture(shown: Batch, outcomes: dict[str, Outcome], path: Path) -> None:
 
 def main(config: Config) -> None:
     folder = training.start(config)
-    test = config.images("evaluate")
+    test = config.whole(config.images("evaluate"))
     outcomes: dict[tuple[str, int], list[Outcome]] = {}
     before = []
     for own in each_run(config):
         training.seed_everything(own.seed)
         images = own.images("train")
+        tags = images.sizes() > 0
+        images = own.whole(images)
         start = pretrain(own, images)
         before.append(f1(start, test, config))
         for per_class in config.labelled:
             for name in METHODS:
-                outcome = experiment(own, name, per_class, start, images, test)
+                outcome = experiment(own, name, per_class, start, images, tags, test)
                 outcomes.setdefault((name, per_class), []).append(outcome)
     say(table(outcomes, config, before))
     if rank() == 0:
         shown = {name: outcomes[name, config.labelled[0]][0] for name in METHODS}
-        picture(first(Whole(test, config.fit()), SHOWN), shown, folder / "few_shot_lrp.png")
+        picture(first(test, SHOWN), shown, folder / "few_shot_lrp.png")
     say(f"picture: {folder / 'few_shot_lrp.png'}")
 
 
