@@ -6,6 +6,7 @@ For VOC, ``--data voc --train-split trainaug --network resnet50 --size 256 --lab
 import copy
 import dataclasses
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -40,14 +41,29 @@ class Config(Options):
         "network": "efficientnet_lite0",
         "weights": "imagenet",
         "size": 256,
+        "labelled": (1, 5, 25, 0),
+        "pretrain_steps": 5000,
+        "steps": 10000,
     }
-    QUICK: ClassVar[dict[str, Any]] = {"size": 96, "pretrain_steps": 60, "steps": 60}
+    QUICK: ClassVar[dict[str, Any]] = {
+        "size": 96,
+        "labelled": (5,),
+        "batch_size": 8,
+        "pretrain_steps": 60,
+        "steps": 60,
+        "rule": "epsilon_plus",
+        "pretrained_rate": 1e-4,
+    }
 
     network: Literal["small", "small_resnet", pretrained.Name] = "small"
     """Classifier: a small VGG or ResNet, or for photographs a network that can start from ImageNet."""
     weights: str = "none"
     """Where a network that is not small starts: imagenet, or the path of a state dict; those of efficientnet_lite0 are
     a package, others are downloaded."""
+    rule: Literal["zero", "epsilon_plus"] = "zero"
+    """Rule of unrolled LRP: zero, which is the paper's; or epsilon_plus, whose heatmaps are smooth."""
+    pretrained_rate: float = 1e-5
+    """Learning rate of weights of ImageNet; new ones have 1e-3."""
     pretrain_steps: int = 1000
     """Optimizer steps of the classifier, on tags."""
     steps: int = 250
@@ -63,7 +79,7 @@ class Config(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_least(self, pretrain_steps=0, steps=1, repeats=1)
+        check_least(self, pretrain_steps=0, steps=1, repeats=1, pretrained_rate=0)
         if not self.labelled or min(self.labelled) < 0:
             raise ValueError(f"--labelled: expected numbers of at least 0, got {self.labelled}")
         if self.network.startswith("small") and self.weights not in ("none", "imagenet"):
@@ -92,7 +108,7 @@ METHODS = {
     "U-Net": Method(FREE | {"skip": "concat"}, tags=False),
     "multi-task U-Net": Method(FREE | {"skip": "concat"}, tags=True),
 }
-RATE, PRETRAINED_RATE = 1e-3, 1e-4  # of new weights, and of those of ImageNet
+RATE = 1e-3  # of new weights
 TAGS_WEIGHT = 10.0  # of the loss of the tags: that of the authors' code, where with 1 the F1 score falls more
 SHOWN = 5
 
@@ -154,7 +170,7 @@ def optimizer(model: Normalised, encoder: nn.Module, config: Config) -> torch.op
     known = [*encoder[0].parameters()] if config.pretrained else []  # type: ignore[index]
     ours = {*known}
     new = [p for p in model.parameters() if p.requires_grad and p not in ours]
-    groups = [{"params": new, "lr": RATE}, *([{"params": known, "lr": PRETRAINED_RATE}] if known else [])]
+    groups = [{"params": new, "lr": RATE}, *([{"params": known, "lr": config.pretrained_rate}] if known else [])]
     return torch.optim.AdamW(groups)
 
 
@@ -196,12 +212,17 @@ class Hide:
 
 @torch.no_grad()
 def f1(model: nn.Module, data: Images, config: Config) -> float:
-    """F1 score of the tags of the foreground, mean over the classes; a tag is predicted where its score is above 0."""
+    """F1 score of the tags of the foreground, mean over the classes; a tag is predicted where its score is above 0.
+
+    Args:
+        model: a classifier.
+        data: the images.
+        config: of the command line.
+    """
     counts = torch.zeros(2, len(data.classes), device=next(model.parameters()).device)
     with evaluating(model):
         for batch in training.share(data, config.fit(), 50, config.workers):
-            output = model(batch["image"].to(counts.device))
-            found = (output[0] if isinstance(output, tuple) else output) > 0
+            found = model(batch["image"].to(counts.device)) > 0
             tags = batch["tags"].to(counts.device).bool()
             counts += torch.stack([2 * (found & tags).sum(0), found.sum(0) + tags.sum(0)])
     hits, both = total(counts)[:, 1:]
@@ -229,6 +250,29 @@ def pretrain(config: Config, images: Images) -> Normalised:
     return model
 
 
+@torch.no_grad()
+def map_scale(model: nn.Module, images: Images, options: Mapping[str, Any]) -> float | Literal["pixels"]:
+    """What makes the maps of a network comparable to scores.
+
+    Those of free decoders are. Relevances of pixels are shares of a score under LRP-0. Under other rules only a part of
+    the score arrives, the same of all classes: of EfficientNet-Lite0 2e-4 with ``epsilon_plus``, the rest being its
+    biases' and saturated activations'.
+
+    Args:
+        model: an unrolled classifier.
+        images: some of them show which part.
+        options: of :func:`segattr.lrp.unroll`.
+    """
+    if "weights" in options:
+        return 1.0
+    if options.get("rule", "zero") == "zero":
+        return "pixels"
+    image = first(images, SHOWN)["image"].to(next(model.parameters()).device)
+    with evaluating(model):
+        scores, heat = model(image)
+    return heat[0, 0].numel() * float(scores.abs().sum() / heat.sum((2, 3)).abs().sum())
+
+
 def experiment(
     config: Config, name: str, per_class: int, start: Normalised, images: Images, tags: Tensor, test: Images
 ) -> Outcome:
@@ -248,11 +292,9 @@ def experiment(
     masked = labelled_subset(tags[:, 1:], count, generator=generator).tolist()
     image = first(test, SHOWN)["image"].to(device)
     encoder = copy.deepcopy(start.network)
-    model = start.made_of(unroll(encoder, example=image, **method.options)).to(device)
-    # Relevances of pixels are shares of a score, the maps of other networks are logits.
-    heatmap_loss = HeatmapLoss(
-        scale="pixels" if "weights" not in method.options else 1.0, weight=TAGS_WEIGHT * method.tags
-    )
+    options = method.options | ({"rule": config.rule} if name == "unrolled LRP" else {})
+    model = start.made_of(unroll(encoder, example=image, **options)).to(device)
+    heatmap_loss = HeatmapLoss(scale=map_scale(model, images, options), weight=TAGS_WEIGHT * method.tags)
     shown: list[tuple[Tensor, Tensor]] = []
 
     def loss(output: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
@@ -281,7 +323,7 @@ def experiment(
     )
     if len(shown) == 1:  # resumed after its last step
         look(model)
-    return Outcome(progress.curve[-1][1], f1(model, test, config), shown)
+    return Outcome(progress.curve[-1][1], f1(start.made_of(encoder), test, config), shown)
 
 
 def table(outcomes: dict[tuple[str, int], list[Outcome]], config: Config, before: list[float]) -> str:

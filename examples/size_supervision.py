@@ -57,7 +57,7 @@ class Config(Options):
         "pretrain_steps": 0,
         "crf_weight": 5.0,
     }
-    # Settings chosen on a fifth of the training images. Without the pretraining tags alone leave nothing but background.
+    # Chosen on a fifth of the training images. Without the pretraining, tags alone leave nothing but background.
     QUICK: ClassVar[dict[str, Any]] = {
         "frozen": True,
         "size": 160,
