@@ -35,8 +35,6 @@ from segattr.networks import evaluating
 class Config(Options):
     """Trains a classifier on tags, then segmentation networks made from it on few masks; prints mIoU and F1."""
 
-    labelled: tuple[int, ...] = (1,)
-    """Images with masks per class, one column of the tables each; 0 for all images. The paper has 1 5 25 0."""
     PHOTOGRAPHS: ClassVar[dict[str, Any]] = {
         "network": "efficientnet_lite0",
         "weights": "imagenet",
@@ -55,6 +53,8 @@ class Config(Options):
         "pretrained_rate": 1e-4,
     }
 
+    labelled: tuple[int, ...] = (1,)
+    """Images with masks per class, one column of the tables each; 0 for all images. The paper has 1 5 25 0."""
     network: Literal["small", "small_resnet", pretrained.Name] = "small"
     """Classifier: a small VGG or ResNet, or for photographs a network that can start from ImageNet."""
     weights: str = "none"
@@ -92,6 +92,7 @@ class Config(Options):
 
     @property
     def pretrained(self) -> bool:
+        """Whether the classifier starts with features, whose statistics stay and which learn more slowly."""
         return not self.network.startswith("small") and self.weights != "none"
 
 
@@ -290,7 +291,8 @@ def experiment(
     method, count = METHODS[name], min(per_class * (len(images.classes) - 1), len(images)) or len(images)
     device, generator = pick_device(config.device), torch.Generator().manual_seed(config.seed)
     masked = labelled_subset(tags[:, 1:], count, generator=generator).tolist()
-    image = first(test, SHOWN)["image"].to(device)
+    looked_at = first(test, SHOWN)
+    image = looked_at["image"].to(device)
     encoder = copy.deepcopy(start.network)
     options = method.options | ({"rule": config.rule} if name == "unrolled LRP" else {})
     model = start.made_of(unroll(encoder, example=image, **options)).to(device)
@@ -307,7 +309,7 @@ def experiment(
     def look(model: nn.Module) -> None:
         with torch.no_grad(), evaluating(model):
             heat = model(image)[1].cpu()
-        shown.append((heat.argmax(1), heat))
+        shown.append((heat.argmax(1).where(looked_at["valid"], VOID), heat))
 
     look(model)
     progress = training.train(

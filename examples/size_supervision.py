@@ -259,7 +259,7 @@ def experiment(config: Config, test: Images, shown: Batch) -> list[Result]:
             counts=counts(trial.terms),
         )
         with torch.no_grad(), evaluating(model):
-            predictions = model(shown["image"].to(device)).argmax(1).cpu()
+            predictions = model(shown["image"].to(device)).argmax(1).cpu().where(shown["valid"], VOID)
         on_training = bool(config.plan and config.plan.on_training)
         background, dice = background_and_dice(model, test, config)
         result = Result(

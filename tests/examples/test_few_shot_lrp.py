@@ -71,8 +71,9 @@ def test_pretrained_features_learn_more_slowly_and_keep_their_statistics(tmp_pat
     model = few_shot_lrp.classifier(config, 4)
     assert not model.network[0].training  # type: ignore[index]
     assert model(torch.rand(2, 3, 64, 48)).shape == (2, 4)
+    example = torch.rand(1, 3, 64, 64)
     for method in METHODS.values():
-        unrolled = model.made_of(unroll(copy.deepcopy(model.network), **method.options))
+        unrolled = model.made_of(unroll(copy.deepcopy(model.network), example=example, **method.options))
         new, known = few_shot_lrp.optimizer(unrolled, unrolled.network.encoder, config).param_groups  # type: ignore[arg-type]
         assert known["lr"] < new["lr"]
         assert len(known["params"]) == len([*model.network[0].parameters()])  # type: ignore[index]
@@ -89,9 +90,11 @@ def test_the_settings_of_photographs_go_with_all_networks(capsys: pytest.Capture
     assert "--weights: expected another --network with a.pt, got small" in capsys.readouterr().err
 
 
-def test_wrong_weights_are_one_line(tmp_path: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["few_shot_lrp", "size_supervision"])
+def test_wrong_weights_are_one_line(script: str, tmp_path: Path) -> None:
     write_tiny_photographs(tmp_path)
-    done = run_example("few_shot_lrp", "--data", "voc", "--root", tmp_path, "--weights", "none.pt", "--out", tmp_path)
+    done = run_example(script, "--data", "voc", "--root", tmp_path, "--weights", "none.pt", "--out", tmp_path)
     assert done.returncode != 0
     assert "\nerror: --weights none.pt: expected those of efficientnet_lite0, got: " in f"\n{done.stderr}"
     assert "Traceback" not in done.stderr
