@@ -101,6 +101,8 @@ class Config(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_least(self, steps=1, pretrain_steps=0, repeats=1, crf_weight=0)
+        if not 0 < self.crf_scale <= 1:
+            raise ValueError(f"--crf-scale: expected above 0 and at most 1, got {self.crf_scale}")
         if self.sizes and self.data == "scenes" and self.repeats > 1:
             raise ValueError(f"--repeats: expected 1 with --sizes: other seeds draw other scenes, got {self.repeats}")
         deeplab.check(self.network, self.weights, self.batch_size // (processes.count() * self.accumulate), self.frozen)

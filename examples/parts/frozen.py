@@ -44,12 +44,12 @@ class Views(Images):
 
     def __init__(self, images: Sequence[Images]) -> None:
         self.classes = images[0].classes
-        self._views = {
-            _name(view): (data, index, mirror)
-            for data in images
-            for index in tqdm(range(len(data)), "images", delay=2, disable=processes.rank() > 0)
-            for mirror, view in enumerate((data[index]["image"], data[index]["image"].flip(-1)))
-        }
+        self._views: dict[str, tuple[Images, int, bool]] = {}
+        for data in images:
+            for index in tqdm(range(len(data)), "images", delay=2, disable=processes.rank() > 0):
+                image = data[index]["image"]
+                self._views[_name(image)] = (data, index, False)
+                self._views[_name(image.flip(-1))] = (data, index, True)
         self.names = list(self._views)
 
     def __getitem__(self, index: int) -> Sample:

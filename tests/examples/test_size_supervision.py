@@ -193,6 +193,7 @@ def test_presets_for_photographs(capsys: pytest.CaptureFixture[str]) -> None:
         (["--network", "deeplabv3_resnet50", "--batch-size", "1"], "--batch-size: expected at least 2 images .*"),
         (["--crf-weight", "-1"], "--crf-weight: expected at least 0, got -1.0"),
         (["--crf-weight", "nan"], "--crf-weight: expected at least 0, got nan"),
+        (["--crf-scale", "0"], "--crf-scale: expected above 0 and at most 1, got 0.0"),
         (["--sizes", "sizes.csv", "--repeats", "3"], "--repeats: expected 1 with --sizes: .*, got 3"),
     ],
 )
