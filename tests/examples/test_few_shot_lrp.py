@@ -122,6 +122,16 @@ def test_hidden_masks_leave_the_tags(images: Stacked) -> None:
         assert torch.equal(sample["labels"].as_subclass(Tensor), expected)
 
 
+def test_maps_are_scaled_by_the_part_of_the_scores_that_reaches_pixels(images: Stacked) -> None:
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    network = nn.Sequential(*layers, nn.Linear(8, 5, bias=False))
+    all_arrives = few_shot_lrp.map_scale(unroll(network, rule="epsilon_plus"), images, {"rule": "epsilon_plus"})
+    assert all_arrives == pytest.approx(32 * 32, rel=1e-3)
+    assert few_shot_lrp.map_scale(network, images, {}) == "pixels"
+    assert few_shot_lrp.map_scale(network, images, METHODS["U-Net"].options) == 1
+
+
 def test_f1_of_known_predictions(images: Stacked) -> None:
     class Always(nn.Module):
         def __init__(self) -> None:
