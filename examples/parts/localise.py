@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from data.sample import Images, Sample, first
 from engine.per_image import read
-from torch import Tensor
+from torch import Tensor, nn
 
 from parts.tag_classifier import TagClassifier, normalized, present
 from segattr import advcam, cam, normalize, rib
@@ -133,7 +133,7 @@ class Located(Images):
         return sample
 
 
-def digest(model: TagClassifier) -> str:
+def digest(model: nn.Module) -> str:
     """Of the weights: maps of other weights are other maps."""
     state = hashlib.sha256()
     for value in model.state_dict().values():

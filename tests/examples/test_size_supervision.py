@@ -16,16 +16,21 @@ from data.scenes import Scenes
 from data.stream import Prepared, Whole
 from data.write_voc import write_voc
 from engine.command import parse
+from engine.storage import StorageError
 from matplotlib.image import imread
 from parts import deeplab, supervisions, sweeps
+from parts.frozen import freeze
 from parts.scribbles import Scribbled, all_scribbles, scribbles
 from parts.subset import Subset
 from parts.sweeps import SWEEPS, TABLE, Result, Trial
+from parts.tag_classifier import Part
 from scipy.ndimage import label
 from size_supervision import Annotator, Config, background_and_dice
 from torch import Tensor, nn
+from torchvision import models
 
 from tests.run_example import run_example
+from tests.tiny_photographs import write_tiny_photographs
 
 TINY = ("--steps", "1", "--pretrain-steps", "1", "--scenes", "24", "--size", "32", "--device", "cpu")
 CLASSES = ("background", "cat", "dog")
@@ -105,7 +110,8 @@ def test_two_processes_share_a_deeplab_on_voc_with_sizes_of_a_file(tmp_path: Pat
     done = example(
         *("--steps", 1, "--pretrain-steps", 1, "--size", 32, "--device", "cpu", "--batch-size", 4),
         *("--data", "voc", "--root", root, "--sizes", root / "sizes.csv", "--out", tmp_path / "out"),
-        *("--network", "deeplabv3_mobilenet_v3_large", "--sweep", "classes", "--classes", "grass", "brick", "gravel"),
+        *("--network", "deeplabv3_mobilenet_v3_large", "--weights", "none"),
+        *("--sweep", "classes", "--classes", "grass", "brick", "gravel"),
         processes=2,
     )
     assert done.returncode == 0, done.stderr
@@ -114,10 +120,70 @@ def test_two_processes_share_a_deeplab_on_voc_with_sizes_of_a_file(tmp_path: Pat
     assert " 4 classes\n" in done.stdout
 
 
+@pytest.mark.slow
+def test_decoders_train_on_frozen_features_of_photographs_and_go_on_after_a_stop(tmp_path: Path) -> None:
+    write_tiny_photographs(tmp_path / "photographs")
+    options = ("--data", "voc", "--root", tmp_path / "photographs", "--quick", "--weights", "none", "--out", tmp_path)
+    small = ("--size", 64, "--steps", 2, "--batch-size", 4, "--device", "cpu")
+    first = example(*options, *small)
+    assert first.returncode == 0, first.stderr
+    assert [name for name, _ in rows(first.stdout)] == [trial.curve for trial in TABLE]
+    (features,) = (tmp_path / "features").iterdir()
+    made = {path: path.stat().st_mtime_ns for path in features.glob("*.npz")}
+    assert len(made) == 2 * (6 + 3), "the images of both lists, as they are and mirrored"
+    next(iter(made)).unlink()
+    (tmp_path / "checkpoints" / "average_size_seed_0.pt").unlink()
+    again = example(*options, *small, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert [cells[:-1] for _, cells in rows(first.stdout)] == [cells[:-1] for _, cells in rows(again.stdout)]
+    assert sum(path.stat().st_mtime_ns != time for path, time in made.items()) == 1
+
+
+@pytest.mark.slow
+def test_a_whole_network_trains_on_photographs(tmp_path: Path) -> None:
+    write_tiny_photographs(tmp_path / "photographs")
+    options = ("--data", "voc", "--root", tmp_path / "photographs", "--weights", "none", "--out", tmp_path)
+    done = example(*options, "--size", 64, "--steps", 2, "--batch-size", 4, "--device", "cpu", "--sweep", "barrier")
+    assert done.returncode == 0, done.stderr
+    assert imread(tmp_path / "barrier.png")[..., :3].std() > 0.05
+
+
+def test_frozen_features_are_those_of_the_encoder(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    data = Stacked(CLASSES, torch.rand(3, 3, 40, 40), torch.zeros(3, 40, 40, dtype=torch.int64))
+    model = deeplab.build("squeezenet1_0", 3, "none").eval()
+    images = torch.stack([data[0]["image"], data[2]["image"].flip(-1)])
+    with torch.no_grad():
+        expected = model(images)
+        freeze(model, [Part(data, [0, 1]), Part(data, [2])], tmp_path)
+        torch.testing.assert_close(model(images), expected, rtol=0, atol=1e-3)  # kept in half precision
+    assert not [name for name in model.state_dict() if name.startswith("encoder")]
+    with pytest.raises(StorageError, match=r"^cannot read .*\.npz: No such file or directory$"):
+        model(torch.rand(1, 3, 40, 40))
+
+
+def test_presets_for_photographs(capsys: pytest.CaptureFixture[str]) -> None:
+    config = parse(Config, ["--data", "voc", "--root", "."])
+    assert (config.network, config.weights, config.frozen, config.size) == (
+        "efficientnet_lite0",
+        "imagenet",
+        False,
+        512,
+    )
+    config = parse(Config, ["--data", "voc", "--root", ".", "--quick", "--size", "96"])
+    assert (config.network, config.weights, config.frozen, config.size) == ("efficientnet_lite0", "imagenet", True, 96)
+    parse(Config, ["--data", "voc", "--root", ".", "--network", "small"])
+    with pytest.raises(SystemExit):
+        parse(Config, ["--data", "voc", "--root", ".", "--quick", "--network", "small"])
+    assert "--frozen: expected a --network with a decoder of its own, or --no-frozen, got" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--weights", "coco"], "--weights: expected a DeepLabV3 as --network with coco, got small"),
+        (["--network", "resnet18", "--weights", "coco"], "--weights: expected a DeepLabV3 .* with coco, got resnet18"),
+        (["--weights", "a.pt"], "--weights: expected another --network with a.pt, got small"),
         (["--classes", "brick"], "--classes: expected --sweep classes or barrier with it, got brick"),
         (
             ["--sweep", "classes", "--classes", "brick"],
@@ -127,6 +193,7 @@ def test_two_processes_share_a_deeplab_on_voc_with_sizes_of_a_file(tmp_path: Pat
         (["--network", "deeplabv3_resnet50", "--batch-size", "1"], "--batch-size: expected at least 2 images .*"),
         (["--crf-weight", "-1"], "--crf-weight: expected at least 0, got -1.0"),
         (["--crf-weight", "nan"], "--crf-weight: expected at least 0, got nan"),
+        (["--crf-scale", "0"], "--crf-scale: expected above 0 and at most 1, got 0.0"),
         (["--sizes", "sizes.csv", "--repeats", "3"], "--repeats: expected 1 with --sizes: .*, got 3"),
     ],
 )
@@ -161,6 +228,33 @@ def test_a_deeplab_is_that_of_torchvision_and_sees_normalised_images() -> None:
     with torch.no_grad():
         torch.testing.assert_close(model(image), network.eval()(normalised)["out"])
         assert model(image).shape == (2, 4, 48, 40)
+
+
+def test_weights_of_a_file_replace_those_of_coco(tmp_path: Path) -> None:
+    name: deeplab.Name = "deeplabv3_mobilenet_v3_large"
+    network = deeplab.segmentation.deeplabv3_mobilenet_v3_large(weights=None, weights_backbone=None, aux_loss=True)
+    torch.save(network.state_dict(), tmp_path / "weights.pt")
+    built = deeplab.build(name, 4, str(tmp_path / "weights.pt")).state_dict()
+    last = {name for name, value in network.state_dict().items() if not torch.equal(built[f"network.{name}"], value)}
+    assert last == {"classifier.4.weight", "classifier.4.bias"}
+    for path in (tmp_path / "none.pt", Path(__file__)):
+        with pytest.raises(SystemExit, match=rf"^error: --weights .*: expected those of {name}, got: [^\n]*$"):
+            deeplab.build(name, 4, str(path))
+
+
+@pytest.mark.parametrize("weights", ["none", "of a file"])
+def test_a_pretrained_encoder_gets_a_decoder_that_learns_faster(weights: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    if weights == "of a file":
+        weights = str(tmp_path / "weights.pt")
+        torch.save(models.squeezenet1_0().state_dict(), weights)
+    model = deeplab.build("squeezenet1_0", 4, weights)
+    assert model(torch.rand(2, 3, 48, 40)).shape == (2, 4, 48, 40)
+    assert model.encoder.training == (weights == "none")
+    groups = deeplab.optimizer(model, weights).param_groups
+    assert [group["lr"] for group in groups] == [2e-3, 2e-4][: len(groups)]
+    assert sum(len(group["params"]) for group in groups) == len([*model.parameters()])
+    assert len(groups) == (1 if weights == "none" else 2)
 
 
 def test_each_object_has_a_scribble_of_its_own_class_and_the_background_one() -> None:
