@@ -1,7 +1,6 @@
 """All methods together: from image tags to a segmentation network, and what each step of the way adds.
 
-The classifier is a small one that starts from nothing: with ``--data voc`` this shows that everything runs on
-photographs, not what the papers reach there.
+On scenes, by small networks that start from nothing; on photographs, by a pretrained one.
 """
 
 import copy
@@ -10,19 +9,20 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pseudo_labels
 import torch
 from data.sample import Annotated, Batch, Images, first
 from data.stream import Whole
-from engine import processes, training
+from engine import training
 from engine.command import run
 from engine.per_image import read
 from engine.processes import pick_device
-from parts import deeplab, supervisions
+from parts import deeplab, supervisions, tag_classifier
 from parts.localise import Located, Method
 from parts.network import tag_loss
+from parts.pretrained import Segmenter
 from parts.tag_classifier import Part, train_classifiers
 from pseudo_labels import (
     CRF_MASKS,
@@ -54,23 +54,18 @@ class Config(pseudo_labels.Config):
     training images: the one number that is chosen by their true masks.
     """
 
+    PHOTOGRAPHS: ClassVar[dict[str, Any]] = pseudo_labels.Config.PHOTOGRAPHS
+    QUICK: ClassVar[dict[str, Any]] = pseudo_labels.Config.QUICK | {"steps": 60}
+
     pretrain_steps: int = 600
-    """Optimizer steps on tags of the classifier, and of the network, that all start from."""
+    """Optimizer steps on tags of the classifier, and of the network, that all start from; of pretrained ones only the
+    classifier has them, and trains only its last layer in them."""
     maps: int = 160
     """Training images that get maps and pseudo-labels, the first ones; 0 for all."""
     steps: int = 200
     """Optimizer steps of each segmentation network."""
-    network: deeplab.Name = "small"
-    """Segmentation network: a small encoder-decoder, or DeepLabV3 of torchvision, for larger images."""
-    weights: deeplab.Weights = "none"
-    """Where DeepLabV3 starts: torchvision's imagenet for its backbone, or coco for all of it, which has seen masks of
-    VOC's classes; both are downloaded."""
     out: Path = Path("runs/everything")
     """Folder of the picture, the maps and the checkpoints."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        deeplab.check(self.network, self.weights, self.batch_size // (processes.count() * self.accumulate))
 
 
 CRF_WEIGHT = (
@@ -145,7 +140,8 @@ def train_networks(images: Images, data: Mapping[str, Images], config: Config) -
 
     training.seed_everything(config.seed)
     start = deeplab.build(config.network, len(images.classes), config.weights).to(pick_device(config.device))
-    fit(start, "start", images, [tags], config.pretrain_steps)
+    if not isinstance(start, Segmenter):
+        fit(start, "start", images, [tags], config.pretrain_steps)
     for name, recipe in NETWORKS.items():
         yield name, fit(copy.deepcopy(start), name, data[name], recipe.losses, config.steps)
 
@@ -154,8 +150,9 @@ def experiment(config: Config, folder: Path) -> tuple[Stages, dict[str, Tensor]]
     """Qualities by stage, and the rows of the picture."""
     training.seed_everything(config.seed)
     images, test, candidates = config.images("train"), config.images("evaluate"), config.out_of_distribution()
+    new = tag_classifier.build(config.network, len(images.classes) - 1, config.weights).to(pick_device(config.device))
     steps = (config.pretrain_steps, config.classifier_steps)
-    classifiers = train_classifiers(images, candidates, *steps, config, without=("W-OoD + GAP",))
+    classifiers = train_classifiers(new, images, candidates, *steps, folder, config, without=("W-OoD + GAP",))
 
     whole = Part(Whole(images, config.fit()), range(min(config.maps or len(images), len(images))))
     stages = methods(classifiers)

@@ -9,7 +9,8 @@ import torch
 from data.scenes import Scenes
 from data.write_voc import write_voc
 from matplotlib.image import imread
-from parts.tag_classifier import Output, TagClassifier
+from parts import tag_classifier
+from parts.tag_classifier import Output
 from torch import Tensor
 
 from tests.run_example import run_example
@@ -39,7 +40,7 @@ def test_it_trains_on_a_folder_in_the_layout_of_voc(tmp_path: Path) -> None:
 def test_every_loss_has_a_finite_gradient_for_all_of_the_classifier() -> None:
     batch = {"image": torch.rand(2, 3, 32, 32), "tags": torch.tensor([[1, 1, 0, 1, 0], [1, 0, 0, 0, 1]])}
     for loss in isl_fsl.LOSSES.values():
-        model = TagClassifier(4)
+        model = tag_classifier.build("small", 4, "none")
         _, scores = model(batch["image"])
         assert scores.shape == (2, 4, 16, 16)
         loss(scores, batch).backward()

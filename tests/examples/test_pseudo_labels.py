@@ -15,7 +15,8 @@ from data.stream import Prepared, Whole
 from data.write_voc import write_voc
 from matplotlib.image import imread
 from parts import localise, tag_classifier
-from parts.tag_classifier import TagClassifier, WithOOD
+from parts.settings import SCENES
+from parts.tag_classifier import WithOOD
 from torch import Tensor
 
 from segattr import cam
@@ -93,12 +94,14 @@ def test_out_of_distribution_images_count_as_images_without_tags(images: Stacked
 
 
 def test_the_classifier_for_maps_is_the_one_that_trains() -> None:
-    model = TagClassifier(4).eval()
+    model = tag_classifier.build("small", 4, "none").eval()
     image = torch.rand(2, 3, 32, 32)
     _, scores = model(image)
     clf = model.split()
-    x = tag_classifier.normalized(image)
+    x = model.normalized(image)
     torch.testing.assert_close(clf(x), scores.mean((2, 3)))
+    rest = model.split(model.fixed)
+    torch.testing.assert_close(rest(model.encoder.features[: model.fixed](x)), scores.mean((2, 3)))
     assert model.head.bias is not None
     torch.testing.assert_close(cam(clf, x), scores - model.head.bias.view(-1, 1, 1), atol=1e-5, rtol=1e-5)
 
@@ -116,7 +119,7 @@ def test_companions_share_no_class_and_are_the_same_for_each_call() -> None:
 
 
 def test_images_without_classes_have_no_maps(images: Stacked) -> None:
-    model = TagClassifier(4).eval()
+    model = tag_classifier.build("small", 4, "none").eval()
     work = localise.attribute(model, ["CAM", "AdvCAM", "RIB"], Whole(images, Fit(32, mirror=False)), seed=0)
     found = work({"image": torch.rand(3, 32, 32), "tags": torch.tensor([1, 0, 0, 0, 0])})
     assert {maps.shape for maps in found.values()} == {(0, 16, 16)}
@@ -144,10 +147,11 @@ def test_refinement_gives_masks_of_the_classes_present_and_leaves_out_padding(im
     sample["valid"] = sample["valid"].clone()
     sample["valid"][:, 30:] = False
     sample["CAM"] = torch.rand(4, 32, 32) * tags[1:, None, None]
-    found = pseudo_labels.refine(sample, {"CAM": 0.4}, torch.device("cpu"))
-    assert set(found["CAM + CRF"].unique().tolist()) <= set(tags.nonzero().flatten().tolist())
-    labels = found["CAM, pseudo-labels"]
-    assert labels.shape == (32, 32)
+    found = pseudo_labels.refine(sample, {"CAM": 0.4}, SCENES, torch.device("cpu"))
+    masks, labels = found["CAM + CRF"], found["CAM, pseudo-labels"]
+    assert set(masks[:, :30].unique().tolist()) <= set(tags.nonzero().flatten().tolist())
+    assert masks.shape == labels.shape == (32, 32)
+    assert (masks[:, 30:] == VOID).all()
     assert (labels[:, 30:] == VOID).all()
 
 
