@@ -127,7 +127,7 @@ def picture(test: Batch, outcomes: dict[str, Outcome], path: Path) -> None:
 
 
 def main(config: Config) -> None:
-    folder = training.start(config, "features")
+    folder = training.start(config, "pooled")
     device, images = pick_device(config.device), config.images("evaluate")
     keys = [(0, i) for i in range(min(EVALUATED, len(images)))]
     test = next(iter(loader(Prepared(images, config.fit()), [keys], config.workers)))
@@ -149,7 +149,7 @@ def main(config: Config) -> None:
 
     start = tag_classifier.build(config.network, len(images.classes) - 1, config.weights).to(device)
     if start.settings.head_first:
-        seconds = fit_head(start, train, folder / "features", config.pretrain_steps, config)
+        seconds = fit_head(start, train, folder / "pooled", config.pretrain_steps, config)
         outcomes = {"start": assess(start, test, seconds)}
     else:
         outcomes = {"start": fit(start, "pretraining", LOSSES["GAP"], config.pretrain_steps, first=True)}

@@ -23,6 +23,7 @@ from engine.per_image import each_image, read
 from engine.processes import pick_device, rank, say, total
 from matplotlib.figure import Figure
 from parts import deeplab, supervisions, tag_classifier
+from parts.frozen import Kept, freeze
 from parts.localise import METHODS, WALKED, Located, Method, attribute
 from parts.report import draw_rows
 from parts.settings import Settings
@@ -53,7 +54,7 @@ class Config(Options):
         "maps": 0,
         "steps": 10000,
     }
-    QUICK: ClassVar[dict[str, Any]] = {"size": 224, "maps": 80, "classifier_steps": 57, "steps": 100}
+    QUICK: ClassVar[dict[str, Any]] = {"frozen": True, "size": 224, "maps": 80, "classifier_steps": 57, "steps": 100}
 
     network: deeplab.Name = "small"
     """Classifiers and segmentation networks: small ones; pretrained ones, for photographs; or DeepLabV3 with small
@@ -61,6 +62,8 @@ class Config(Options):
     weights: deeplab.Weights = "none"
     """Where networks start: ImageNet's weights (imagenet), nothing (none), or the path of a state dict. DeepLabV3 also
     has those of coco, which have seen masks of VOC's classes. Those of torchvision are downloaded."""
+    frozen: bool = False
+    """Train only the light decoder of a pretrained segmentation network, on features that are made once."""
     pretrain_steps: int = 600
     """Optimizer steps of the classifier that all start from; a pretrained one trains only its last layer in them."""
     classifier_steps: int = 300
@@ -83,7 +86,7 @@ class Config(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_least(self, pretrain_steps=0, classifier_steps=1, maps=0, steps=1, ood=40, repeats=1)
-        deeplab.check(self.network, self.weights, self.batch_size // (processes.count() * self.accumulate))
+        deeplab.check(self.network, self.weights, self.batch_size // (processes.count() * self.accumulate), self.frozen)
         for name in ("plain", "cooccurrence"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name}: expected a number from 0 to 1, got {getattr(self, name)}")
@@ -95,6 +98,11 @@ class Config(Options):
         if purpose == "train":
             return stacked(Scenes("train", self.scenes, seed=self.seed, **kind))
         return stacked(Scenes(self.split, EVALUATED, **kind))
+
+    def whole(self, images: Images) -> Images:
+        """Images as the networks see them, of one size; in memory where reading takes as long as a training step."""
+        fitted = Whole(images, self.fit())
+        return Kept(fitted) if self.frozen else fitted
 
     def out_of_distribution(self) -> Images | None:
         """Scenes without objects; no other data has such images."""
@@ -232,10 +240,18 @@ def best_thresholds(data: Images, names: Iterable[str], config: Config) -> dict[
     return {name: sweep.compute().threshold for name, sweep in sweeps.items()}
 
 
-def train_network(images: Images, name: str, config: Config) -> nn.Module:
+def build_network(images: Sequence[Images], folder: Path, config: Config) -> nn.Module:
+    """A segmentation network for images made to fit; of a frozen encoder there are features of these, in a folder."""
+    model = deeplab.build(config.network, len(images[0].classes), config.weights).to(pick_device(config.device))
+    if config.frozen:
+        freeze(model, images, folder / "features")
+    return model
+
+
+def train_network(images: Images, test: Images, name: str, folder: Path, config: Config) -> nn.Module:
     """A segmentation network trained on the labels of images; what has none is left out."""
     training.seed_everything(config.seed)  # the same start for all
-    model = deeplab.build(config.network, len(images.classes), config.weights).to(pick_device(config.device))
+    model = build_network([images, test], folder, config)
     training.train(
         model,
         supervisions.masks,
@@ -293,10 +309,11 @@ def experiment(config: Config, folder: Path) -> tuple[Stages, dict[str, Tensor]]
     """Qualities by stage and method, and the rows of the picture."""
     training.seed_everything(config.seed)
     images, test, candidates = config.images("train"), config.images("evaluate"), config.out_of_distribution()
+    test = config.whole(test)
     start = tag_classifier.build(config.network, len(images.classes) - 1, config.weights)
     steps = (config.pretrain_steps, config.classifier_steps)
     classifiers = train_classifiers(start.to(pick_device(config.device)), images, candidates, *steps, folder, config)
-    whole = Part(Whole(images, config.fit()), range(min(config.maps or len(images), len(images))))
+    whole = config.whole(Part(images, range(min(config.maps or len(images), len(images)))))
 
     methods = {name: method for name, method in METHODS.items() if method.classifier in classifiers}
     make_maps(classifiers, methods, whole, folder, config)
@@ -320,7 +337,7 @@ def experiment(config: Config, folder: Path) -> tuple[Stages, dict[str, Tensor]]
     trained_on["true masks"] = [whole.labels(i).as_subclass(Tensor).byte() for i in range(len(whole))]
     stages["networks"] = {}
     for name, targets in trained_on.items():
-        network = train_network(Relabelled(whole, targets), name, config)
+        network = train_network(Relabelled(whole, targets), test, name, folder, config)
         with evaluating(network):
             stages["networks"] |= assess(test, {name: math.nan}, partial(predict, model=network, name=name), config)
 

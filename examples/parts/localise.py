@@ -17,7 +17,7 @@ from segloss import feature_affinity
 
 WALKED = " + random walk"
 
-COMPANIONS, POOL = 20, 64  # images that a step of RIB takes, and those that they are drawn from
+POOL = 64  # images that the companions of RIB are drawn from
 COLOURS = 4.0  # their weight in the affinity of pixels
 
 
@@ -40,12 +40,15 @@ METHODS = {
 }
 
 
-def companions(features: Tensor, tags: Tensor, seed: int) -> Callable[[Tensor], Iterator[tuple[Tensor, Tensor]]]:
+def companions(
+    features: Tensor, tags: Tensor, count: int, seed: int
+) -> Callable[[Tensor], Iterator[tuple[Tensor, Tensor]]]:
     """For RIB: batches of random images that share no class with the one of some tags, or any if all share one.
 
     Args:
         features: of images, by the layers that do not train, ``[N, D, h, w]``.
         tags: of these images, ``[N, C]``.
+        count: images of a batch.
         seed: of the choice.
     """
 
@@ -54,7 +57,7 @@ def companions(features: Tensor, tags: Tensor, seed: int) -> Callable[[Tensor], 
         strangers = ((tags * own).sum(1) == 0).nonzero().flatten().cpu()
         candidates = strangers if len(strangers) else torch.arange(len(features))
         while True:
-            drawn = candidates[torch.randint(len(candidates), (COMPANIONS,), generator=generator)].to(tags.device)
+            drawn = candidates[torch.randint(len(candidates), (count,), generator=generator)].to(tags.device)
             yield features[drawn], tags[drawn]
 
     return batches
@@ -75,7 +78,8 @@ def attribute(
     clf, rest, fixed = model.split(), model.split(model.fixed), model.encoder.features[: model.fixed]
     pool = first(images, POOL)
     with torch.no_grad():
-        others = companions(fixed(model.normalized(pool["image"].to(device))), present(pool).to(device), seed)
+        features = fixed(model.normalized(pool["image"].to(device)))
+    others = companions(features, present(pool).to(device), settings.companions, seed)
 
     def fine_tuned(x: Tensor, classes: list[list[int]], tags: Tensor) -> Any:
         with torch.no_grad():

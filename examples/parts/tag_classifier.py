@@ -241,7 +241,7 @@ def train_classifiers(
         return model
 
     if start.settings.head_first:
-        fit_head(start, images, folder / "features", pretrain_steps, options)
+        fit_head(start, images, folder / "pooled", pretrain_steps, options)
     else:
         fit(start, "start", images, [tags_alone])
     models = {name: (images, losses) for name, losses in CLASSIFIERS.items()}

@@ -109,7 +109,7 @@ def test_the_classifier_for_maps_is_the_one_that_trains() -> None:
 def test_companions_share_no_class_and_are_the_same_for_each_call() -> None:
     tags = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 1, 1], [1, 1, 1]])
     images = torch.arange(4.0).view(4, 1, 1, 1)
-    others = localise.companions(images, tags, seed=3)
+    others = localise.companions(images, tags, 20, seed=3)
     drawn = [list(islice(others(torch.tensor([1, 0, 0])), 4)) for _ in range(2)]
     chosen = torch.cat([batch.flatten() for batch, _ in drawn[0]])
     assert set(chosen.tolist()) == {1.0, 2.0}
