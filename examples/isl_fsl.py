@@ -1,4 +1,7 @@
-"""ISL and FSL as add-ons to a classifier's training step: what they do to its class activation maps (CAMs)."""
+"""ISL and FSL as add-ons to a classifier's training step: what they do to its class activation maps (CAMs).
+
+On scenes, with a small classifier that starts from nothing; on photographs, with the last layers of a pretrained one.
+"""
 
 import copy
 from collections.abc import Callable
@@ -39,7 +42,7 @@ class Config(Options):
         "steps": 1000,
         "pretrain_steps": 300,
     }
-    QUICK: ClassVar[dict[str, Any]] = {"size": 224, "steps": 57}
+    QUICK: ClassVar[dict[str, Any]] = {"size": 224, "steps": 57, "save_every": 20}
 
     network: Literal["small", pretrained.Name] = "small"
     """The classifier: a small one, or, for photographs, a pretrained one."""

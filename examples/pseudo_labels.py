@@ -54,7 +54,14 @@ class Config(Options):
         "maps": 0,
         "steps": 10000,
     }
-    QUICK: ClassVar[dict[str, Any]] = {"frozen": True, "size": 224, "maps": 80, "classifier_steps": 57, "steps": 100}
+    QUICK: ClassVar[dict[str, Any]] = {
+        "frozen": True,
+        "size": 224,
+        "classifier_steps": 57,
+        "maps": 80,
+        "steps": 100,
+        "save_every": 20,
+    }
 
     network: deeplab.Name = "small"
     """Classifiers and segmentation networks: small ones; pretrained ones, for photographs; or DeepLabV3 with small

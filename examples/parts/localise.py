@@ -116,7 +116,7 @@ def walk(maps: Tensor, image: Tensor, model: TagClassifier) -> Tensor:
     if settings.affinity:
         with torch.no_grad():
             features = model.encoder.pyramid(image)[settings.affinity]
-        maps = F.interpolate(maps[None], features.shape[2:], mode="bilinear")[0]
+        maps = F.interpolate(maps[:, None], features.shape[2:], mode="bilinear")[:, 0]  # of no classes, too
         affinity = feature_affinity(features / features.std(), distance="mean")
     else:
         small = F.interpolate(image, maps.shape[1:], mode="bilinear", antialias=True)

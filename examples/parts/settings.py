@@ -32,9 +32,9 @@ SCENES = Settings(
     crf_widths={"sigma_xy": 1 / 16},
 )
 
-# Chosen on every fifth of 304 training photographs of animals, with a classifier of the others. AdvCAM and the walk are
-# as published, and so is the CRF, IRN's, whose widths are meant for images of 500 pixels. RIB's published rate, 8e-6,
-# changes next to nothing here, and more companions hold it back.
+# Chosen on every fifth of 304 training photographs of animals, of 224 pixels, with a classifier of the others. AdvCAM,
+# the walk and the CRF, IRN's, are as published; the widths of the CRF are meant for images of 500 pixels. RIB at the
+# published rate, 8e-6, changes next to nothing; with 20 companions its mIoU is 47%, with 8 it is 53%, CAM's is 45%.
 PHOTOGRAPHS = Settings(
     head_first=True,
     rates=(1e-3, 1e-4),

@@ -40,7 +40,7 @@ class TagClassifier(nn.Module):
     Args:
         encoder: whose features are taken; it knows how its images are normalised.
         classes: number of score maps.
-        fixed: how many layers of the encoder RIB leaves as they are.
+        fixed: how many layers of the encoder, the first ones, RIB leaves as they are.
         settings: that go with the network.
     """
 
@@ -72,7 +72,7 @@ def build(network: str, classes: int, weights: str) -> TagClassifier:
     """A classifier with an encoder of :mod:`parts.pretrained`, or a small one, whose features are half as large as the
     image.
 
-    A pretrained one trains its head and its last layers, with the statistics that it has.
+    A pretrained one trains its head and its last layers, and keeps the statistics of its batch normalisation.
     """
     if network not in get_args(pretrained.Name):
         width = 16
