@@ -12,6 +12,7 @@ from data.sample import VOID, Stacked
 from data.scenes import CLASSES, Scenes, stack
 from data.stream import Whole
 from data.write_voc import write_voc
+from engine.command import parse
 from matplotlib.image import imread
 from parts import supervisions
 from pseudo_labels import Quality, Relabelled
@@ -70,6 +71,15 @@ def test_a_pretrained_network_runs_through_all_stages_on_photographs_and_after_a
     (tmp_path / "checkpoints" / "network_Potts_seed_0.pt").unlink()
     again = run_example("everything", *words, *small, "--batch-size", 4, "--resume")
     assert again.stdout == done.stdout
+
+
+def test_presets_for_photographs() -> None:
+    words = ["--data", "voc", "--root", "."]
+    papers, quick = (parse(everything.Config, [*words, *more]) for more in ([], ["--quick"]))
+    assert (papers.network, papers.weights) == (quick.network, quick.weights) == ("efficientnet_lite0", "imagenet")
+    assert (papers.size, papers.maps, papers.steps, papers.crf_scale, papers.frozen) == (320, 0, 10000, 0.5, False)
+    assert (quick.size, quick.maps, quick.steps, quick.crf_scale, quick.frozen) == (224, 80, 80, 0.25, True)
+    assert parse(everything.Config, []).network == "small"
 
 
 def test_options_that_do_not_go_together_are_named() -> None:
