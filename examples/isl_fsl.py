@@ -123,7 +123,8 @@ def table(outcomes: dict[str, Outcome]) -> str:
 
 def picture(test: Batch, outcomes: dict[str, Outcome], path: Path) -> None:
     rows = {"image": test["image"][:SHOWN].movedim(1, -1), "truth": test["labels"][:SHOWN]}
-    rows |= {name.replace(" + ", "\n+ "): outcome.masks for name, outcome in outcomes.items()}
+    valid = test["valid"][:SHOWN].cpu()
+    rows |= {name.replace(" + ", "\n+ "): outcome.masks.where(valid, VOID) for name, outcome in outcomes.items()}
     figure = Figure(figsize=(9, 1.5 * len(rows)), layout="constrained")
     draw_rows(figure, rows)
     figure.savefig(path, dpi=100)
