@@ -69,6 +69,11 @@ class Config(pseudo_labels.Config):
     out: Path = Path("runs/everything")
     """Folder of the picture, the maps and the checkpoints."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.crf_scale <= 1:
+            raise ValueError(f"--crf-scale: expected above 0 and at most 1, got {self.crf_scale}")
+
 
 CRF_WEIGHT = (
     5.0  # per pair of pixels, about that of the paper for photographs; on val, ten times as much costs 4 points

@@ -87,6 +87,8 @@ def test_options_that_do_not_go_together_are_named() -> None:
         everything.Config(weights="coco")
     with pytest.raises(ValueError, match="--batch-size: expected at least 2 images at once for a DeepLabV3, got 1"):
         everything.Config(network="deeplabv3_resnet50", batch_size=4, accumulate=4)
+    with pytest.raises(ValueError, match="--crf-scale: expected above 0 and at most 1, got 2"):
+        everything.Config(crf_scale=2)
 
 
 def test_each_stage_adds_one_method_to_the_one_above() -> None:
