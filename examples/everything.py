@@ -1,7 +1,6 @@
 """All methods together: from image tags to a segmentation network, and what each step of the way adds.
 
-The classifier is a small one that starts from nothing: with ``--data voc`` this shows that everything runs on
-photographs, not what the papers reach there.
+On scenes, by small networks that start from nothing; on photographs, by a pretrained one.
 """
 
 import copy
@@ -10,19 +9,19 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pseudo_labels
 import torch
 from data.sample import Annotated, Batch, Images, first
-from data.stream import Whole
-from engine import processes, training
+from engine import training
 from engine.command import run
 from engine.per_image import read
 from engine.processes import pick_device
-from parts import deeplab, supervisions
+from parts import deeplab, supervisions, tag_classifier
 from parts.localise import Located, Method
 from parts.network import tag_loss
+from parts.pretrained import Segmenter
 from parts.tag_classifier import Part, train_classifiers
 from pseudo_labels import (
     CRF_MASKS,
@@ -32,6 +31,7 @@ from pseudo_labels import (
     Stages,
     assess,
     best_thresholds,
+    build_network,
     cell,
     compare,
     entries,
@@ -54,23 +54,25 @@ class Config(pseudo_labels.Config):
     training images: the one number that is chosen by their true masks.
     """
 
+    PHOTOGRAPHS: ClassVar[dict[str, Any]] = pseudo_labels.Config.PHOTOGRAPHS
+    QUICK: ClassVar[dict[str, Any]] = pseudo_labels.Config.QUICK | {"steps": 80, "crf_scale": 0.25}
+
     pretrain_steps: int = 600
-    """Optimizer steps on tags of the classifier, and of the network, that all start from."""
+    """Optimizer steps on tags of the classifier, and of the network, that all start from; of pretrained ones only the
+    classifier has them, and trains only its last layer in them."""
     maps: int = 160
     """Training images that get maps and pseudo-labels, the first ones; 0 for all."""
     steps: int = 200
     """Optimizer steps of each segmentation network."""
-    network: deeplab.Name = "small"
-    """Segmentation network: a small encoder-decoder, or DeepLabV3 of torchvision, for larger images."""
-    weights: deeplab.Weights = "none"
-    """Where DeepLabV3 starts: torchvision's imagenet for its backbone, or coco for all of it, which has seen masks of
-    VOC's classes; both are downloaded."""
+    crf_scale: float = supervisions.SCALE
+    """Resolution of the Potts loss, as a share of that of the images."""
     out: Path = Path("runs/everything")
     """Folder of the picture, the maps and the checkpoints."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        deeplab.check(self.network, self.weights, self.batch_size // (processes.count() * self.accumulate))
+        if not 0 < self.crf_scale <= 1:
+            raise ValueError(f"--crf-scale: expected above 0 and at most 1, got {self.crf_scale}")
 
 
 CRF_WEIGHT = (
@@ -84,9 +86,9 @@ def tags(logits: Tensor, batch: Batch) -> Tensor:
     return tag_loss(logits, batch["tags"])
 
 
-def edges(logits: Tensor, batch: Batch) -> Tensor:
+def edges(logits: Tensor, batch: Batch, scale: float = supervisions.SCALE) -> Tensor:
     """The Potts loss: segments end where colours change."""
-    return CRF_WEIGHT * supervisions.crf(logits, batch)
+    return CRF_WEIGHT * supervisions.crf(logits, batch, scale)
 
 
 # A name that begins with a plus is the row above with one thing more.
@@ -94,19 +96,19 @@ WALK, CRF = "+ random walk", "+ dense CRF"
 
 
 class Training(NamedTuple):
-    losses: list[training.Loss]
+    losses: tuple[str, ...]
     labels: str = WALK + LABELS
     sizes: str = WALK + CRF_MASKS  # from which the targets are
 
 
 NETWORKS = {
-    "cross-entropy": Training([supervisions.masks]),
-    "+ size targets": Training([supervisions.masks, supervisions.size]),
-    "+ Potts": Training([supervisions.masks, supervisions.size, edges]),
-    "with true sizes": Training([supervisions.masks, supervisions.size, edges], sizes="truth"),
-    "size targets + Potts": Training([supervisions.size, edges]),
-    "true masks": Training([supervisions.masks], "truth", "truth"),
-    "true sizes + Potts": Training([supervisions.size, edges], "truth", "truth"),
+    "cross-entropy": Training(("masks",)),
+    "+ size targets": Training(("masks", "size")),
+    "+ Potts": Training(("masks", "size", "edges")),
+    "with true sizes": Training(("masks", "size", "edges"), sizes="truth"),
+    "size targets + Potts": Training(("size", "edges")),
+    "true masks": Training(("masks",), "truth", "truth"),
+    "true sizes + Potts": Training(("size", "edges"), "truth", "truth"),
 }
 
 
@@ -121,14 +123,23 @@ def methods(classifiers: Collection[str]) -> dict[str, Method]:
     return stages
 
 
-def train_networks(images: Images, data: Mapping[str, Images], config: Config) -> Iterator[tuple[str, nn.Module]]:
+def train_networks(
+    images: Images, data: Mapping[str, Images], test: Images, folder: Path, config: Config
+) -> Iterator[tuple[str, nn.Module]]:
     """Segmentation networks that go on from the same one with different losses, one after the other, by their names.
 
     Args:
-        images: for the tags that all of them know first.
+        images: for the tags that all of them know first, but for those with pretrained encoders.
         data: of each of ``NETWORKS``, with labels and with targets of the sizes.
+        test: images to evaluate, made to fit.
+        folder: of features, if the encoder is frozen.
         config: of the command line.
     """
+    terms: dict[str, training.Loss] = {
+        "masks": supervisions.masks,
+        "size": supervisions.size,
+        "edges": partial(edges, scale=config.crf_scale),
+    }
 
     def fit(model: nn.Module, name: str, own: Images, losses: Sequence[training.Loss], steps: int) -> nn.Module:
         training.train(
@@ -144,20 +155,23 @@ def train_networks(images: Images, data: Mapping[str, Images], config: Config) -
         return model
 
     training.seed_everything(config.seed)
-    start = deeplab.build(config.network, len(images.classes), config.weights).to(pick_device(config.device))
-    fit(start, "start", images, [tags], config.pretrain_steps)
+    start = build_network([next(iter(data.values())), test], folder, config)
+    if not isinstance(start, Segmenter):
+        fit(start, "start", images, [tags], config.pretrain_steps)
     for name, recipe in NETWORKS.items():
-        yield name, fit(copy.deepcopy(start), name, data[name], recipe.losses, config.steps)
+        yield name, fit(copy.deepcopy(start), name, data[name], [terms[loss] for loss in recipe.losses], config.steps)
 
 
 def experiment(config: Config, folder: Path) -> tuple[Stages, dict[str, Tensor]]:
     """Qualities by stage, and the rows of the picture."""
     training.seed_everything(config.seed)
     images, test, candidates = config.images("train"), config.images("evaluate"), config.out_of_distribution()
+    test = config.whole(test)
+    new = tag_classifier.build(config.network, len(images.classes) - 1, config.weights).to(pick_device(config.device))
     steps = (config.pretrain_steps, config.classifier_steps)
-    classifiers = train_classifiers(images, candidates, *steps, config, without=("W-OoD + GAP",))
+    classifiers = train_classifiers(new, images, candidates, *steps, folder, config, without=("W-OoD + GAP",))
 
-    whole = Part(Whole(images, config.fit()), range(min(config.maps or len(images), len(images))))
+    whole = config.whole(Part(images, range(min(config.maps or len(images), len(images)))))
     stages = methods(classifiers)
     make_maps(classifiers, stages, whole, folder, config)
     located = Located(whole, folder, stages)
@@ -179,7 +193,7 @@ def experiment(config: Config, folder: Path) -> tuple[Stages, dict[str, Tensor]]
         name: Annotated(known[recipe.labels], targets=known[recipe.sizes].sizes()) for name, recipe in NETWORKS.items()
     }
     networks: dict[str, Quality] = {}
-    for name, model in train_networks(images, data, config):
+    for name, model in train_networks(images, data, test, folder, config):
         with evaluating(model), torch.no_grad():
             networks |= assess(test, {name: math.nan}, partial(predict, model=model, name=name), config)
             rows |= predict(shown, model, name)

@@ -1,10 +1,13 @@
-"""ISL and FSL as add-ons to a classifier's training step: what they do to its class activation maps (CAMs)."""
+"""ISL and FSL as add-ons to a classifier's training step: what they do to its class activation maps (CAMs).
+
+On scenes, with a small classifier that starts from nothing; on photographs, with the last layers of a pretrained one.
+"""
 
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +18,9 @@ from engine import training
 from engine.command import check_least, run
 from engine.processes import pick_device, rank, say
 from matplotlib.figure import Figure
+from parts import deeplab, pretrained, tag_classifier
 from parts.report import draw_rows
-from parts.tag_classifier import TagClassifier, present
+from parts.tag_classifier import TagClassifier, fit_head, present
 from torch import Tensor, nn
 
 import segloss
@@ -26,24 +30,39 @@ from segattr.networks import evaluating
 
 @dataclass(frozen=True)
 class Config(Options):
-    """Goes on training one small classifier with six losses; prints the quality of their CAMs, draws them.
+    """Goes on training one classifier with six losses; prints the quality of their CAMs, draws them.
 
-    CAMs are half as large as the images; those of the first 200 images of the split are assessed.
+    CAMs of the small network are half as large as the images; those of the first 200 images of the split are assessed.
     """
 
+    PHOTOGRAPHS: ClassVar[dict[str, Any]] = {
+        "network": "efficientnet_lite0",
+        "weights": "imagenet",
+        "size": 320,
+        "steps": 1000,
+        "pretrain_steps": 300,
+    }
+    QUICK: ClassVar[dict[str, Any]] = {"size": 224, "steps": 57, "save_every": 20}
+
+    network: Literal["small", pretrained.Name] = "small"
+    """The classifier: a small one, or, for photographs, a pretrained one."""
+    weights: deeplab.Weights = "none"
+    """Where a pretrained one starts: imagenet, none, or the path of a state dict."""
     steps: int = 200
     """Optimizer steps with each loss."""
     pretrain_steps: int = 300
-    """Optimizer steps of the classifier from which all start, with average pooling (GAP)."""
+    """Optimizer steps of the classifier from which all start, with average pooling (GAP); a pretrained one trains only
+    its last layer in them."""
     out: Path = Path("runs/isl_fsl")
     """Folder of the picture and of the checkpoints."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        deeplab.check(self.network, self.weights, self.batch_size)
         check_least(self, steps=1, pretrain_steps=0)
 
 
-LEARNING_RATES, EVALUATED, SHOWN = (2e-3, 1e-3), 200, 6
+EVALUATED, SHOWN = 200, 6
 
 Loss = Callable[[Tensor, Batch], Tensor]
 average, maximum = segloss.ImportanceClassification(weight=0), segloss.ImportanceClassification(weight=0, pooling="max")
@@ -104,37 +123,42 @@ def table(outcomes: dict[str, Outcome]) -> str:
 
 def picture(test: Batch, outcomes: dict[str, Outcome], path: Path) -> None:
     rows = {"image": test["image"][:SHOWN].movedim(1, -1), "truth": test["labels"][:SHOWN]}
-    rows |= {name.replace(" + ", "\n+ "): outcome.masks for name, outcome in outcomes.items()}
+    valid = test["valid"][:SHOWN].cpu()
+    rows |= {name.replace(" + ", "\n+ "): outcome.masks.where(valid, VOID) for name, outcome in outcomes.items()}
     figure = Figure(figsize=(9, 1.5 * len(rows)), layout="constrained")
     draw_rows(figure, rows)
     figure.savefig(path, dpi=100)
 
 
 def main(config: Config) -> None:
-    folder = training.start(config)
+    folder = training.start(config, "pooled")
     device, images = pick_device(config.device), config.images("evaluate")
     keys = [(0, i) for i in range(min(EVALUATED, len(images)))]
     test = next(iter(loader(Prepared(images, config.fit()), [keys], config.workers)))
     test = {name: values.to(device) for name, values in test.items()}
-    batches = config.stream(config.images("train"), config.fit(mirror=True))
+    train = config.images("train")
+    batches = config.stream(train, config.fit(mirror=True))
 
-    def fit(model: nn.Module, name: str, loss: Loss, steps: int, lr: float) -> Outcome:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-2)
+    def fit(model: TagClassifier, name: str, loss: Loss, steps: int, *, first: bool = False) -> Outcome:
         progress = training.train(
             model,
             lambda output, batch: loss(output[1], batch),
             batches,
-            optimizer,
+            model.optimizer(first=first),
             steps=steps,
             name=name,
             options=config,
         )
         return assess(model, test, progress.seconds)
 
-    start = TagClassifier(len(images.classes) - 1).to(device)
-    outcomes = {"start": fit(start, "pretraining", LOSSES["GAP"], config.pretrain_steps, LEARNING_RATES[0])}
+    start = tag_classifier.build(config.network, len(images.classes) - 1, config.weights).to(device)
+    if start.settings.head_first:
+        seconds = fit_head(start, train, folder / "pooled", config.pretrain_steps, config)
+        outcomes = {"start": assess(start, test, seconds)}
+    else:
+        outcomes = {"start": fit(start, "pretraining", LOSSES["GAP"], config.pretrain_steps, first=True)}
     for name, loss in LOSSES.items():
-        outcomes[name] = fit(copy.deepcopy(start), name, loss, config.steps, LEARNING_RATES[1])
+        outcomes[name] = fit(copy.deepcopy(start), name, loss, config.steps)
     say(table(outcomes))
     if rank() == 0:
         picture(test, outcomes, folder / "isl_fsl.png")

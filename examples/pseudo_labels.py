@@ -1,13 +1,15 @@
-"""From image tags to a segmentation network: a classifier, maps of where it looks, refined masks, pseudo-labels."""
+"""From image tags to a segmentation network: a classifier, maps of where it looks, refined masks, pseudo-labels.
+
+On scenes, by small networks that start from nothing; on photographs, by a pretrained one.
+"""
 
 import dataclasses
 import math
-import shutil
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,16 +17,17 @@ from data.sample import VOID, Batch, Images, Sample, Stacked, collate, first
 from data.scenes import CLASSES, Scenes, stack
 from data.source import EVALUATED, Options
 from data.stream import Whole
-from engine import training
+from engine import processes, training
 from engine.command import check_least, each_run, run
 from engine.per_image import each_image, read
-from engine.processes import gather, pick_device, rank, say, total
+from engine.processes import pick_device, rank, say, total
 from matplotlib.figure import Figure
-from parts import supervisions
-from parts.localise import METHODS, WALKED, Located, Method, attribute, digest
-from parts.network import EncoderDecoder
+from parts import deeplab, supervisions, tag_classifier
+from parts.frozen import Kept, freeze
+from parts.localise import METHODS, WALKED, Located, Method, attribute
 from parts.report import draw_rows
-from parts.tag_classifier import Part, TagClassifier, present, train_classifiers
+from parts.settings import Settings
+from parts.tag_classifier import Part, TagClassifier, digest, plain, present, train_classifiers
 from torch import Tensor, nn
 from torchvision import tv_tensors
 
@@ -42,8 +45,34 @@ class Config(Options):
     of the best mIoU on the training images: the one number that is chosen by their true masks.
     """
 
+    PHOTOGRAPHS: ClassVar[dict[str, Any]] = {
+        "network": "efficientnet_lite0",
+        "weights": "imagenet",
+        "size": 320,
+        "pretrain_steps": 300,
+        "classifier_steps": 1000,
+        "maps": 0,
+        "steps": 10000,
+    }
+    QUICK: ClassVar[dict[str, Any]] = {
+        "frozen": True,
+        "size": 224,
+        "classifier_steps": 57,
+        "maps": 80,
+        "steps": 100,
+        "save_every": 20,
+    }
+
+    network: deeplab.Name = "small"
+    """Classifiers and segmentation networks: small ones; pretrained ones, for photographs; or DeepLabV3 with small
+    classifiers."""
+    weights: deeplab.Weights = "none"
+    """Where networks start: ImageNet's weights (imagenet), nothing (none), or the path of a state dict. DeepLabV3 also
+    has those of coco, which have seen masks of VOC's classes. Those of torchvision are downloaded."""
+    frozen: bool = False
+    """Train only the light decoder of a pretrained segmentation network, on features that are made once."""
     pretrain_steps: int = 600
-    """Optimizer steps of the classifier that all start from."""
+    """Optimizer steps of the classifier that all start from; a pretrained one trains only its last layer in them."""
     classifier_steps: int = 300
     """Optimizer steps of each classifier."""
     maps: int = 120
@@ -64,6 +93,7 @@ class Config(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_least(self, pretrain_steps=0, classifier_steps=1, maps=0, steps=1, ood=40, repeats=1)
+        deeplab.check(self.network, self.weights, self.batch_size // (processes.count() * self.accumulate), self.frozen)
         for name in ("plain", "cooccurrence"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name}: expected a number from 0 to 1, got {getattr(self, name)}")
@@ -75,6 +105,11 @@ class Config(Options):
         if purpose == "train":
             return stacked(Scenes("train", self.scenes, seed=self.seed, **kind))
         return stacked(Scenes(self.split, EVALUATED, **kind))
+
+    def whole(self, images: Images) -> Images:
+        """Images as the networks see them, of one size; in memory where reading takes as long as a training step."""
+        fitted = Whole(images, self.fit())
+        return Kept(fitted) if self.frozen else fitted
 
     def out_of_distribution(self) -> Images | None:
         """Scenes without objects; no other data has such images."""
@@ -88,11 +123,8 @@ def stacked(scenes: Scenes) -> Images:
     return Stacked(CLASSES, drawn.image, drawn.labels)
 
 
-# Chosen on the first training scenes of seed 0; narrow, for objects of a few pixels.
-CRF: dict[str, Any] = {"iterations": 5, "weight": 3.0, "sigma_rgb": 40 / 255, "smooth_weight": 0.0}
-CRF_SIGMA_XY = 1 / 16  # of the width of the image
 SURE = (0.3, 0.7)  # probabilities of a class: up to the first one background, pixels in between are left out
-LEARNING_RATE, SHOWN = 2e-3, 6
+SHOWN = 6
 CRF_MASKS, LABELS = " + CRF", ", pseudo-labels"  # what the names of masks end in
 
 
@@ -101,17 +133,18 @@ def scores(batch: Batch, name: str, threshold: float) -> Tensor:
     return F.pad(batch[name], (0, 0, 0, 0, 1, 0), value=threshold)
 
 
-def refine(sample: Sample, thresholds: Mapping[str, float], device: torch.device) -> dict[str, Tensor]:
-    """Masks by a dense CRF, and pseudo-labels that leave out what it is not sure of."""
+def refine(
+    sample: Sample, thresholds: Mapping[str, float], settings: Settings, device: torch.device
+) -> dict[str, Tensor]:
+    """Masks by a dense CRF, and pseudo-labels that leave out what it is not sure of; both leave out padding."""
     batch = {name: values.to(device) for name, values in collate([sample]).items()}
-    found = {}
+    image, inside, found = batch["image"], batch["valid"], {}
+    widths = {name: share * image.shape[-1] for name, share in settings.crf_widths.items()}
     for name, threshold in thresholds.items():
-        image, inside = batch["image"], batch["valid"]
-        width = CRF_SIGMA_XY * image.shape[-1]
-        refined = dense_crf(scores(batch, name, threshold), image, valid=inside, sigma_xy=width, **CRF)
+        refined = dense_crf(scores(batch, name, threshold), image, valid=inside, **widths, **settings.crf)
         labels = pseudo_labels(refined[:, 1:], present(batch), foreground=SURE[1], background=SURE[0])
-        found[name + CRF_MASKS] = refined.argmax(1)[0].byte()
-        found[name + LABELS] = labels.masked_fill(~batch["valid"], VOID)[0].byte()
+        found[name + CRF_MASKS] = refined.argmax(1).masked_fill(~inside, VOID)[0].byte()
+        found[name + LABELS] = labels.masked_fill(~inside, VOID)[0].byte()
     return found
 
 
@@ -214,15 +247,23 @@ def best_thresholds(data: Images, names: Iterable[str], config: Config) -> dict[
     return {name: sweep.compute().threshold for name, sweep in sweeps.items()}
 
 
-def train_network(images: Images, name: str, config: Config) -> EncoderDecoder:
+def build_network(images: Sequence[Images], folder: Path, config: Config) -> nn.Module:
+    """A segmentation network for images made to fit; of a frozen encoder there are features of these, in a folder."""
+    model = deeplab.build(config.network, len(images[0].classes), config.weights).to(pick_device(config.device))
+    if config.frozen:
+        freeze(model, images, folder / "features")
+    return model
+
+
+def train_network(images: Images, test: Images, name: str, folder: Path, config: Config) -> nn.Module:
     """A segmentation network trained on the labels of images; what has none is left out."""
     training.seed_everything(config.seed)  # the same start for all
-    model = EncoderDecoder(len(images.classes)).to(pick_device(config.device))
+    model = build_network([images, test], folder, config)
     training.train(
         model,
         supervisions.masks,
         config.stream(images, config.fit(mirror=True)),
-        torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=1e-2),
+        deeplab.optimizer(model, config.weights),
         steps=config.steps,
         name=f"network on {name}, seed {config.seed}",
         options=config,
@@ -231,10 +272,9 @@ def train_network(images: Images, name: str, config: Config) -> EncoderDecoder:
     return model
 
 
-def settings_of(config: Config, classifiers: Mapping[str, TagClassifier]) -> dict[str, Any]:
+def settings_of(config: Config, classifiers: Mapping[str, TagClassifier]) -> dict[str, str]:
     """What maps and masks depend on, for :func:`each_image`."""
-    options = {key: str(value) for key, value in vars(config).items() if key not in training.FREE}
-    return options | {name: digest(model) for name, model in classifiers.items()}
+    return plain(config) | {name: digest(model) for name, model in classifiers.items()}
 
 
 def make_maps(
@@ -262,7 +302,8 @@ def make_masks(
     config: Config,
 ) -> Stored:
     """Images with the masks and pseudo-labels that :func:`refine` makes of their maps."""
-    work = partial(refine, thresholds=thresholds, device=pick_device(config.device))
+    model = next(iter(classifiers.values()))
+    work = partial(refine, thresholds=thresholds, settings=model.settings, device=pick_device(config.device))
     settings = settings_of(config, classifiers) | {"from": thresholds}
     each_image(work, located, folder / "refined", settings=settings, name="refinement")
     return Stored(located, folder / "refined", [name + end for name in thresholds for end in (CRF_MASKS, LABELS)])
@@ -275,8 +316,11 @@ def experiment(config: Config, folder: Path) -> tuple[Stages, dict[str, Tensor]]
     """Qualities by stage and method, and the rows of the picture."""
     training.seed_everything(config.seed)
     images, test, candidates = config.images("train"), config.images("evaluate"), config.out_of_distribution()
-    classifiers = train_classifiers(images, candidates, config.pretrain_steps, config.classifier_steps, config)
-    whole = Part(Whole(images, config.fit()), range(min(config.maps or len(images), len(images))))
+    test = config.whole(test)
+    start = tag_classifier.build(config.network, len(images.classes) - 1, config.weights)
+    steps = (config.pretrain_steps, config.classifier_steps)
+    classifiers = train_classifiers(start.to(pick_device(config.device)), images, candidates, *steps, folder, config)
+    whole = config.whole(Part(images, range(min(config.maps or len(images), len(images)))))
 
     methods = {name: method for name, method in METHODS.items() if method.classifier in classifiers}
     make_maps(classifiers, methods, whole, folder, config)
@@ -300,7 +344,7 @@ def experiment(config: Config, folder: Path) -> tuple[Stages, dict[str, Tensor]]
     trained_on["true masks"] = [whole.labels(i).as_subclass(Tensor).byte() for i in range(len(whole))]
     stages["networks"] = {}
     for name, targets in trained_on.items():
-        network = train_network(Relabelled(whole, targets), name, config)
+        network = train_network(Relabelled(whole, targets), test, name, folder, config)
         with evaluating(network):
             stages["networks"] |= assess(test, {name: math.nan}, partial(predict, model=network, name=name), config)
 
@@ -319,7 +363,9 @@ def entries(batch: Batch, names: Sequence[str]) -> dict[str, Tensor]:
 
 
 def predict(batch: Batch, model: nn.Module, name: str) -> dict[str, Tensor]:
-    return {name: model(batch["image"].to(next(model.parameters()).device)).argmax(1)}
+    device = next(model.parameters()).device
+    found = model(batch["image"].to(device)).argmax(1)
+    return {name: found.masked_fill(~batch["valid"].to(device), VOID)}
 
 
 def overlays(batch: Batch, name: str) -> Tensor:
@@ -363,10 +409,7 @@ def compare(
         table: of the qualities of the runs.
         picture: file name, in the folder of the results.
     """
-    folder = training.start(config)
-    if not config.resume and rank() == 0:
-        shutil.rmtree(folder / "maps", ignore_errors=True)  # of an earlier run
-    gather(None)
+    folder = training.start(config, "maps")
     if config.data != "scenes":
         say("without W-OoD: only scenes have out-of-distribution images")
     runs = [experiment(own, folder / "maps" / f"seed {own.seed}") for own in each_run(config)]

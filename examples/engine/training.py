@@ -7,6 +7,7 @@ import math
 import os
 import random
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -83,12 +84,19 @@ class Progress:
     seconds: float = 0.0  # of training and evaluation, those before a stop included
 
 
-def start(options: Options) -> Path:
-    """Makes the folder of a run, without the checkpoints of an earlier one unless it goes on; seeds everything."""
+def start(options: Options, *results: str) -> Path:
+    """Makes the folder of a run, without what an earlier one left unless it goes on; seeds everything.
+
+    Args:
+        options: of the command line.
+        results: names of folders in it, beside that of the checkpoints.
+    """
     folder = output_folder(options.out)
     if not options.resume and processes.rank() == 0:
         for path in (folder / "checkpoints").glob("*.pt"):
             path.unlink()
+        for name in results:
+            shutil.rmtree(folder / name, ignore_errors=True)
     processes.gather(None)  # nobody begins before
     seed_everything(options.seed)
     return folder

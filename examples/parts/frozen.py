@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 from tqdm import tqdm
 
-from parts.localise import digest
 from parts.pretrained import Segmenter
+from parts.tag_classifier import digest
 from segattr.networks import evaluating
 
 

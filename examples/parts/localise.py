@@ -1,6 +1,5 @@
 """Maps of where classifiers look: CAM, AdvCAM, RIB and their combinations, made once for each image."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -9,21 +8,16 @@ import torch
 import torch.nn.functional as F
 from data.sample import Images, Sample, first
 from engine.per_image import read
-from torch import Tensor, nn
+from torch import Tensor
 
-from parts.tag_classifier import TagClassifier, normalized, present
+from parts.tag_classifier import TagClassifier, present
 from segattr import advcam, cam, normalize, rib
 from segattr.refine import random_walk
 from segloss import feature_affinity
 
 WALKED = " + random walk"
 
-# Chosen on the first training scenes of seed 0. With AdvCAM's default, 27 steps of 0.08, maps of such small images grow
-# over the background; RIB at less than a third of this rate changes nothing, and needs many companions.
-ADVCAM: dict[str, Any] = {"steps": 10, "step_size": 0.04}
-RIB: dict[str, Any] = {"steps": 10, "lr": 3e-3, "threshold": 0.8}
-COMPANIONS, POOL = 20, 64  # images that a step of RIB takes, and those that they are drawn from
-WALK: dict[str, Any] = {"beta": 10.0, "steps": 16}
+POOL = 64  # images that the companions of RIB are drawn from
 COLOURS = 4.0  # their weight in the affinity of pixels
 
 
@@ -46,16 +40,25 @@ METHODS = {
 }
 
 
-def companions(images: Tensor, tags: Tensor, seed: int) -> Callable[[Tensor], Iterator[tuple[Tensor, Tensor]]]:
-    """For RIB: batches of random images that share no class with the one of some tags, or any if all share one."""
+def companions(
+    features: Tensor, tags: Tensor, count: int, seed: int
+) -> Callable[[Tensor], Iterator[tuple[Tensor, Tensor]]]:
+    """For RIB: batches of random images that share no class with the one of some tags, or any if all share one.
+
+    Args:
+        features: of images, by the layers that do not train, ``[N, D, h, w]``.
+        tags: of these images, ``[N, C]``.
+        count: images of a batch.
+        seed: of the choice.
+    """
 
     def batches(own: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(seed)  # a new one for each image: results depend on that alone
         strangers = ((tags * own).sum(1) == 0).nonzero().flatten().cpu()
-        candidates = strangers if len(strangers) else torch.arange(len(images))
+        candidates = strangers if len(strangers) else torch.arange(len(features))
         while True:
-            drawn = candidates[torch.randint(len(candidates), (COMPANIONS,), generator=generator)].to(tags.device)
-            yield images[drawn], tags[drawn]
+            drawn = candidates[torch.randint(len(candidates), (count,), generator=generator)].to(tags.device)
+            yield features[drawn], tags[drawn]
 
     return batches
 
@@ -71,16 +74,22 @@ def attribute(
         images: companions of RIB are some of them.
         seed: of the choice of companions.
     """
-    device = next(model.parameters()).device
+    device, settings = next(model.parameters()).device, model.settings
+    clf, rest, fixed = model.split(), model.split(model.fixed), model.encoder.features[: model.fixed]
     pool = first(images, POOL)
-    others = companions(normalized(pool["image"].to(device)), present(pool).to(device), seed)
-    clf = model.split()
+    with torch.no_grad():
+        features = fixed(model.normalized(pool["image"].to(device)))
+    others = companions(features, present(pool).to(device), settings.companions, seed)
+
+    def fine_tuned(x: Tensor, classes: list[list[int]], tags: Tensor) -> Any:
+        with torch.no_grad():
+            features = fixed(x)
+        return rib(rest, features, tags, companions=others, classes=classes, **settings.rib)
+
     methods: dict[str, Callable[..., Any]] = {
         "CAM": lambda x, classes, tags: cam(clf, x, classes),
-        "AdvCAM": lambda x, classes, tags: advcam(clf, x, classes, **ADVCAM),
-        "RIB": lambda x, classes, tags: rib(
-            clf, x, tags, companions=others, classes=classes, frozen=list(model.features.children())[:-1], **RIB
-        ),
+        "AdvCAM": lambda x, classes, tags: advcam(clf, x, classes, **settings.advcam),
+        "RIB": fine_tuned,
     }
 
     def work(sample: Sample) -> dict[str, Tensor]:
@@ -88,9 +97,9 @@ def attribute(
         classes = [tags[0, 1:].nonzero().flatten().tolist()]
         found = {}
         for kind in kinds:
-            (maps,) = methods[kind](normalized(image), classes, tags[:, 1:])
+            (maps,) = methods[kind](model.normalized(image), classes, tags[:, 1:])
             found[kind] = scaled(maps.detach())
-            found[kind + WALKED] = walk(found[kind], image)
+            found[kind + WALKED] = walk(found[kind], image, model)
         return found
 
     return work
@@ -101,10 +110,18 @@ def scaled(maps: Tensor) -> Tensor:
     return cast(Tensor, normalize(maps, "relu_max"))
 
 
-def walk(maps: Tensor, image: Tensor) -> Tensor:
-    """Maps ``[n, h, w]`` carried to neighbours of the same colour."""
-    small = F.interpolate(image, maps.shape[1:], mode="bilinear", antialias=True)
-    return random_walk(maps[None], feature_affinity(COLOURS * small), **WALK)[0]
+def walk(maps: Tensor, image: Tensor, model: TagClassifier) -> Tensor:
+    """Maps ``[n, h, w]`` carried to neighbours of the same kind, at the resolution of what tells them."""
+    settings = model.settings
+    if settings.affinity:
+        with torch.no_grad():
+            features = model.encoder.pyramid(image)[settings.affinity]
+        maps = F.interpolate(maps[:, None], features.shape[2:], mode="bilinear")[:, 0]  # of no classes, too
+        affinity = feature_affinity(features / features.std(), distance="mean")
+    else:
+        small = F.interpolate(image, maps.shape[1:], mode="bilinear", antialias=True)
+        affinity = feature_affinity(COLOURS * small)
+    return random_walk(maps[None], affinity, **settings.walk)[0]
 
 
 class Located(Images):
@@ -131,11 +148,3 @@ class Located(Images):
             maps[tagged] = scaled(mean)
             sample[name] = F.interpolate(maps[None], sample["image"].shape[1:], mode="bilinear")[0]
         return sample
-
-
-def digest(model: nn.Module) -> str:
-    """Of the weights: maps of other weights are other maps."""
-    state = hashlib.sha256()
-    for value in model.state_dict().values():
-        state.update(value.cpu().numpy().tobytes())
-    return state.hexdigest()[:16]

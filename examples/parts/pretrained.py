@@ -76,6 +76,13 @@ class Pretrained(nn.Module):
                 maps[strides[number]] = x
         return maps
 
+    def fixed(self) -> int:
+        """How many layers fine-tuning leaves as they are: all but those of the last stride that have weights."""
+        for _, end in sorted(self._ends.items(), reverse=True):
+            if any(True for _ in self.features[end + 1 :].parameters()):
+                return end + 1
+        return 0
+
     def tag_classifier(self, num_classes: int) -> "Pretrained":
         """Its features, which are shared, with a new head: average pooling and a linear layer."""
         (*_, width) = self.channels.values()

@@ -1,23 +1,31 @@
-"""A classifier trained from image tags, with and without ISL + FSL, with and without W-OoD, to make maps of."""
+"""Classifiers trained from image tags, with and without ISL + FSL, with and without W-OoD, to make maps of."""
 
 import copy
+import hashlib
+import time
 from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import get_args
 
 import torch
+import torch.nn.functional as F
 from data.sample import Batch, Images, Sample
 from data.source import Options
-from data.stream import Prepared, loader
+from data.stream import Prepared, Whole, loader
 from engine import training
+from engine.per_image import each_image, read
 from engine.processes import pick_device
 from torch import Tensor, nn
 
 import segloss
+from parts import pretrained
 from parts.network import block
+from parts.pretrained import Pretrained
+from parts.settings import PHOTOGRAPHS, SCENES, Settings
 from segattr import Classifier
 from segattr.networks import evaluating
 
 Output = tuple[Tensor, Tensor]  # features [B, D, h, w], score maps [B, C, h, w]
-LEARNING_RATES = (2e-3, 1e-3)
 
 ISL_WEIGHT, FSL_WEIGHT = 0.25, 1.0  # added to a classification loss of 1: the paper's share of ISL, 0.2 of both
 OOD_WEIGHT, DISTANCE_WEIGHT = 1.0, 0.01  # not tuned
@@ -27,25 +35,95 @@ isl, fsl = segloss.ImportanceClassification(weight=1), segloss.FeatureSimilarity
 
 
 class TagClassifier(nn.Module):
-    """Features, half as large as the image, and score maps; the mean of a map over the image is the logit."""
+    """Features of an encoder, and score maps of RGB images in [0, 1]; the mean of a map over the image is the logit.
 
-    def __init__(self, classes: int, width: int = 16) -> None:
+    Args:
+        encoder: whose features are taken; it knows how its images are normalised.
+        classes: number of score maps.
+        fixed: how many layers of the encoder, the first ones, RIB leaves as they are.
+        settings: that go with the network.
+    """
+
+    def __init__(self, encoder: Pretrained, classes: int, fixed: int, settings: Settings) -> None:
         super().__init__()
-        self.features = nn.Sequential(block(3, width, stride=2), block(width, 2 * width), block(2 * width, 2 * width))
-        self.head = nn.Conv2d(2 * width, classes, 1)
+        (*_, width) = encoder.channels.values()
+        self.encoder, self.head = encoder, nn.Conv2d(width, classes, 1)
+        self.fixed, self.settings = fixed, settings
 
     def forward(self, image: Tensor) -> Output:
-        features = self.features(normalized(image))
+        features = self.encoder.features(self.normalized(image))
         return features, self.head(features)
 
-    def split(self) -> Classifier:
-        """For attribution: from normalised images to logits."""
-        return Classifier(self.features, nn.Sequential(self.head, nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    def normalized(self, image: Tensor) -> Tensor:
+        return self.encoder.normalized(image).contiguous(memory_format=torch.channels_last)
+
+    def optimizer(self, *, first: bool) -> torch.optim.Optimizer:
+        """Of the first training, or of one that goes on from it."""
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return torch.optim.AdamW(trained, self.settings.rates[not first], weight_decay=1e-2)
+
+    def split(self, start: int = 0) -> Classifier:
+        """For attribution: from normalised images, or from what the first layers make of them, to logits."""
+        head = nn.Sequential(self.head, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        return Classifier(self.encoder.features[start:], head).train(self.training)
 
 
-def normalized(image: Tensor) -> Tensor:
-    """What the network wants of RGB in [0, 1]."""
-    return (4 * image - 2).contiguous(memory_format=torch.channels_last)
+def build(network: str, classes: int, weights: str) -> TagClassifier:
+    """A classifier with an encoder of :mod:`parts.pretrained`, or a small one, whose features are half as large as the
+    image.
+
+    A pretrained one trains its head and its last layers, and keeps the statistics of its batch normalisation.
+    """
+    if network not in get_args(pretrained.Name):
+        width = 16
+        layers = block(3, width, stride=2), block(width, 2 * width), block(2 * width, 2 * width)
+        encoder = Pretrained(nn.Sequential(*layers), nn.Identity(), (0.5,) * 3, (0.25,) * 3)
+        return TagClassifier(encoder, classes, 2, SCENES)
+    encoder = pretrained.pretrained(network, weights)  # type: ignore[arg-type]
+    encoder.head = nn.Identity()  # ImageNet's
+    fixed = encoder.fixed()
+    encoder.features[:fixed].requires_grad_(False)
+    return TagClassifier(encoder, classes, fixed, PHOTOGRAPHS).eval()
+
+
+def digest(model: nn.Module) -> str:
+    """Of the weights: what is made by other weights is something else."""
+    state = hashlib.sha256()
+    for value in model.state_dict().values():
+        state.update(value.cpu().numpy().tobytes())
+    return state.hexdigest()[:16]
+
+
+def plain(options: Options) -> dict[str, str]:
+    """What results depend on, for :func:`each_image`."""
+    return {key: str(value) for key, value in vars(options).items() if key not in training.FREE}
+
+
+def fit_head(model: TagClassifier, images: Images, folder: Path, steps: int, options: Options) -> float:
+    """Trains the head alone, by steps over all images, on pooled features that are made once and kept in a folder.
+
+    Returns the seconds that it took, without the features.
+    """
+    device, whole = pick_device(options.device), Whole(images, options.fit())
+
+    def work(sample: Sample) -> dict[str, Tensor]:
+        features, _ = model(sample["image"].as_subclass(Tensor)[None].to(device))
+        return {"features": features.mean((2, 3))[0], "tags": sample["tags"]}
+
+    with torch.no_grad(), evaluating(model):
+        each_image(work, whole, folder, settings=plain(options) | {"encoder": digest(model)}, name="features")
+    found = [read(folder, name) for name in images.names]
+    features, tags = (torch.stack([one[key] for one in found]).to(device) for key in ("features", "tags"))
+    began = time.perf_counter()
+    optimizer = torch.optim.AdamW(model.head.parameters(), model.settings.rates[0], weight_decay=1e-2)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = model.settings.rates[0] * (1 - step / steps) ** 0.9
+        optimizer.zero_grad()
+        logits = model.head(features[:, :, None, None])[:, :, 0, 0]
+        F.binary_cross_entropy_with_logits(logits, tags[:, 1:].to(logits.dtype)).backward()
+        optimizer.step()
+    return time.perf_counter() - began
 
 
 class WithOOD(Images):
@@ -126,10 +204,12 @@ def describe(model: TagClassifier, data: Images, options: Options) -> tuple[Tens
 
 
 def train_classifiers(
+    start: TagClassifier,
     images: Images,
     candidates: Images | None,
     pretrain_steps: int,
     steps: int,
+    folder: Path,
     options: Options,
     *,
     without: Collection[str] = (),
@@ -137,10 +217,12 @@ def train_classifiers(
     """Classifiers that go on from the same one with different losses.
 
     Args:
+        start: the one, on its device; small and new, or pretrained.
         images: with the tags of their masks.
         candidates: images without a class, for W-OoD, which keeps the half that is hardest to tell; None leaves it out.
-        pretrain_steps: optimizer steps of the classifier that all start from.
+        pretrain_steps: optimizer steps of the one that all start from; of a pretrained one its head alone trains.
         steps: optimizer steps of each of them.
+        folder: of what a pretrained one makes of the images.
         options: of the command line.
         without: names of those that are not needed.
     """
@@ -151,14 +233,17 @@ def train_classifiers(
             model,
             lambda output, batch: sum((loss(output, batch) for loss in losses), torch.zeros(())),
             options.stream(data, options.fit(mirror=True)),
-            torch.optim.AdamW(model.parameters(), LEARNING_RATES[not first], weight_decay=1e-2),
+            model.optimizer(first=first),
             steps=pretrain_steps if first else steps,
             name=f"{name}, seed {options.seed}",
             options=options,
         )
         return model
 
-    start = fit(TagClassifier(len(images.classes) - 1).to(pick_device(options.device)), "start", images, [tags_alone])
+    if start.settings.head_first:
+        fit_head(start, images, folder / "pooled", pretrain_steps, options)
+    else:
+        fit(start, "start", images, [tags_alone])
     models = {name: (images, losses) for name, losses in CLASSIFIERS.items()}
     if candidates:
         features, _, tags = describe(start, images, options)

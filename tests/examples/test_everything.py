@@ -12,11 +12,13 @@ from data.sample import VOID, Stacked
 from data.scenes import CLASSES, Scenes, stack
 from data.stream import Whole
 from data.write_voc import write_voc
+from engine.command import parse
 from matplotlib.image import imread
 from parts import supervisions
 from pseudo_labels import Quality, Relabelled
 
 from tests.run_example import run_example
+from tests.tiny_photographs import write_tiny_photographs
 
 TINY = (
     *("--pretrain-steps", "2", "--classifier-steps", "2", "--steps", "2", "--maps", "3"),
@@ -47,7 +49,7 @@ def test_it_prints_what_each_stage_adds_and_draws_it(tmp_path: Path) -> None:
 def test_it_leaves_out_wood_and_trains_deeplab_on_a_folder_in_the_layout_of_voc(tmp_path: Path) -> None:
     write_voc(tmp_path / "voc", {"train": Scenes("train", 24, size=40), "val": Scenes("val", 8, size=40, void_width=2)})
     options = ("--data", "voc", "--root", tmp_path / "voc", "--repeats", "2", "--out", tmp_path / "out")
-    network = ("--network", "deeplabv3_mobilenet_v3_large", "--batch-size", "4")
+    network = ("--network", "deeplabv3_mobilenet_v3_large", "--weights", "none", "--batch-size", "4")
     done = run_example("everything", *TINY, *options, *network)
     assert done.returncode == 0, done.stderr
     assert "without W-OoD: only scenes have out-of-distribution images" in done.stdout
@@ -56,11 +58,37 @@ def test_it_leaves_out_wood_and_trains_deeplab_on_a_folder_in_the_layout_of_voc(
     assert len(re.findall(r"^\+ AdvCAM and RIB .*±", done.stdout, re.M)) == 1
 
 
+@pytest.mark.slow
+def test_a_pretrained_network_runs_through_all_stages_on_photographs_and_after_a_stop(tmp_path: Path) -> None:
+    write_tiny_photographs(tmp_path / "photographs")
+    words = ("--data", "voc", "--root", tmp_path / "photographs", "--quick", "--weights", "none", "--out", tmp_path)
+    small = ("--pretrain-steps", 2, "--classifier-steps", 2, "--steps", 2, "--maps", 4, "--size", 64, "--device", "cpu")
+    done = run_example("everything", *words, *small, "--batch-size", 4)
+    assert done.returncode == 0, done.stderr
+    kept = [name for name in STAGES if name != "+ W-OoD"]
+    assert list(rows(done.stdout)) == [*kept, "pseudo-labels", *everything.NETWORKS]
+    assert not list((tmp_path / "checkpoints").glob("*start*")), "of pretrained ones no network trains on tags"
+    (tmp_path / "checkpoints" / "network_Potts_seed_0.pt").unlink()
+    again = run_example("everything", *words, *small, "--batch-size", 4, "--resume")
+    assert again.stdout == done.stdout
+
+
+def test_presets_for_photographs() -> None:
+    words = ["--data", "voc", "--root", "."]
+    papers, quick = (parse(everything.Config, [*words, *more]) for more in ([], ["--quick"]))
+    assert (papers.network, papers.weights) == (quick.network, quick.weights) == ("efficientnet_lite0", "imagenet")
+    assert (papers.size, papers.maps, papers.steps, papers.crf_scale, papers.frozen) == (320, 0, 10000, 0.5, False)
+    assert (quick.size, quick.maps, quick.steps, quick.crf_scale, quick.frozen) == (224, 80, 80, 0.25, True)
+    assert parse(everything.Config, []).network == "small"
+
+
 def test_options_that_do_not_go_together_are_named() -> None:
     with pytest.raises(ValueError, match="--weights: expected a DeepLabV3 as --network with coco, got small"):
         everything.Config(weights="coco")
     with pytest.raises(ValueError, match="--batch-size: expected at least 2 images at once for a DeepLabV3, got 1"):
         everything.Config(network="deeplabv3_resnet50", batch_size=4, accumulate=4)
+    with pytest.raises(ValueError, match="--crf-scale: expected above 0 and at most 1, got 2"):
+        everything.Config(crf_scale=2)
 
 
 def test_each_stage_adds_one_method_to_the_one_above() -> None:
