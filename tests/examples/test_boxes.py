@@ -91,6 +91,7 @@ def test_masks_are_made_of_each_kind_of_map_and_filled_boxes_are_filled() -> Non
         assert filled.sum((1, 2)).tolist() == ((x2 - x1) * (y2 - y1)).tolist()
 
 
+@pytest.mark.slow
 def test_growing_finds_more_of_an_object_than_its_seeds(tmp_path: Path) -> None:
     labels = (torch.arange(48) >= 24).long().expand(4, 48, 48)  # left and right half
     image = labels[:, None].expand(-1, 3, -1, -1).float()  # black and white: soon a network is sure

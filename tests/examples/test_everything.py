@@ -33,6 +33,7 @@ def rows(printed: str) -> dict[str, list[str]]:
     return {name: re.findall(r"-?\d+\.\d", re.sub(r"±\d+\.\d", "", cells)) for name, cells in found}
 
 
+@pytest.mark.slow
 def test_it_prints_what_each_stage_adds_and_draws_it(tmp_path: Path) -> None:
     done = run_example("everything", *TINY, "--out", tmp_path)
     assert done.returncode == 0, done.stderr

@@ -16,6 +16,7 @@ def random_network(name: str) -> Pretrained:
     return pretrained("efficientnet_lite0", "none")
 
 
+@pytest.mark.slow
 def test_it_draws_every_rule(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -55,6 +55,7 @@ def rows(printed: str, stage: str) -> list[str]:
     return names
 
 
+@pytest.mark.slow
 def test_it_prints_a_table_of_each_stage_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     done = run_example("pseudo_labels", *TINY, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
