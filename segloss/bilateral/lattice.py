@@ -28,7 +28,6 @@ _MARGIN = 3  # cells around an image: vertices lie up to 1 below the corners of 
 _FLAT = 0.1  # sigmas: features that differ by less are the same, to .5% of a weight
 _FARTHEST = {torch.float32: 2.0**15, torch.float64: 2.0**40}  # from 0, in sigmas; places are accurate to .01 there
 _UP, _DOWN = 1, -1  # orders of the blurs
-_BOTH = (_UP, _DOWN)
 _MOST_KEYS, _MOST_NUMBERS = 2**62, 2**31
 
 
@@ -46,7 +45,7 @@ class Lattice:
         plane = _embed(features)
         extents = _extents(plane, image)
         corners, places, ranks = _simplices(plane)
-        weights = _barycentric(places)
+        weights = _barycentric(places).mul_(math.sqrt(_constant(dims)))  # of S, with the root of c
         keys, steps = _keys(corners, ranks, extents)
         ordered, order = keys.flatten().sort()
         first = F.pad(ordered[1:] != ordered[:-1], (1, 0), value=True)
@@ -55,26 +54,29 @@ class Lattice:
         self._vertices = torch.empty_like(numbers).scatter_(0, order, numbers).view(pixels, dims + 1)
         self._weights = weights.t().contiguous()
         pixel = order.to(torch.int32).div_(dims + 1, rounding_mode="floor")
-        self._spread = pixel, starts.to(torch.int32), self._weights.flatten()[order]
+        ends = F.pad(starts.to(torch.int32), (0, 1), value=len(order))  # of one that stands for all that do not exist
+        self._spread = pixel, ends, self._weights.flatten()[order]
         self._neighbours = _neighbours(ordered[starts], steps)
-        self._scale = _constant(dims)
-        self._rest = 1 - self._scale * _diagonal(
-            weights, ranks, self._vertices.t().contiguous(), self._neighbours
-        )  # E, [N]
+        own = _diagonal(weights, ranks, self._vertices.t().contiguous(), self._neighbours)
+        self._rest = (1 - own)[:, None]  # E
 
-    def filtered(self, values: Tensor, orders: tuple[int, ...] = _BOTH) -> Tensor:
-        """``[K, N]`` to the same; with the mean of some ``orders`` of the blurs."""
+    def filtered(self, values: Tensor, order: int | None = None) -> Tensor:
+        """``[K, N]`` to the same; with the mean of both orders of the blurs, or with one of them."""
         rows = values.t().contiguous()
         pixels, starts, weights = self._spread
-        total = rows.new_zeros(len(starts) + 1, rows.shape[1])  # the last vertex is that of all that do not exist
         spread = F.embedding_bag(pixels, rows, starts, mode="sum", per_sample_weights=weights)
-        for order in orders:
-            blurred = F.pad(spread, (0, 0, 0, 1))
-            for pair in self._neighbours[::order]:
-                blurred[:-1].add_(F.embedding_bag(pair, blurred, mode="sum"), alpha=0.5)
-            total.add_(blurred, alpha=self._scale / len(orders))
-        gathered = F.embedding_bag(self._vertices, total, mode="sum", per_sample_weights=self._weights)
-        return torch.addcmul(gathered.t(), self._rest, values)
+        if order is None:
+            blurred = self._blur(spread.clone(), _UP).add_(self._blur(spread, _DOWN)).div_(2)
+        else:
+            blurred = self._blur(spread, order)
+        gathered = F.embedding_bag(self._vertices, blurred, mode="sum", per_sample_weights=self._weights)
+        return gathered.addcmul_(self._rest, rows).t()
+
+    def _blur(self, values: Tensor, order: int) -> Tensor:
+        """In place; the last of the vertices is that of all that do not exist."""
+        for pair in self._neighbours[::order]:
+            values[:-1].add_(F.embedding_bag(pair, values, mode="sum"), alpha=0.5)
+        return values
 
 
 class Lattices:
@@ -86,12 +88,15 @@ class Lattices:
 
     def __init__(self, features: Tensor, *, alternate: bool = False) -> None:
         self._lattices = [Lattice(image, b) for b, image in enumerate(features)]
-        self._orders = cycle([(_UP,), (_DOWN,)] if alternate else [_BOTH])
+        self._orders = cycle([_UP, _DOWN] if alternate else [None])
 
     def filtered(self, values: Tensor) -> Tensor:
         """``[B, K, N]`` to the same."""
-        orders = next(self._orders)
-        return torch.stack([lattice.filtered(v, orders) for lattice, v in zip(self._lattices, values, strict=True)])
+        order = next(self._orders)
+        filtered = torch.empty_like(values, memory_format=torch.contiguous_format)
+        for lattice, image, result in zip(self._lattices, values, filtered, strict=True):
+            result.copy_(lattice.filtered(image, order))
+        return filtered
 
 
 def gaussian_filter(values: Tensor, features: Tensor) -> Tensor:
@@ -212,7 +217,7 @@ def _constant(dims: int) -> float:
 
 
 def _diagonal(weights: Tensor, ranks: Tensor, vertices: Tensor, neighbours: list[Tensor]) -> Tensor:
-    """Of S B S', ``[N]``: from vertices back to vertices of the same simplex, by paths of vertices that exist.
+    """Of c S B S', ``[N]``: from vertices back to vertices of the same simplex, by paths of vertices that exist.
 
     Blurs lead m steps ahead of a vertex with the weight 2^-m, on two paths: along the directions of these steps by
     their numbers, up for one order of the blurs and down for the other. What leads behind is the same the other way
