@@ -28,6 +28,7 @@ _MARGIN = 3  # cells around an image: vertices lie up to 1 below the corners of 
 _FLAT = 0.1  # sigmas: features that differ by less are the same, to .5% of a weight
 _FARTHEST = {torch.float32: 2.0**15, torch.float64: 2.0**40}  # from 0, in sigmas; places are accurate to .01 there
 _UP, _DOWN = 1, -1  # orders of the blurs
+_PART = 2**15  # pixels that are looked at together, to save memory
 _MOST_KEYS, _MOST_NUMBERS = 2**62, 2**31
 
 
@@ -40,25 +41,27 @@ class Lattice:
 
     def __init__(self, features: Tensor, image: int = 0) -> None:
         """``image`` is its number in errors."""
-        features = _checked(features, image)
-        dims, pixels = features.shape
-        plane = _embed(features)
-        extents = _extents(plane, image)
-        corners, places, ranks = _simplices(plane)
-        weights = _barycentric(places).mul_(math.sqrt(_constant(dims)))  # of S, with the root of c
-        keys, steps = _keys(corners, ranks, extents)
-        ordered, order = keys.flatten().sort()
-        first = F.pad(ordered[1:] != ordered[:-1], (1, 0), value=True)
-        starts = first.nonzero()[:, 0]
-        numbers = first.cumsum(0, dtype=torch.int32).sub_(1)
-        self._vertices = torch.empty_like(numbers).scatter_(0, order, numbers).view(pixels, dims + 1)
-        self._weights = weights.t().contiguous()
-        pixel = order.to(torch.int32).div_(dims + 1, rounding_mode="floor")
-        ends = F.pad(starts.to(torch.int32), (0, 1), value=len(order))  # of one that stands for all that do not exist
-        self._spread = pixel, ends, self._weights.flatten()[order]
-        self._neighbours = _neighbours(ordered[starts], steps)
-        own = _diagonal(weights, ranks, self._vertices.t().contiguous(), self._neighbours)
-        self._rest = (1 - own)[:, None]  # E
+        plane = _embed(_checked(features, image))
+        count, pixels = plane.shape
+        low, steps = _numbering(plane, image)
+        narrow = steps[-1] < 2**31
+        keys = plane.new_empty(pixels, count, dtype=torch.int32 if narrow else torch.int64)
+        ranks = torch.empty_like(plane, dtype=torch.int8)
+        self._weights = torch.empty_like(plane.t(), memory_format=torch.contiguous_format)  # of S, with the root of c
+        parts = [slice(first, first + _PART) for first in range(0, pixels, _PART)]
+        for part in parts:
+            corners, places, ranks[:, part] = _simplices(plane[:, part])
+            self._weights[part] = _barycentric(places).mul_(math.sqrt(_constant(count - 1))).t()
+            keys[part] = _keys(corners - low, ranks[:, part], steps, keys.dtype).t()
+        del plane
+        self._vertices, starts, order, vertices = _numbered(keys)
+        del keys
+        self._spread = order.to(torch.int32).div_(count, rounding_mode="floor"), starts, self._weights.flatten()[order]
+        del order
+        self._neighbours = _neighbours(vertices, steps[:-1])
+        after = torch.cat([F.pad(pair[:, 0], (0, 1), value=len(vertices)) for pair in self._neighbours])
+        own = [_diagonal(self._weights[part], ranks[:, part], self._vertices[part], after) for part in parts]
+        self._rest = 1 - torch.cat(own)[:, None]  # E
 
     def filtered(self, values: Tensor, order: int | None = None) -> Tensor:
         """``[K, N]`` to the same; with the mean of both orders of the blurs, or with one of them."""
@@ -133,16 +136,23 @@ def _embed(features: Tensor) -> Tensor:
     return plane
 
 
-def _extents(plane: Tensor, image: int) -> list[int]:
-    """Cells along the coordinates 1 to D."""
-    low, high = torch.aminmax(plane[1:], dim=1)
-    extents = [int(cells) for cells in ((high.double() - low).ceil() + 2 * _MARGIN).tolist()]
-    if len(plane) * math.prod(extents) >= _MOST_KEYS:
+def _numbering(plane: Tensor, image: int) -> tuple[Tensor, list[int]]:
+    """The cell from which an image is numbered, ``[D + 1, 1]``, and how much one more along each coordinate adds.
+
+    The last of the steps is the number of keys.
+    """
+    low, high = torch.aminmax(plane, dim=1, keepdim=True)
+    low, high = low.floor() - _MARGIN, high.ceil() + _MARGIN
+    extents = [int(cells) for cells in (high.double() - low)[1:, 0].tolist()]
+    steps = [0, len(plane)]
+    for extent in extents:
+        steps.append(steps[-1] * extent)
+    if steps[-1] >= _MOST_KEYS:
         raise LatticeError(
             f"method: 'lattice' cannot number the vertices of image {image}, which is {' x '.join(map(str, extents))} "
             "cells large; expected a larger sigma_rgb or sigma_xy, or another method"
         )
-    return extents
+    return low, steps
 
 
 def _simplices(plane: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -176,23 +186,30 @@ def _barycentric(places: Tensor) -> Tensor:
     return torch.cat([1 - falling.sum(0, keepdim=True), falling])
 
 
-def _keys(corners: Tensor, ranks: Tensor, extents: list[int]) -> tuple[Tensor, list[int]]:
-    """Keys of the vertices, ``[N, D + 1]``, and how much one more cell along each coordinate adds."""
-    dims = len(extents)
-    steps = [0, dims + 1]
-    for extent in extents:
-        steps.append(steps[-1] * extent)
-    narrow = steps.pop() < 2**31
-    keys = torch.empty_like(corners, dtype=torch.int32 if narrow else torch.int64)
-    low = corners[1:].amin(1) - _MARGIN
-    keys[0] = 0
-    for i in range(1, dims + 1):
-        keys[0].add_((corners[i] - low[i - 1]).to(keys.dtype), alpha=steps[i])
-    for k in range(1, dims + 1):
+def _keys(cells: Tensor, ranks: Tensor, steps: list[int], dtype: torch.dtype) -> Tensor:
+    """Keys of the vertices, ``[D + 1, N]``, from the cells of those with remainder 0."""
+    keys = torch.zeros_like(cells, dtype=dtype)
+    for i in range(1, len(cells)):
+        keys[0].add_(cells[i].to(dtype), alpha=steps[i])
+    for k in range(1, len(cells)):
         torch.add(keys[k - 1], 1, out=keys[k])
-        for i in range(1, dims + 1):
-            keys[k].add_(ranks[i] == dims + 1 - k, alpha=-steps[i])
-    return keys.t().contiguous(), steps
+        for i in range(1, len(cells)):
+            keys[k].add_(ranks[i] == len(cells) - k, alpha=-steps[i])
+    return keys
+
+
+def _numbered(keys: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Numbers of the keys ``[N, D + 1]`` in rising order, and these keys.
+
+    Between both: where those of each number start in the order, followed by its length, which starts an empty one that
+    stands for all vertices that do not exist; and the order, of flat keys.
+    """
+    ordered, order = keys.flatten().sort()
+    first = F.pad(ordered[1:] != ordered[:-1], (1, 0), value=True)
+    starts = first.nonzero()[:, 0]
+    numbers = torch.empty_like(keys, dtype=torch.int32)
+    numbers.view(-1).scatter_(0, order, first.cumsum(0, dtype=torch.int32).sub_(1))
+    return numbers, F.pad(starts.to(torch.int32), (0, 1), value=len(order)), order, ordered[starts]
 
 
 def _neighbours(vertices: Tensor, steps: list[int]) -> list[Tensor]:
@@ -216,15 +233,16 @@ def _constant(dims: int) -> float:
     return (2 * math.pi) ** (dims / 2) / (2 ** (dims + 1) * volume)
 
 
-def _diagonal(weights: Tensor, ranks: Tensor, vertices: Tensor, neighbours: list[Tensor]) -> Tensor:
+def _diagonal(weights: Tensor, ranks: Tensor, vertices: Tensor, after: Tensor) -> Tensor:
     """Of c S B S', ``[N]``: from vertices back to vertices of the same simplex, by paths of vertices that exist.
 
     Blurs lead m steps ahead of a vertex with the weight 2^-m, on two paths: along the directions of these steps by
     their numbers, up for one order of the blurs and down for the other. What leads behind is the same the other way
     round. Paths of up to 3 steps are looked up; longer ones are taken to exist with the square of the share of these.
     """
-    count, missing = len(weights), len(neighbours[0])
-    after = torch.cat([F.pad(pair[:, 0], (0, 1), value=missing) for pair in neighbours])
+    weights, vertices = weights.t().contiguous(), vertices.t().contiguous()
+    count = len(weights)
+    missing = len(after) // count - 1
     along = torch.zeros_like(ranks)  # [D + 1, N]: directions of the steps
     for direction in range(1, count):
         for t in range(count):
