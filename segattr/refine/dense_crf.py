@@ -91,6 +91,7 @@ def dense_crf(
     smooth_weight: float = 3.0,
     smooth_sigma_xy: float = 3.0,
     own: bool = False,
+    filled: bool = False,
     valid: Tensor | None = None,
     scale_factor: float = 1.0,
     method: str = "auto",
@@ -130,6 +131,8 @@ def dense_crf(
         smooth_weight: of the kernel of position alone, at least 0; 0 leaves it out.
         smooth_sigma_xy: its width, above 0, in pixels.
         own: keep the message of a pixel to itself, q = p, as pydensecrf and the authors' released code do.
+        filled: of the lattice: with vertices that no pixel has, but two of their neighbours have. On the photographs
+            below, .5 to .8 times as many labels are wrong, in 1.2 to 1.6 times the time.
         valid: pixels that count, bool, ``[B, H, W]``; all of them if None. The others send and receive no messages.
         scale_factor: in (0, 1]: resolution of the bilateral kernel, image and messages averaged over cells, and results
             interpolated. It loses detail; the kernel of position alone and :math:`\ln P` keep their resolution.
@@ -188,6 +191,7 @@ def dense_crf(
     for name, sigma in (("sigma_rgb", sigma_rgb), ("sigma_xy", sigma_xy), ("smooth_sigma_xy", smooth_sigma_xy)):
         check_number(name, sigma, above=0, finite=False)
     check_bool("own", own)
+    check_bool("filled", filled)
     check_number("scale_factor", scale_factor, above=0, most=1)
     check_choice("method", method, _METHODS)
     planned = make_plan(method, tolerance, backend, "float32", image).method
@@ -207,7 +211,7 @@ def dense_crf(
         kernels = []
         if slots.shape[1] > 1:  # a single class has no other to compete with
             if weight > 0:
-                settings = {"tolerance": tolerance, "backend": backend}
+                settings = {"tolerance": tolerance, "backend": backend, "filled": filled}
                 settings["method"] = method if planned == "auto" else planned
                 bilateral = _bilateral(image, mask, sigma_rgb, sigma_xy, scale_factor, settings)
                 kernels.append((min(weight, LARGEST), _symmetric(bilateral, mask), bilateral))
@@ -297,15 +301,14 @@ def _mean_field(
     absent = present.logical_not() & present.any(1, keepdim=True)  # an image without classes would have NaN
     unary = q.clamp(min=_FLOOR).log_().masked_fill_(absent, -torch.inf)
     torch.softmax(unary, 1, out=q)
-    left_out = sum(weight * scale.square() for weight, scale, _ in kernels) if kernels and not own else None
-    logits, scaled = torch.empty_like(unary), torch.empty_like(unary)
+    scaled, summed = torch.empty_like(unary), torch.empty_like(unary)
     for _ in range(iterations):
-        if left_out is None:
-            logits.copy_(unary)
-        else:
-            torch.addcmul(unary, left_out, q, value=-1, out=logits)
+        logits = unary
         for weight, scale, kernel in kernels:
-            logits.addcmul_(scale, kernel(torch.mul(scale, q, out=scaled)), value=weight)
+            message = kernel(torch.mul(scale, q, out=scaled))
+            if not own:
+                message -= scaled
+            logits = torch.addcmul(logits, scale, message, value=weight, out=summed)
         torch.softmax(logits, 1, out=q)
     return q.masked_fill_(~present, 0)
 

@@ -6,9 +6,10 @@ weights 1/2, 1, 1/2 (B_j), and gathered again:
 
     W~ = c S B S' + E,    B = (B_0 B_1 ... B_D + B_D ... B_1 B_0) / 2
 
-Only vertices of simplices with pixels exist; the others hold 0. Directions then do not commute, but the mean of both
-orders is symmetric. The constant c is that of the continuum, with which W~ has the scale of the Gaussian, and the
-diagonal E gives each pixel its weight of 1 with itself: exactly for D <= 2, and nearly for others.
+Only vertices of simplices with pixels exist, and in a lattice that is filled those between two of them, with a step to
+each; the others hold 0. Directions then do not commute, but the mean of both orders is symmetric. The constant c is
+that of the continuum, with which W~ has the scale of the Gaussian, and the diagonal E gives each pixel its weight of 1
+with itself: exactly for D <= 2, and nearly for others.
 
 A vertex has the coordinates (D + 1) n_i + k with integers n_i, its cell, and the same remainder k for all i. Its key is
 one integer: k + (D + 1) (n_1 + L_1 (n_2 + L_2 (n_3 ...))) with the extents L_i of an image. Vertices of a simplex are
@@ -23,12 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_SCALE = 1.02  # of the lattice; at 1 the variances of both kernels agree, a little above it their shapes do
-_MARGIN = 3  # cells around an image: vertices lie up to 1 below the corners of their simplices, neighbours 1 beyond
+_SCALE, _FILLED_SCALE = 1.02, 1.06  # at 1 the variances of both kernels agree, a little above it their shapes do
+_MARGIN = 3  # cells around an image: vertices lie up to 1 below it, those that fill 1 beyond, neighbours 1 more
 _FLAT = 0.1  # sigmas: features that differ by less are the same, to .5% of a weight
 _FARTHEST = {torch.float32: 2.0**15, torch.float64: 2.0**40}  # from 0, in sigmas; places are accurate to .01 there
 _UP, _DOWN = 1, -1  # orders of the blurs
 _PART = 2**15  # pixels that are looked at together, to save memory
+_CHANNELS = 32  # that are filtered together; larger arrays come from the system, page by page, again for each sum
 _MOST_KEYS, _MOST_NUMBERS = 2**62, 2**31
 
 
@@ -39,9 +41,10 @@ class LatticeError(ValueError):
 class Lattice:
     """W~ of one image, ``features [D, N]``, N > 0: what depends on the image alone is found once, for all values."""
 
-    def __init__(self, features: Tensor, image: int = 0) -> None:
+    def __init__(self, features: Tensor, image: int = 0, *, filled: bool = False) -> None:
         """``image`` is its number in errors."""
-        plane = _embed(_checked(features, image))
+        scale = _FILLED_SCALE if filled else _SCALE
+        plane = _embed(_checked(features, image), scale)
         count, pixels = plane.shape
         low, steps = _numbering(plane, image)
         narrow = steps[-1] < 2**31
@@ -51,11 +54,16 @@ class Lattice:
         parts = [slice(first, first + _PART) for first in range(0, pixels, _PART)]
         for part in parts:
             corners, places, ranks[:, part] = _simplices(plane[:, part])
-            self._weights[part] = _barycentric(places).mul_(math.sqrt(_constant(count - 1))).t()
+            self._weights[part] = _barycentric(places).mul_(math.sqrt(_constant(count - 1, scale))).t()
             keys[part] = _keys(corners - low, ranks[:, part], steps, keys.dtype).t()
         del plane
         self._vertices, starts, order, vertices = _numbered(keys)
         del keys
+        if filled:
+            vertices, places = _filled(vertices, steps[:-1])
+            self._vertices = places.index_select(0, self._vertices.view(-1)).view(pixels, count)
+            bags = starts.new_zeros(len(vertices) + 1).index_copy_(0, places.long(), starts.diff())
+            starts = F.pad(bags.cumsum(0, dtype=torch.int32)[:-1], (1, 0))
         self._spread = order.to(torch.int32).div_(count, rounding_mode="floor"), starts, self._weights.flatten()[order]
         del order
         self._neighbours = _neighbours(vertices, steps[:-1])
@@ -86,11 +94,11 @@ class Lattices:
     """W~ of a batch of images, ``features [B, D, N]``, N > 0.
 
     ``alternate``: every call has one order of the blurs, and the next one the other. For iterations, where a kernel
-    that is symmetric in the mean of two calls does.
+    that is symmetric in the mean of two calls does. ``filled``: with the vertices between two with pixels.
     """
 
-    def __init__(self, features: Tensor, *, alternate: bool = False) -> None:
-        self._lattices = [Lattice(image, b) for b, image in enumerate(features)]
+    def __init__(self, features: Tensor, *, alternate: bool = False, filled: bool = False) -> None:
+        self._lattices = [Lattice(image, b, filled=filled) for b, image in enumerate(features)]
         self._orders = cycle([_UP, _DOWN] if alternate else [None])
 
     def filtered(self, values: Tensor) -> Tensor:
@@ -98,7 +106,8 @@ class Lattices:
         order = next(self._orders)
         filtered = torch.empty_like(values, memory_format=torch.contiguous_format)
         for lattice, image, result in zip(self._lattices, values, filtered, strict=True):
-            result.copy_(lattice.filtered(image, order))
+            for some, found in zip(image.split(_CHANNELS), result.split(_CHANNELS), strict=True):
+                found.copy_(lattice.filtered(some, order))
         return filtered
 
 
@@ -123,13 +132,13 @@ def _checked(features: Tensor, image: int) -> Tensor:
     return features[[i for i, extent in enumerate(extents) if extent > _FLAT]]
 
 
-def _embed(features: Tensor) -> Tensor:
+def _embed(features: Tensor, scale: float) -> Tensor:
     """Coordinates in the plane, ``[D + 1, N]``, in cells; the last dimensions of the features have the last ones."""
     dims = len(features)
     plane = features.new_empty(dims + 1, features.shape[1])
     total = features.new_zeros(features.shape[1])
     for i in range(dims, 0, -1):
-        feature = features[i - 1] * (math.sqrt(2 / 3) * _SCALE / math.sqrt(i * (i + 1)))
+        feature = features[i - 1] * (math.sqrt(2 / 3) * scale / math.sqrt(i * (i + 1)))
         plane[i] = total - i * feature
         total += feature
     plane[0] = total
@@ -212,24 +221,42 @@ def _numbered(keys: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return numbers, F.pad(starts.to(torch.int32), (0, 1), value=len(order)), order, ordered[starts]
 
 
+def _beside(vertices: Tensor, steps: list[int], away: int) -> list[Tensor]:
+    """Along each direction, the keys after (1) or before (-1) those of some vertices."""
+    last = len(steps) - 1
+    turns = vertices % len(steps) == (last if away == 1 else 0)
+    along = vertices + away * torch.where(turns, sum(steps) - last, 1).to(vertices.dtype)
+    return [along - away * step for step in steps]
+
+
+def _filled(vertices: Tensor, steps: list[int]) -> tuple[Tensor, Tensor]:
+    """Sorted keys of ``vertices`` and of those that have two of these as neighbours, and where the former are.
+
+    Along the last four directions: of colour and position, the other two add a fourth of the vertices, and little.
+    """
+    keys = torch.cat([vertices, vertices, *_beside(vertices, steps, 1)[-4:], *_beside(vertices, steps, -1)[-4:]])
+    keys, counts = keys.sort().values.unique_consecutive(return_counts=True)
+    filled = keys[counts >= 2]
+    return filled, torch.searchsorted(filled, vertices, out_int32=True)
+
+
 def _neighbours(vertices: Tensor, steps: list[int]) -> list[Tensor]:
     """Along each direction, those after and before each of ``vertices [M]``, sorted keys: ``[M, 2]``, M for none."""
-    count, last = len(vertices), len(steps) - 1
-    up = torch.where(vertices % len(steps) == last, sum(steps) - last, 1).to(vertices.dtype)
+    count = len(vertices)
     numbers = torch.arange(count, dtype=torch.int32, device=vertices.device)
     pairs = []
-    for step in steps:
-        wanted = vertices + up - step
-        place = torch.searchsorted(vertices, wanted, out_int32=True).clamp_(max=count - 1)
-        after = torch.where(vertices[place] == wanted, place, count)
+    for wanted in _beside(vertices, steps, 1):
+        after = torch.searchsorted(vertices, wanted, out_int32=True)
+        found = vertices.index_select(0, after.clamp(max=count - 1))
+        after.masked_fill_(found != wanted, count)
         before = numbers.new_full((count + 1,), count).scatter_(0, after.long(), numbers)[:-1]
         pairs.append(torch.stack([after, before], 1))
     return pairs
 
 
-def _constant(dims: int) -> float:
+def _constant(dims: int, scale: float) -> float:
     """Of the continuum: the integral of the Gaussian by that of the lattice's kernel, of unit density of pixels."""
-    volume = 1.5 ** (dims / 2) / math.sqrt(dims + 1) / _SCALE**dims
+    volume = 1.5 ** (dims / 2) / math.sqrt(dims + 1) / scale**dims
     return (2 * math.pi) ** (dims / 2) / (2 ** (dims + 1) * volume)
 
 
