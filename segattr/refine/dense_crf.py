@@ -91,6 +91,7 @@ def dense_crf(
     smooth_weight: float = 3.0,
     smooth_sigma_xy: float = 3.0,
     own: bool = False,
+    filled: bool = False,
     valid: Tensor | None = None,
     scale_factor: float = 1.0,
     method: str = "auto",
@@ -130,6 +131,8 @@ def dense_crf(
         smooth_weight: of the kernel of position alone, at least 0; 0 leaves it out.
         smooth_sigma_xy: its width, above 0, in pixels.
         own: keep the message of a pixel to itself, q = p, as pydensecrf and the authors' released code do.
+        filled: of the lattice: with vertices that no pixel has, but two of their neighbours have. On the photographs
+            below, .5 to .8 times as many labels are wrong, in 1.2 to 1.6 times the time.
         valid: pixels that count, bool, ``[B, H, W]``; all of them if None. The others send and receive no messages.
         scale_factor: in (0, 1]: resolution of the bilateral kernel, image and messages averaged over cells, and results
             interpolated. It loses detail; the kernel of position alone and :math:`\ln P` keep their resolution.
@@ -188,6 +191,7 @@ def dense_crf(
     for name, sigma in (("sigma_rgb", sigma_rgb), ("sigma_xy", sigma_xy), ("smooth_sigma_xy", smooth_sigma_xy)):
         check_number(name, sigma, above=0, finite=False)
     check_bool("own", own)
+    check_bool("filled", filled)
     check_number("scale_factor", scale_factor, above=0, most=1)
     check_choice("method", method, _METHODS)
     planned = make_plan(method, tolerance, backend, "float32", image).method
@@ -207,14 +211,16 @@ def dense_crf(
         kernels = []
         if slots.shape[1] > 1:  # a single class has no other to compete with
             if weight > 0:
-                settings = {"tolerance": tolerance, "backend": backend}
+                settings = {"tolerance": tolerance, "backend": backend, "filled": filled}
                 settings["method"] = method if planned == "auto" else planned
                 bilateral = _bilateral(image, mask, sigma_rgb, sigma_xy, scale_factor, settings)
-                kernels.append((weight, _normalised(bilateral, mask, own)))
+                kernels.append((min(weight, LARGEST), _symmetric(bilateral, mask), bilateral))
             if smooth_weight > 0:
-                kernels.append((smooth_weight, _normalised(_smooth(mask, smooth_sigma_xy), mask, own)))
+                smooth = _smooth(mask, smooth_sigma_xy)
+                kernels.append((min(smooth_weight, LARGEST), _symmetric(smooth, mask), smooth))
         index = slots[:, :, None, None].expand(-1, -1, *image.shape[2:])
-        refined = _mean_field(probabilities.gather(1, index).to(dtype), present, kernels, iterations)
+        chosen = probabilities.gather(1, index).to(dtype)
+        refined = _mean_field(chosen, present, kernels, iterations, own)
         return torch.zeros_like(probabilities, dtype=dtype).scatter_(1, index, refined)
 
 
@@ -286,31 +292,31 @@ def _present_classes(probabilities: Tensor, mask: Tensor) -> tuple[Tensor, Tenso
     return slots, present.gather(1, slots)[:, :, None, None]
 
 
-def _mean_field(probabilities: Tensor, present: Tensor, kernels: list[tuple[float, Filter]], iterations: int) -> Tensor:
-    probabilities = probabilities.clamp(min=0)
-    share = probabilities / probabilities.sum(1, keepdim=True).clamp(min=torch.finfo(probabilities.dtype).tiny)
-    unary = share.clamp(min=_FLOOR).log().masked_fill(~present, -torch.inf)
-
-    def normalised(logits: Tensor) -> Tensor:
-        return logits.softmax(1).masked_fill(~present, 0)  # an image without classes has NaN, which becomes 0
-
-    q = normalised(unary)
+def _mean_field(
+    probabilities: Tensor, present: Tensor, kernels: list[tuple[float, Tensor, Filter]], iterations: int, own: bool
+) -> Tensor:
+    """``kernels``: weights, scales before and after the filters, and these. Overwrites ``probabilities``."""
+    q = probabilities.clamp_(min=0)
+    q /= q.sum(1, keepdim=True).clamp_(min=torch.finfo(q.dtype).tiny)
+    absent = present.logical_not() & present.any(1, keepdim=True)  # an image without classes would have NaN
+    unary = q.clamp(min=_FLOOR).log_().masked_fill_(absent, -torch.inf)
+    torch.softmax(unary, 1, out=q)
+    scaled, summed = torch.empty_like(unary), torch.empty_like(unary)
     for _ in range(iterations):
-        q = normalised(sum((min(weight, LARGEST) * message(q) for weight, message in kernels), unary))
-    return q
+        logits = unary
+        for weight, scale, kernel in kernels:
+            message = kernel(torch.mul(scale, q, out=scaled))
+            if not own:
+                message -= scaled
+            logits = torch.addcmul(logits, scale, message, value=weight, out=summed)
+        torch.softmax(logits, 1, out=q)
+    return q.masked_fill_(~present, 0)
 
 
-def _normalised(kernel: Filter, mask: Tensor, own: bool) -> Filter:
-    """The messages between valid pixels: K divided by the roots of its row and column sums, without its diagonal.
-
-    With the diagonal if pixels count with their ``own`` message.
-    """
+def _symmetric(kernel: Filter, mask: Tensor) -> Tensor:
+    """What divides K by the roots of its row and column sums, where it stands before and after; 0 at invalid pixels."""
     # A pixel has weight 1 with itself, so that sums below 1 are errors of the approximation.
-    scale = mask * kernel(mask).clamp(min=1).rsqrt()
-    if own:
-        return lambda q: scale * kernel(scale * q)
-    diagonal = scale.square()
-    return lambda q: (scale * kernel(scale * q)).addcmul_(diagonal, q, value=-1)
+    return mask * kernel(mask).clamp(min=1).rsqrt()
 
 
 def _smooth(mask: Tensor, sigma: float) -> Filter:
@@ -332,8 +338,12 @@ def _smooth(mask: Tensor, sigma: float) -> Filter:
 
     def smooth(values: Tensor) -> Tensor:
         maps = values.reshape(-1, *values.shape[2:])
-        across = torch.cat([maps[:, :, near] @ weights.t() for _, near, weights in columns], 2)
-        return torch.cat([weights @ across[:, near] for _, near, weights in rows], 1).view_as(values)
+        across, smoothed = torch.empty_like(maps), torch.empty_like(maps)
+        for inside, near, weights in columns:
+            torch.matmul(maps[:, :, near], weights.t(), out=across[:, :, inside])
+        for inside, near, weights in rows:
+            torch.matmul(weights, across[:, near], out=smoothed[:, inside])
+        return smoothed.view_as(values)
 
     return smooth
 

@@ -128,17 +128,20 @@ def _by_tiles(values: Tensor, features: Tensor, plan: Plan) -> Tensor:
     return run(values, features, _cutoff(plan))
 
 
-def prepare(features: Tensor, plan: Plan, *, alternate: bool = False) -> Callable[[Tensor], Tensor]:
+def prepare(
+    features: Tensor, plan: Plan, *, alternate: bool = False, filled: bool = False
+) -> Callable[[Tensor], Tensor]:
     """What :class:`Bilateral` makes of ``values [B, K, N]``, N > 0, by lattice or else by tiles; without gradients.
 
     For many values of the same features: the lattice, and which pairs of tiles count, are found once. Triton finds
-    pairs in next to no time, again for each of the values. ``alternate`` is for the lattice.
+    pairs in next to no time, again for each of the values. ``alternate`` and ``filled`` are for the
+    lattice.
     """
     device = features.device.type
     run: Callable[[Tensor], Tensor]
     with torch.no_grad(), torch.autocast(device, enabled=False), full_precision():
         if plan.method == "lattice":
-            run = lattice.Lattices(features, alternate=alternate).filtered
+            run = lattice.Lattices(features, alternate=alternate, filled=filled).filtered
         elif _on_triton(plan, features):
             run = partial(_kernels().gaussian_filter, features=features, tolerance=_cutoff(plan))
         else:

@@ -25,6 +25,8 @@ class PreparedFilter:
             block-sparse.
         alternate: of the lattice, whose kernel is the mean of two that are not symmetric: take one of them in a call,
             and the other in the next, at nearly half the time. For iterations.
+        filled: of the lattice: with vertices that no pixel has, but two of their neighbours have. Nearer to the
+            Gaussian, slower to make and to use.
 
     Raises:
         TypeError, ValueError: as :func:`segloss.bilateral_filter`.
@@ -50,6 +52,7 @@ class PreparedFilter:
         tolerance: float = 1e-2,
         backend: str = "auto",
         alternate: bool = False,
+        filled: bool = False,
     ) -> None:
         check_guide(image, image, "image")
         if image.numel() == 0:
@@ -61,7 +64,7 @@ class PreparedFilter:
             features = guide_features(image, sigma_rgb, sigma_xy)
         self._image = image
         self._dtype = features.dtype
-        self._run = prepare(features, plan, alternate=alternate)
+        self._run = prepare(features, plan, alternate=alternate, filled=filled)
 
     def __call__(self, values: Tensor) -> Tensor:
         """``[B, K, H, W]`` to the same shape, for any K, and for any B where there is one image.

@@ -484,6 +484,7 @@ def dense_crf() -> Call:
         "smooth_weight": 3.0,
         "smooth_sigma_xy": 2.0,
         "own": False,
+        "filled": False,
         "valid": ~masks(2, 6, 5),
         "scale_factor": 0.5,
         "method": "exact",

@@ -476,6 +476,17 @@ def test_the_lattice_makes_most_of_the_changes_of_the_exact_kernel(preset: dict[
     assert off(lattice, exact) < min(0.04, off(probabilities, exact) / 2)
 
 
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("preset", [IRN_CRF, BBAM_CRF])
+def test_a_filled_lattice_has_fewer_labels_wrong(preset: dict[str, float], own: bool) -> None:
+    probabilities, image = smooth_scene(60, 52, dtype=torch.float32)
+    exact = dense_crf(probabilities, image, **preset, own=own, method="exact")
+    sparse, filled = (
+        dense_crf(probabilities, image, **preset, own=own, method="lattice", filled=filled) for filled in (False, True)
+    )
+    assert off(filled, exact) < off(sparse, exact)
+
+
 def test_the_lattice_is_the_default_from_10000_pixels_where_it_can_be() -> None:
     for size, sigma_rgb, method in (
         ((99, 100), 0.1, "blocksparse"),

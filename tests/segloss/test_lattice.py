@@ -18,9 +18,9 @@ from tests.segloss.test_bilateral import images, picture, relative_error, sides,
 LATTICE = {"method": "lattice"}
 
 
-def kernel(features: Tensor) -> Tensor:
+def kernel(features: Tensor, *, filled: bool = False) -> Tensor:
     """W~ of ``features [D, N]`` as a matrix."""
-    return Lattice(features).filtered(torch.eye(features.shape[1], dtype=features.dtype))
+    return Lattice(features, filled=filled).filtered(torch.eye(features.shape[1], dtype=features.dtype))
 
 
 def scattered(dims: int, count: int = 150, *, spread: float = 1.5) -> Tensor:
@@ -92,6 +92,27 @@ def test_the_kernel_is_symmetric_and_a_pixel_has_its_weight_with_itself(dims: in
 def test_on_photographs_own_weights_are_1_to_5_percent() -> None:
     features = guide_features(picture("photograph", 40, 50), 5 / 255, 10.0)[0]
     assert (kernel(features).diagonal() - 1).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("dims", range(1, 9))
+def test_a_filled_lattice_is_symmetric_too(dims: int) -> None:
+    matrix = kernel(scattered(dims), filled=True)
+    torch.testing.assert_close(matrix, matrix.t(), rtol=0, atol=1e-14)
+    assert (matrix.diagonal() - 1).abs().max() < 0.12
+    assert matrix.flatten().min() > -1e-9
+
+
+@pytest.mark.parametrize(("sigma_rgb", "sigma_xy"), [(5 / 255, 10.0), (3 / 255, 20.0)])
+def test_a_filled_lattice_is_nearer_to_the_gaussian(sigma_rgb: float, sigma_xy: float) -> None:
+    image, values = picture("photograph", 60, 70), torch.rand(1, 3, 60, 70, dtype=torch.float64)
+    features = guide_features(image, sigma_rgb, sigma_xy)
+    exact = gaussian_filter_reference(values.flatten(2), features)
+    options = {"sigma_rgb": sigma_rgb, "sigma_xy": sigma_xy, **LATTICE}
+    sparse, filled = (
+        relative_error(PreparedFilter(image, filled=filled, **options)(values).flatten(2), exact)
+        for filled in (False, True)
+    )
+    assert filled < 0.8 * sparse
 
 
 def test_pixels_far_from_all_others_keep_their_values() -> None:
