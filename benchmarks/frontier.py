@@ -37,6 +37,7 @@ Row = dict[str, Any]
 
 BRUTE_FORCE = "brute force"
 EXACT = (BRUTE_FORCE, "exact")
+LATTICE = "lattice"  # has no tolerance
 PIXELS = 256  # at which the error is taken
 SHARE = 2048  # rows that methods over all pairs are timed on: rows are independent, all of them cost in proportion
 PATIENCE = 3.0  # seconds after which a method has no further round on a problem
@@ -77,6 +78,7 @@ def ours(values: Tensor, image: Tensor, sigma_rgb: float, sigma_xy: float, **opt
 
 
 METHODS: dict[str, Filter] = {BRUTE_FORCE: brute_force, "exact": partial(ours, method="exact")}
+METHODS[LATTICE] = partial(ours, method="lattice")
 METHODS |= {
     f"blocksparse {tolerance}": partial(ours, method="blocksparse", tolerance=float(tolerance))
     for tolerance in ("1e-1", "1e-2", "1e-3")
@@ -90,14 +92,14 @@ METHODS |= {
 
 def family(method: str) -> str:
     """The method without its tolerance."""
-    return method if method in PEERS or method in EXACT else method.rsplit(" ", 1)[0]
+    return method if method in (*PEERS, *EXACT, LATTICE) else method.rsplit(" ", 1)[0]
 
 
 def allowed(method: str) -> float | None:
-    """The largest error that a method may have: its tolerance, or rounding errors; None for peers."""
+    """The largest error that a method may have: its tolerance, or rounding errors; None for peers and the lattice."""
     if method in EXACT:
         return 1e-4
-    return None if method in PEERS else float(method.rsplit(" ", 1)[1])
+    return None if method in (*PEERS, LATTICE) else float(method.rsplit(" ", 1)[1])
 
 
 def by_rows(method: str) -> bool:

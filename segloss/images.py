@@ -41,7 +41,9 @@ def denormalize(
 
     def per_channel(name: str, values: Sequence[float] | Tensor) -> Tensor:
         try:
-            tensor = torch.as_tensor(values, dtype=image.dtype)  # checked before it goes to the device: no waiting
+            # Checked before it goes to the device of the image: no waiting.
+            device = values.device if isinstance(values, Tensor) else "cpu"
+            tensor = torch.as_tensor(values, dtype=image.dtype, device=device)
             moved = tensor.to(image.device)
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise TypeError(f"{name}: expected numbers, got {values!r}") from error

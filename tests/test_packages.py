@@ -136,7 +136,7 @@ def test_names_are_the_published_ones() -> None:
         "metrics.pointing_game": "(maps, masks, *, tolerance)",
         "metrics.region_similarity": "(prediction, truth, *, valid, pooled, absent)",
         "refine.dense_crf": "(probabilities, image, *, iterations, weight, sigma_rgb, sigma_xy, smooth_weight, "
-        "smooth_sigma_xy, own, valid, scale_factor, method, tolerance, backend)",
+        "smooth_sigma_xy, own, filled, valid, scale_factor, method, tolerance, backend)",
         "refine.grow_seeds": "(seeds, probabilities, *, foreground, background, ignore_index)",
         "refine.instance_masks": "(bbams, boxes, image, *, rule, foreground, background, smoothing, crf, ignore_index)",
         "refine.label_probabilities": "(labels, tags, *, confidence, ignore_index)",

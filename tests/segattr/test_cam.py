@@ -377,7 +377,7 @@ def test_parts_that_do_not_fit_each_other(method: Callable[..., Any]) -> None:
         (lambda x: cam(resnet(), x.int()), TypeError, "images: expected a floating-point tensor, got torch.int32"),
         (lambda x: cam(resnet(), x, [4]), ValueError, "classes: expected integers from 0 to 3, got 4"),
         (lambda x: cam(resnet(), x, [[1]]), ValueError, "classes: expected a sequence for each of 2 images, got 1"),
-        (lambda x: cam(resnet(), x, 1), TypeError, "classes: expected integers"),
+        (lambda x: cam(resnet(), x, 1), TypeError, "classes: expected a sequence of integers"),
         (lambda x: cam(resnet(), x, norm="softmax"), ValueError, "norm: expected one of 'raw', .* got 'softmax'"),
         (
             lambda x: cam("resnet", x),
