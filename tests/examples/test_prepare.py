@@ -383,7 +383,7 @@ def test_pseudo_labels_run_on_what_it_wrote(form: str, tmp_path: Path) -> None:
     config = made(tmp_path, form)
     prepare.main(config)
     tiny = ("--pretrain-steps", 1, "--classifier-steps", 1, "--steps", 1, "--maps", 2, "--batch-size", 2, "--size", 32)
-    words = ("--data", "voc", "--root", config.out, "--out", tmp_path / "runs")
+    words = ("--data", "voc", "--root", config.out, "--network", "small", "--out", tmp_path / "runs")
     done = run_example("pseudo_labels", *words, *tiny, "--device", "cpu")
     assert done.returncode == 0, done.stderr
 
