@@ -3,17 +3,16 @@
 Both run 10 iterations on photographs of 375 x 500 pixels, the size of VOC's, in turns in one process; the time of a
 method is the median of its rounds, in seconds of the processor: both have one thread. The truth is mean field with the
 block-sparse kernel at a tolerance of 2e-2, each method's own: pydensecrf, and ``own=True`` here, keep the message of a
-pixel to itself. Memory is the peak above the inputs. Growth is that with pixels and with classes, on
-another photograph, which is larger than 1024 x 1024, with the first preset. Writes dense_crf.json and dense_crf.md.
+pixel to itself. Memory is the peak above the inputs. Growth is that with pixels and with classes, on another
+photograph, which is larger than 1024 x 1024, with the first preset. Writes dense_crf.json and dense_crf.md.
 """
 
-import argparse
 import json
 import sys
 import time
 from collections.abc import Callable
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import geometric_mean, median
 from typing import Any
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.__main__ import HERE, environment
-from benchmarks.frontier import one_thread
+from benchmarks.frontier import Parser, count, one_thread
 from benchmarks.memory import peak_bytes
 from benchmarks.photos import bundled
 from segattr.refine import BBAM_CRF, IRN_CRF, dense_crf
@@ -173,15 +172,19 @@ def markdown(rows: list[dict[str, Any]], grown: list[dict[str, Any]], where: dic
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.dense_crf", description=__doc__)
+    parser = Parser(prog="python -m benchmarks.dense_crf", description=__doc__)
     parser.add_argument("--photos", nargs="+", choices=PHOTOS, default=PHOTOS)
-    parser.add_argument("--classes", nargs="+", type=int, default=[4])
-    parser.add_argument("--timed", nargs="*", type=int, default=[21], help="classes without truths, which take minutes")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--classes", nargs="+", type=count, default=[4])
+    parser.add_argument("--timed", nargs="*", type=count, default=[21], help="classes without truths")
+    parser.add_argument("--rounds", type=count, default=5)
     parser.add_argument("--truths", type=Path, help="folder that keeps the truths, which take minutes, for another run")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for dense_crf.json and dense_crf.md")
     options = parser.parse_args()
-    where = environment() | {"pydensecrf2": version("pydensecrf2")}
+    parser.folder(options.out)
+    try:
+        where = environment() | {"pydensecrf2": version("pydensecrf2")}
+    except PackageNotFoundError:
+        parser.error("pydensecrf2: expected it to be installed, found none: pip install pydensecrf2")
     rows = []
     with one_thread():
         for classes in options.classes + options.timed:
@@ -190,7 +193,6 @@ def main() -> int:
                     truth = truths(name, preset, classes, options.truths) if classes in options.classes else None
                     rows += compare(name, preset, classes, options.rounds, truth)
         grown = growth(options.rounds)
-    options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "dense_crf.json").write_text(
         json.dumps({"environment": where, "results": rows, "growth": grown}, indent=1) + "\n"
     )

@@ -433,6 +433,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{message}\n")
 
+    def folder(self, path: Path) -> Path:
+        """Of results: made before anything is measured."""
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            self.error(f"--out: expected a folder that can be written, got {path} ({error.strerror})")
+        return path
+
 
 def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
@@ -450,10 +458,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the three files")
     options = parser.parse_args()
     given = {name: getattr(options, name) for name in DEFAULT if getattr(options, name) is not None}
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--out: expected a folder that can be written, got {options.out} ({error.strerror})")
+    parser.folder(options.out)
     with one_thread():
         try:
             report = run(**{**(QUICK if options.quick else DEFAULT), **given}, with_memory=not options.quick)

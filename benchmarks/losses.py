@@ -5,7 +5,6 @@ values. Both run in turns, in random order; the ratio is the median over the rou
 thread, of the clock on more. "Unchecked" is without a look at the values. Writes losses.json and losses.md.
 """
 
-import argparse
 import json
 import random
 import sys
@@ -24,6 +23,7 @@ from torch import Tensor
 import segloss
 from benchmarks.__main__ import HERE, environment
 from benchmarks.baselines import naive_size_kl
+from benchmarks.frontier import Parser, count
 from segloss.common import checks
 
 Step = Callable[[], Tensor]
@@ -159,13 +159,14 @@ def markdown(rows: list[dict[str, Any]], where: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m benchmarks.losses", description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="two sizes, few rounds")
-    parser.add_argument("--rounds", type=int, default=50, help="runs of each code at a size")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--loss", nargs="*", help="only these")
+    parser.add_argument("--rounds", type=count, default=50, help="runs of each code at a size")
+    parser.add_argument("--threads", type=count, default=1)
+    parser.add_argument("--loss", nargs="+", choices=[name for name, _ in pairs(1, 4)], help="only these")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")
     options = parser.parse_args()
+    parser.folder(options.out)
     torch.set_num_threads(options.threads)
     rows = []
     for batch, side in QUICK if options.quick else SIZES:
@@ -178,7 +179,6 @@ def main() -> None:
             rows.append({"loss": loss, "shape": f"{batch} x {side}"} | measure(pair, rounds, clock))
             print(f"{batch:>3} x {side:<4}{loss:<24}{rows[-1]['ratio']:>6.2f}{rows[-1]['unchecked']:>6.2f}", flush=True)
     where = environment()
-    options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "losses.json").write_text(json.dumps({"environment": where, "results": rows}, indent=2) + "\n")
     (options.out / "losses.md").write_text(markdown(rows, where))
 

@@ -202,7 +202,7 @@ def boundary_constraint(
     check_reduction(reduction)
     _check_clip(clip)
     check_fractions("refined", refined, "probabilities", 1e-3)
-    log_prediction = _log_softmax(logits, 0.0).clamp(min=LOG_FLOOR)
+    log_prediction = torch.log_softmax(logits.to(wide_dtype(logits)), 1).clamp(min=LOG_FLOOR)
     target = refined.detach().to(log_prediction.dtype).clamp(min=0)
     if clip is None:
         negative = torch.addcmul(torch.special.entr(target), target, log_prediction)

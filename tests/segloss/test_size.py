@@ -75,6 +75,19 @@ def test_average_prediction_of_nothing_is_zero() -> None:
     assert (segloss.average_prediction(torch.randn(1, 3, 0, 2)) == 0).all()
 
 
+def pixels_to_average(
+    batch: int, classes: int, pixels: int, masked: bool, seed: int
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Logits ``[B, K, N]``, a mask that leaves some of each image, weights of the averages ``[B, K]``."""
+    torch.manual_seed(seed)
+    logits = (torch.randn(batch, classes, pixels, dtype=torch.float64) * 30).requires_grad_()
+    valid = torch.rand(batch, pixels) < 0.7 if masked else None
+    weight = torch.randn(batch, classes, dtype=torch.float64)
+    if valid is not None:
+        valid[:, 0] = True
+    return logits, valid, weight
+
+
 @given(
     batch=st.integers(1, 3),
     classes=st.integers(2, 5),
@@ -86,12 +99,7 @@ def test_average_prediction_of_nothing_is_zero() -> None:
 def test_blocked_average_equals_its_definition_for_any_block_size(
     batch: int, classes: int, pixels: int, block: int, masked: bool, seed: int
 ) -> None:
-    torch.manual_seed(seed)
-    logits = (torch.randn(batch, classes, pixels, dtype=torch.float64) * 30).requires_grad_()
-    valid = torch.rand(batch, pixels) < 0.7 if masked else None
-    weight = torch.randn(batch, classes, dtype=torch.float64)
-    if valid is not None:
-        valid[:, 0] = True
+    logits, valid, weight = pixels_to_average(batch, classes, pixels, masked, seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_average, "_BLOCK", block)
         fast = _average.LogSum.apply(logits, valid)[0]
@@ -107,12 +115,7 @@ def test_blocked_average_equals_its_definition_for_any_block_size(
 def test_inputs_of_every_size_have_the_same_average(
     tiny: int, small: int, batch: int, classes: int, pixels: int, masked: bool, seed: int
 ) -> None:
-    torch.manual_seed(seed)
-    logits = (torch.randn(batch, classes, pixels, dtype=torch.float64) * 30).requires_grad_()
-    valid = torch.rand(batch, pixels) < 0.7 if masked else None
-    weight = torch.randn(batch, classes, dtype=torch.float64)
-    if valid is not None:
-        valid[:, 0] = True
+    logits, valid, weight = pixels_to_average(batch, classes, pixels, masked, seed)
 
     def derivatives(log_average: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         (first,) = torch.autograd.grad((log_average * weight).sum(), logits, create_graph=True)
