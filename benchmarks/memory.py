@@ -1,5 +1,7 @@
 """Peak memory of a call on the CPU, beyond what was there before it; Linux only."""
 
+import ctypes
+import gc
 import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,8 @@ def status(key: str) -> int:
 
 def _measure(prepare: Callable[..., Callable[[], object]], arguments: tuple[Any, ...], result: Any) -> None:
     call = prepare(*arguments)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what is free but still there would be used again, and not count
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = status("VmRSS")
     kept = call()

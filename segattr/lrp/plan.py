@@ -2,7 +2,7 @@
 
 import collections
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -112,6 +112,9 @@ class Saved(NamedTuple):
     parts: list[Part] | None = None  # of its relevance, under rules other than LRP-0
 
 
+Save = Callable[[Operation, Linearised, Mapping[Result, Any]], Saved]
+
+
 class TiedLayer(nn.Module):
     """A layer of the decoder: the adjoint of an operation of the encoder, without parameters of its own."""
 
@@ -138,20 +141,31 @@ class Plan:
     output: Result
     choice: Choice | None = None  # of rules, other than LRP-0
 
-    def run(self, model: nn.Module, x: Tensor) -> tuple[dict[Result, Any], dict[str, Linearised]]:
-        """All results, and the linear maps of the operations that carry relevance by their names."""
+    def run(self, model: nn.Module, x: Tensor, save: Save | None = None) -> tuple[dict[Result, Any], dict[str, Saved]]:
+        """All results; with ``save`` only those at the end, and what it saves of operations that carry relevance."""
         results: dict[Result, Any] = {IMAGES: x}
-        steps = {}
-        for operation in self.operations:
+        tape: dict[str, Saved] = {}
+        for operation, unused in zip(self.operations, self.unused, strict=True):
             step = operation.run(model, results, len(x))
-            if operation.inputs:
-                steps[operation.name] = step
             store((operation.norm or operation).node, step.output if isinstance(step, Linearised) else step, results)
-        return results, steps
+            if save is None:
+                continue
+            if operation.inputs:
+                tape[operation.name] = save(operation, step, results)
+            for result in unused:
+                results.pop(result, None)
+        return results, tape
 
     def __post_init__(self) -> None:
         self.carrying = [operation for operation in self.operations if operation.inputs]
         self.decoder = nn.ModuleList(map(TiedLayer, reversed(self.carrying)))
+        last: dict[Result, int] = {}
+        for number, operation in enumerate(self.operations):
+            last.update(dict.fromkeys(results_in((operation.args, operation.kwargs)), number))
+        last.pop(self.output, None)
+        self.unused: list[list[Result]] = [[] for _ in self.operations]  # results that no later operation gets
+        for result, number in last.items():
+            self.unused[number].append(result)
 
     def dependencies(self, operation: Operation) -> list[Result]:
         """What an operation gets that depends on the images."""

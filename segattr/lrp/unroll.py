@@ -1,6 +1,6 @@
 """Layer-wise relevance propagation (LRP) unrolled into a decoder whose layers are tied to those of the classifier."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from segattr.lrp.adjoints import RULES, Linearised, batch_statistics, channels, 
 from segattr.lrp.composites import Composite, composite
 from segattr.lrp.free import FreeDecoder
 from segattr.lrp.plan import Operation, Plan, Plans, Saved
-from segattr.lrp.relevance import Choice, over
+from segattr.lrp.relevance import over
 from segattr.lrp.rules import STABILIZER, Epsilon, Rule
 from segattr.networks.classes import Classes, check_classes
 from segattr.networks.classifier import Classifier, check_images, taking
@@ -111,16 +111,17 @@ class UnrolledLRP(nn.Module):
 
     def _encode(self, plan: Plan, x: Tensor) -> tuple[Tensor, dict[str, Saved]]:
         """The scores, and for every operation its adjoint around what it got."""
-        with taking("x", x):
-            results, steps = plan.run(self.encoder, x)
-        if plan.choice is not None:
-            return results[plan.output], _relevance(plan, plan.choice, steps, results)
-        tape = {}
-        for name, step in steps.items():
-            output = step.output.detach().unsqueeze(1) if self.epsilon and step.weighted else None
+
+        def save(operation: Operation, step: Linearised, results: Mapping[Result, Any]) -> Saved:
             several = None if isinstance(step.output, Tensor) else step.output
-            adds = len(step.shifts) > 0 or output is not None
-            tape[name] = Saved(step.adjoint, step.shifts, output, several, adds)
+            if plan.choice is not None:
+                way = plan.choice.way(operation, step, results)
+                return Saved(way.back, {}, None, several, way.takes, way.parts)
+            output = step.output.detach().unsqueeze(1) if self.epsilon and step.weighted else None
+            return Saved(step.adjoint, step.shifts, output, several, len(step.shifts) > 0 or output is not None)
+
+        with taking("x", x):
+            results, tape = plan.run(self.encoder, x, save)
         return results[plan.output], tape
 
     def _heat(self, plan: Plan, x: Tensor, start: Tensor, tape: dict[str, Saved]) -> Tensor:
@@ -159,19 +160,6 @@ class UnrolledLRP(nn.Module):
             for result, part in zip(operation.inputs, back, strict=True):
                 gradients[result] = gradients[result] + part if result in gradients else part
         return gradients[IMAGES]
-
-
-def _relevance(
-    plan: Plan, choice: Choice, steps: dict[str, Linearised], results: dict[Result, Any]
-) -> dict[str, Saved]:
-    """For every operation how relevance goes through it."""
-    tape = {}
-    for operation in plan.carrying:
-        step = steps[operation.name]
-        way = choice.way(operation, step, results)
-        several = None if isinstance(step.output, Tensor) else step.output
-        tape[operation.name] = Saved(way.back, {}, None, several, way.takes, way.parts)
-    return tape
 
 
 def _gather(operation: Operation, gradients: dict[Result, Tensor], several: Sequence[Tensor] | None) -> Any:
