@@ -10,6 +10,8 @@ from segloss.affinity import (
 )
 from segloss.bilateral import ToleranceError, bilateral_error, bilateral_filter
 from segloss.bottleneck import RIBMargin, rib_margin
+from segloss.boundary import BoundaryLoss, boundary_loss, signed_distances
+from segloss.centroid import CentroidLoss, centroid_loss, centroids_from_labels
 from segloss.common.checks import check_values
 from segloss.crf import (
     GridPotts,
@@ -74,6 +76,8 @@ __all__ = [
     "BalanceKL",
     "BalancedSeeding",
     "BoundaryConstraint",
+    "BoundaryLoss",
+    "CentroidLoss",
     "FeatureSimilarity",
     "FlatBarrier",
     "GridPotts",
@@ -99,6 +103,9 @@ __all__ = [
     "bilateral_error",
     "bilateral_filter",
     "boundary_constraint",
+    "boundary_loss",
+    "centroid_loss",
+    "centroids_from_labels",
     "check_values",
     "class_balanced_weights",
     "class_centres",
@@ -125,6 +132,7 @@ __all__ = [
     "reverse_size_kl",
     "rib_margin",
     "sample_pixels",
+    "signed_distances",
     "size_barrier",
     "size_kl",
     "sizes_from_labels",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from segloss._average import log_average
+from segloss._penalty import check_t, penalty
 from segloss.common.checks import (
     check_choice,
     check_floating,
@@ -15,6 +16,7 @@ from segloss.common.checks import (
     check_ignore_index,
     check_int,
     check_integer,
+    check_known,
     check_labels,
     check_like,
     check_logits,
@@ -26,7 +28,7 @@ from segloss.common.checks import (
     require,
     shape_text,
 )
-from segloss.common.reduction import Reduction, check_reduction, reduce, wide_dtype
+from segloss.common.reduction import LOG_FLOOR, Reduction, check_reduction, reduce, wide_dtype
 from segloss.common.settings import LossModule
 
 
@@ -60,7 +62,14 @@ def average_prediction(logits: Tensor, *, valid: Tensor | None = None) -> Tensor
     return average.exp() if seen is None else average.exp() * seen[:, None]
 
 
-def size_kl(logits: Tensor, sizes: Tensor, *, valid: Tensor | None = None, reduction: Reduction = "mean") -> Tensor:
+def size_kl(
+    logits: Tensor,
+    sizes: Tensor,
+    *,
+    known: Tensor | None = None,
+    valid: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
     r"""Size-target loss: forward KL divergence between given sizes and the average prediction.
 
     .. math:: L = KL(v \,\|\, \bar S) = \sum_k v_k \ln \frac{v_k}{\bar S^k}
@@ -70,10 +79,21 @@ def size_kl(logits: Tensor, sizes: Tensor, *, valid: Tensor | None = None, reduc
     further terms. Value and gradient are formed in log space and stay finite for any finite logits. On the CPU the
     backward pass recomputes the softmax block by block, so that no full-size tensor is kept but the gradient.
 
+    Where the sizes of some classes only are known, the classes F of which they are not count as one class. The loss is
+    the divergence of the distributions that this leaves, the least one for any sizes that the free classes may have:
+
+    .. math:: L = \sum_{k \notin F} v_k \ln \frac{v_k}{\bar S^k} + r \ln \frac{r}{\sum_{k \in F} \bar S^k},
+        \qquad r = 1 - \sum_{k \notin F} v_k
+
+    A single free class has the size that the others leave. Without a known class the loss is 0.
+
     Args:
         logits: class logits, ``[B, K, *spatial]``, K >= 2, any finite values.
         sizes: size targets :math:`v`, ``[B, K]``, fractions that sum to 1 in each row (to 1e-4; float16 1e-3,
-            bfloat16 1e-2). Divide by the row sums what does not. Constants: no gradient flows into them.
+            bfloat16 1e-2), or to at most 1 over the known classes of a row that has free ones. Divide by the row sums
+            what does not. Constants: no gradient flows into them.
+        known: classes whose size is known, bool, ``[B, K]``; all of them if None. The sizes of the others are not
+            looked at: they may be NaN.
         valid: pixels that count, bool, ``[B, *spatial]``; all of them if None.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` over the images.
 
@@ -83,30 +103,40 @@ def size_kl(logits: Tensor, sizes: Tensor, *, valid: Tensor | None = None, reduc
         sum to 1 shift the value, those below 0 make it infinite.
 
     Raises:
-        TypeError: ``logits`` or ``sizes`` that are not floating point, ``valid`` that is not bool.
+        TypeError: ``logits`` or ``sizes`` that are not floating point, ``known`` or ``valid`` that are not bool.
         ValueError: shapes or devices that do not fit each other, a single class, NaN or infinite logits, sizes below 0
             or rows that do not sum to 1.
 
     Source:
-        *Approximate Size Targets Are Sufficient for Accurate Semantic Segmentation*, eq. (2).
+        *Approximate Size Targets Are Sufficient for Accurate Semantic Segmentation*, eq. (2); free classes are not
+        in the paper.
 
     Example:
         >>> logits = torch.zeros(1, 2, 8, 8, requires_grad=True)
         >>> size_kl(logits, torch.tensor([[0.75, 0.25]]))
         tensor(0.1308, grad_fn=<MeanBackward0>)
+
+        The size of the first of three classes is known:
+
+        >>> sizes = torch.tensor([[0.5, torch.nan, torch.nan]])
+        >>> size_kl(torch.zeros(1, 3, 8, 8), sizes, known=sizes.isfinite())
+        tensor(0.0589)
     """
-    _check(logits, valid, reduction)
-    check_sizes("sizes", sizes, logits)
+    _check_targets(logits, sizes, known, valid, reduction)
     average, seen = log_average(logits, valid)
     target = sizes.detach().to(average.dtype)
+    if known is not None:
+        average, target = _merge_free(average, target, known)
     return reduce(-(torch.special.entr(target) + target * average).sum(1), reduction, seen)
 
 
 class SizeKL(LossModule):
     """:func:`size_kl` as a module."""
 
-    def forward(self, logits: Tensor, sizes: Tensor, valid: Tensor | None = None) -> Tensor:
-        return size_kl(logits, sizes, valid=valid, reduction=self.reduction)
+    def forward(
+        self, logits: Tensor, sizes: Tensor, valid: Tensor | None = None, known: Tensor | None = None
+    ) -> Tensor:
+        return size_kl(logits, sizes, known=known, valid=valid, reduction=self.reduction)
 
 
 def reverse_size_kl(
@@ -114,6 +144,7 @@ def reverse_size_kl(
     sizes: Tensor,
     *,
     floor: float = 1e-8,
+    known: Tensor | None = None,
     valid: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
@@ -126,9 +157,11 @@ def reverse_size_kl(
 
     Args:
         logits: class logits, ``[B, K, *spatial]``, K >= 2, any finite values.
-        sizes: size targets :math:`v`, ``[B, K]``, fractions that sum to 1 in each row.
+        sizes: size targets :math:`v`, ``[B, K]``, fractions that sum to 1 in each row, as of :func:`size_kl`.
         floor: smallest target, :math:`\epsilon`, in (0, 1): keeps classes of size 0 finite (sizes below 0 that are not
             checked count as NaN). The loss can be negative by at most K times the floor.
+        known: classes whose size is known, bool, ``[B, K]``; all of them if None. The others count as one class, as
+            in :func:`size_kl`.
         valid: pixels that count, bool, ``[B, *spatial]``; all of them if None.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` over the images.
 
@@ -145,11 +178,13 @@ def reverse_size_kl(
         >>> reverse_size_kl(torch.zeros(1, 2, 8, 8), torch.tensor([[0.75, 0.25]]))
         tensor(0.1438)
     """
-    _check(logits, valid, reduction)
-    check_sizes("sizes", sizes, logits)
+    _check_targets(logits, sizes, known, valid, reduction)
     check_number("floor", floor, above=0, below=1)
     average, seen = log_average(logits, valid)
-    log_target = sizes.detach().to(average.dtype).log().clamp(min=math.log(floor))
+    target = sizes.detach().to(average.dtype)
+    if known is not None:
+        average, target = _merge_free(average, target, known)
+    log_target = target.log().clamp(min=math.log(floor))
     return reduce((average.exp() * (average - log_target)).sum(1), reduction, seen)
 
 
@@ -162,8 +197,10 @@ class ReverseSizeKL(LossModule):
         super().__init__(reduction, floor=floor)
         check_number("floor", floor, above=0, below=1)
 
-    def forward(self, logits: Tensor, sizes: Tensor, valid: Tensor | None = None) -> Tensor:
-        return reverse_size_kl(logits, sizes, floor=self.floor, valid=valid, reduction=self.reduction)
+    def forward(
+        self, logits: Tensor, sizes: Tensor, valid: Tensor | None = None, known: Tensor | None = None
+    ) -> Tensor:
+        return reverse_size_kl(logits, sizes, floor=self.floor, known=known, valid=valid, reduction=self.reduction)
 
 
 def log_barrier(logits: Tensor, tags: Tensor, *, valid: Tensor | None = None, reduction: Reduction = "mean") -> Tensor:
@@ -319,34 +356,47 @@ def size_barrier(
     *,
     lower: float | Tensor | None = None,
     upper: float | Tensor | None = None,
+    t: float | None = None,
     valid: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Squared penalty on classes outside their size bounds.
+    r"""Squared penalty, or log-barrier extension, on classes outside their size bounds.
 
     .. math:: L = \sum_k \max(a_k - \bar S^k, 0)^2 + \max(\bar S^k - b_k, 0)^2
 
     The paper has the lower bounds :math:`a`; the upper ones :math:`b` are those of Kervadec et al., whose public code
-    bounds pixel counts instead of fractions and divides by the number of pixels.
+    bounds pixel counts instead of fractions and divides by their number N: that is N times this penalty.
+
+    With a number ``t`` the penalty gives way to the log-barrier extension
+
+    .. math:: L = \sum_k \psi_t(a_k - \bar S^k) + \psi_t(\bar S^k - b_k), \qquad \psi_t(z) = \begin{cases}
+        -\frac 1 t \ln(-z) & z \le -\frac 1 {t^2} \\
+        t z - \frac 1 t \ln \frac 1 {t^2} + \frac 1 t & \text{otherwise} \end{cases}
+
+    which also acts within the bounds, the less the larger t, and outside them with the slope t. The authors begin with
+    t = 5 and multiply it by 1.1 in each epoch. Bounds that hold of any size, 0 below and 1 above, cost nothing.
 
     Args:
         logits: class logits, ``[B, K, *spatial]``, K >= 2, any finite values.
         lower: :math:`a`, fractions of the image in [0, 1]: a number, ``[K]`` or ``[B, K]``; no lower bound if None.
         upper: :math:`b`, likewise. At least one of the two must be given.
+        t: of the log-barrier extension, from 1e-3 to 1e6; the squared penalty if None. It belongs to fractions: in
+            the authors' code z is in pixels.
         valid: pixels that count, bool, ``[B, *spatial]``; all of them if None.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` over the images.
 
     Returns:
-        A scalar, or ``[B]`` for ``"none"``; float32 (float64 for float64 logits); in [0, 2K].
+        A scalar, or ``[B]`` for ``"none"``; float32 (float64 for float64 logits); in [0, 2K] without ``t``.
 
     Raises:
         TypeError: ``logits`` or bounds that are not floating point, ``valid`` that is not bool.
-        ValueError: no bound, shapes or devices that do not fit each other, a single class, bounds outside [0, 1], NaN
-            or infinite logits.
+        ValueError: no bound, shapes or devices that do not fit each other, a single class, bounds outside [0, 1], ``t``
+            out of range, NaN or infinite logits.
 
     Source:
         *Approximate Size Targets Are Sufficient for Accurate Semantic Segmentation*, eq. (17); *Constrained-CNN losses
-        for weakly supervised segmentation* for the upper bounds.
+        for weakly supervised segmentation* for the upper bounds; *Constrained Deep Networks: Lagrangian Optimization
+        via Log-Barrier Extensions* for :math:`\psi_t`.
 
     Example:
         >>> size_barrier(torch.zeros(1, 2, 8, 8), lower=torch.tensor([0.1, 0.7]))
@@ -354,14 +404,15 @@ def size_barrier(
     """
     _check(logits, valid, reduction)
     _check_bounds(lower, upper, logits)
+    check_t(t)
     log_mean, seen = log_average(logits, valid)
     average = log_mean.exp()
-    excess = average.new_zeros(())
+    cost = average.new_zeros(())
     if lower is not None:
-        excess = excess + (lower - average).clamp(min=0) ** 2
+        cost = cost + penalty(lower - average, t) * (lower > 0)
     if upper is not None:
-        excess = excess + (average - upper).clamp(min=0) ** 2
-    return reduce(excess.to(average.dtype).sum(1), reduction, seen)
+        cost = cost + penalty(average - upper, t) * (upper < 1)
+    return reduce(cost.to(average.dtype).sum(1), reduction, seen)
 
 
 class SizeBarrier(LossModule):
@@ -369,19 +420,22 @@ class SizeBarrier(LossModule):
 
     lower: float | Tensor | None
     upper: float | Tensor | None
+    t: float | None
 
     def __init__(
         self,
         *,
         lower: float | Tensor | None = None,
         upper: float | Tensor | None = None,
+        t: float | None = None,
         reduction: Reduction = "mean",
     ) -> None:
-        super().__init__(reduction, lower=lower, upper=upper)
+        super().__init__(reduction, lower=lower, upper=upper, t=t)
         _check_bounds(lower, upper, None)
+        check_t(t)
 
     def forward(self, logits: Tensor, valid: Tensor | None = None) -> Tensor:
-        return size_barrier(logits, lower=self.lower, upper=self.upper, valid=valid, reduction=self.reduction)
+        return size_barrier(logits, lower=self.lower, upper=self.upper, t=self.t, valid=valid, reduction=self.reduction)
 
 
 def balance_kl(logits: Tensor, prior: Tensor | None = None) -> Tensor:
@@ -607,6 +661,26 @@ def _check(logits: Tensor, valid: Tensor | None, reduction: Reduction) -> None:
     check_logits(logits)
     check_valid(valid, logits)
     check_reduction(reduction)
+
+
+def _check_targets(
+    logits: Tensor, sizes: Tensor, known: Tensor | None, valid: Tensor | None, reduction: Reduction
+) -> None:
+    _check(logits, valid, reduction)
+    check_known(known, logits)
+    check_sizes("sizes", sizes, logits, known)
+
+
+def _merge_free(average: Tensor, sizes: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """Log averages and sizes ``[B, K]`` in which the first free class of an image stands for all of its free ones.
+
+    The others are left without size and average.
+    """
+    sizes = torch.where(known, sizes, 0)
+    left = torch.where(known, LOG_FLOOR, average).logsumexp(1, keepdim=True)
+    first = ~known & ((~known).cumsum(1) == 1)
+    average = torch.where(known, average, torch.where(first, left, LOG_FLOOR))
+    return average, torch.where(first, (1 - sizes.sum(1, keepdim=True)).clamp(min=0), sizes)
 
 
 def _check_bounds(lower: float | Tensor | None, upper: float | Tensor | None, logits: Tensor | None) -> None:

@@ -82,6 +82,16 @@ def gate_for(logits: Tensor) -> Tensor:
     return torch.rand(logits.shape[0], *logits.shape[2:], dtype=logits.dtype if logits.dtype == torch.float64 else None)
 
 
+def known_for(logits: Tensor) -> Tensor:
+    known = torch.rand(logits.shape[:2]) < 0.5
+    known[:, 0] = True
+    return known
+
+
+def points_for(logits: Tensor) -> Tensor:
+    return torch.rand(*logits.shape[:2], logits.dim() - 2) * 4
+
+
 def refined_for(logits: Tensor) -> Tensor:
     return torch.softmax(torch.randn(logits.shape, dtype=logits.dtype if logits.dtype == torch.float64 else None), 1)
 
@@ -160,6 +170,18 @@ LOSSES = [
         golden=(Golden("losses/size_kl_reverse", lambda a: {"sizes": a["target"]}),),
     ),
     Loss(
+        segloss.size_kl,
+        segloss.SizeKL,
+        lambda x: {"sizes": sizes_for(x), "known": known_for(x)},
+        name="size_kl_known",
+    ),
+    Loss(
+        segloss.reverse_size_kl,
+        segloss.ReverseSizeKL,
+        lambda x: {"sizes": sizes_for(x), "known": known_for(x)},
+        name="reverse_size_kl_known",
+    ),
+    Loss(
         segloss.log_barrier,
         segloss.LogBarrier,
         lambda x: {"tags": tags_for(x)},
@@ -200,6 +222,27 @@ LOSSES = [
             ),
         ),
     ),
+    Loss(
+        segloss.size_barrier,
+        segloss.SizeBarrier,
+        lambda x: {},
+        settings={"lower": 0.2, "upper": 0.5, "t": 5.0},
+        name="size_barrier_log",
+    ),
+    Loss(
+        segloss.centroid_loss,
+        segloss.CentroidLoss,
+        lambda x: {"targets": points_for(x), "known": known_for(x)},
+        settings={"tolerance": 0.1, "spacing": (0.8, 1.5)},
+    ),
+    Loss(
+        segloss.centroid_loss,
+        segloss.CentroidLoss,
+        lambda x: {"targets": points_for(x)},
+        settings={"descriptor": "distance", "tolerance": 0.5, "t": 2.0},
+        name="centroid_loss_distance_log",
+    ),
+    Loss(segloss.boundary_loss, segloss.BoundaryLoss, lambda x: {"distances": torch.randn(x.shape)}),
     Loss(
         segloss.partial_cross_entropy,
         segloss.PartialCrossEntropy,

@@ -61,12 +61,12 @@ def test_public_functions_are_documented() -> None:
 def test_names_are_the_published_ones() -> None:
     signatures = {
         "average_prediction": "(logits, *, valid)",
-        "size_kl": "(logits, sizes, *, valid, reduction)",
-        "reverse_size_kl": "(logits, sizes, *, floor, valid, reduction)",
+        "size_kl": "(logits, sizes, *, known, valid, reduction)",
+        "reverse_size_kl": "(logits, sizes, *, floor, known, valid, reduction)",
         "log_barrier": "(logits, tags, *, valid, reduction)",
         "suppression": "(logits, tags, *, valid, reduction)",
         "flat_barrier": "(logits, tags, *, floor, flat, valid, reduction)",
-        "size_barrier": "(logits, *, lower, upper, valid, reduction)",
+        "size_barrier": "(logits, *, lower, upper, t, valid, reduction)",
         "balance_kl": "(logits, prior)",
         "class_balanced_weights": "(counts, beta, *, normalize)",
         "sizes_from_labels": "(labels, num_classes, *, ignore_index)",
@@ -75,6 +75,10 @@ def test_names_are_the_published_ones() -> None:
         "partial_cross_entropy": "(logits, labels, *, ignore_index, reduction)",
         "balanced_seeding": "(logits, seeds, *, background, floor, reduction)",
         "boundary_constraint": "(logits, refined, *, seeds, clip, reduction)",
+        "centroid_loss": "(logits, targets, *, descriptor, tolerance, t, spacing, known, valid, reduction)",
+        "centroids_from_labels": "(labels, num_classes, *, spacing, ignore_index)",
+        "boundary_loss": "(logits, distances, *, valid, reduction)",
+        "signed_distances": "(labels, num_classes, *, spacing, ignore_index)",
         "potts_crf": "(logits, image, *, sigma_rgb, sigma_xy, valid, gate, from_logits, form, scale_factor, centred, "
         "normalize, method, tolerance, backend, precision, reduction)",
         "grid_potts": "(logits, image, *, sigma_rgb, connectivity, valid, from_logits, reduction)",

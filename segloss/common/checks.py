@@ -97,6 +97,14 @@ def check_integer(name: str, value: object) -> None:
     _check_dense(name, value)
 
 
+def check_mask(name: str, value: object) -> None:
+    check_tensor(name, value)
+    assert isinstance(value, Tensor)
+    if value.dtype != torch.bool:
+        raise TypeError(f"{name}: expected a bool tensor, got {value.dtype}")
+    _check_dense(name, value)
+
+
 def _check_dense(name: str, value: Tensor) -> None:
     if value.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got {value.layout}")
@@ -206,16 +214,22 @@ def check_image_logits(logits: object) -> None:
 def check_valid(valid: object, logits: Tensor) -> None:
     if valid is None:
         return
-    check_tensor("valid", valid)
+    check_mask("valid", valid)
     assert isinstance(valid, Tensor)
-    if valid.dtype != torch.bool:
-        raise TypeError(f"valid: expected a bool tensor, got {valid.dtype}")
-    _check_dense("valid", valid)
     check_like("valid", valid, (logits.shape[0], *logits.shape[2:]), "logits", logits)
 
 
-def check_sizes(name: str, sizes: object, logits: Tensor | None = None) -> None:
-    """Rows of non-negative fractions ``[B, K]`` that sum to 1."""
+def check_known(known: object, logits: Tensor) -> None:
+    """Which classes of an image a target is known of, bool ``[B, K]``, or None for all."""
+    if known is None:
+        return
+    check_mask("known", known)
+    assert isinstance(known, Tensor)
+    check_like("known", known, logits.shape[:2], "logits", logits)
+
+
+def check_sizes(name: str, sizes: object, logits: Tensor | None = None, known: Tensor | None = None) -> None:
+    """Rows of non-negative fractions ``[B, K]`` that sum to 1, or to at most 1 where some classes are not ``known``."""
     check_floating(name, sizes)
     assert isinstance(sizes, Tensor)
     if logits is not None:
@@ -225,17 +239,21 @@ def check_sizes(name: str, sizes: object, logits: Tensor | None = None) -> None:
     if not sizes.numel():
         return
     tolerance = _SUM_TOLERANCE.get(sizes.dtype, 1e-4)
+    counted = sizes if known is None else torch.where(known, sizes, 0)
 
     def error() -> Tensor:
-        return (sizes.sum(1, dtype=torch.float64) - 1).abs()
+        excess = counted.sum(1, dtype=torch.float64) - 1
+        return excess.abs() if known is None else torch.where(known.all(1), excess.abs(), excess)
 
     def problem() -> str:
-        if not (sizes >= 0).all():
-            return f"expected fractions of at least 0, got {sizes.min().item():.6g}"
+        if not (counted >= 0).all():
+            return f"expected fractions of at least 0, got {counted.min().item():.6g}"
         row = int(error().nan_to_num(nan=torch.inf).argmax())
-        return f"expected each row to sum to 1, got {sizes[row].sum(dtype=torch.float64).item():.6g} in row {row}"
+        whole = known is None or bool(known[row].all())
+        expected = "each row to sum to 1" if whole else "the known ones of each row to sum to at most 1"
+        return f"expected {expected}, got {counted[row].sum(dtype=torch.float64).item():.6g} in row {row}"
 
-    require(name, sizes, lambda: (sizes.amin() >= 0) & (error().amax() <= tolerance), problem)
+    require(name, sizes, lambda: (counted.amin() >= 0) & (error().amax() <= tolerance), problem)
 
 
 def check_scores(scores: object) -> None:
@@ -321,6 +339,19 @@ def check_number(
 def check_int(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+
+
+def check_spacing(spacing: object, dimensions: int, anchor: str, anchor_value: Tensor) -> None:
+    """The size of a pixel along each spatial dimension of ``anchor_value``, the argument named ``anchor``, or None."""
+    if spacing is None:
+        return
+    if not isinstance(spacing, (list, tuple)):
+        raise TypeError(f"spacing: expected a sequence of numbers, got {type(spacing).__name__}")
+    if len(spacing) != dimensions:
+        shape = shape_text(anchor_value.shape)
+        raise ValueError(f"spacing: expected {dimensions} numbers to go with {anchor} {shape}, got {len(spacing)}")
+    for size in spacing:
+        check_number("spacing", size, above=0, below=1e6)
 
 
 def check_bool(name: str, value: object) -> None:

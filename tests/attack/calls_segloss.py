@@ -232,6 +232,44 @@ def prior() -> Arguments:
     return {"logits": torch.randn(7, K), "prior": torch.rand(K).softmax(0)}
 
 
+def known() -> Tensor:
+    return torch.tensor([[False, True, False], [True, True, False]])
+
+
+def known_sizes(function: Callable[..., Any], **settings: Any) -> Callable[[], Call]:
+    """The sizes of free classes are not looked at."""
+
+    def make() -> Call:
+        arguments = {"logits": logits(), "sizes": sizes(), "known": known(), "valid": valid(), **settings}
+        return Call(function, arguments | REDUCTION, per_image("logits"), any_value=("sizes",))
+
+    return make
+
+
+def points(function: Callable[..., Any], **settings: Any) -> Callable[[], Call]:
+    """Nor are the targets of such classes."""
+
+    def make() -> Call:
+        arguments = {"logits": logits(), "targets": torch.rand(B, K, 2), "known": known(), "valid": valid()}
+        arguments |= {"descriptor": "centroid", "tolerance": 0.5, "t": 2.0, "spacing": (3.0, 0.5)}
+        return Call(function, arguments | REDUCTION | settings, per_image("logits"), any_value=("targets",))
+
+    return make
+
+
+def numbers_of_labels(**arguments: Any) -> list[Tensor]:
+    """Classes that an image does not show have none."""
+    return [descriptor.nan_to_num(nan=0) for descriptor in segloss.centroids_from_labels(**arguments)]
+
+
+def depths() -> Arguments:
+    return {"logits": logits(), "distances": torch.randn(B, K, H, W), "valid": valid()} | REDUCTION
+
+
+def label_maps() -> Arguments:
+    return {"labels": labels(), "num_classes": K, "spacing": (3.0, 0.5), "ignore_index": 255}
+
+
 def simple(
     function: Callable[..., Any],
     arguments: Callable[[], Arguments],
@@ -245,6 +283,8 @@ CALLS: Calls = {
     "segloss.BalanceKL": simple(module(segloss.BalanceKL), prior, scalar),
     "segloss.BalancedSeeding": simple(module(segloss.BalancedSeeding), seeding, per_image("logits")),
     "segloss.BoundaryConstraint": simple(module(segloss.BoundaryConstraint), boundary, per_image("logits")),
+    "segloss.BoundaryLoss": simple(module(segloss.BoundaryLoss), depths, per_image("logits")),
+    "segloss.CentroidLoss": points(module(segloss.CentroidLoss)),
     "segloss.FeatureSimilarity": similarity(module(segloss.FeatureSimilarity)),
     "segloss.FlatBarrier": size_loss(module(segloss.FlatBarrier), with_tags, floor=0.2, flat="below"),
     "segloss.GridPotts": potts(module(segloss.GridPotts), connectivity=4),
@@ -284,6 +324,14 @@ CALLS: Calls = {
     "segloss.bilateral_filter lattice": filtering(method="lattice"),
     "segloss.bilateral_filter tensors": filtering(sigma_rgb=torch.tensor(0.2), sigma_xy=torch.tensor(3.0)),
     "segloss.boundary_constraint": simple(segloss.boundary_constraint, boundary, per_image("logits")),
+    "segloss.boundary_loss": simple(segloss.boundary_loss, depths, per_image("logits")),
+    "segloss.centroid_loss": points(segloss.centroid_loss, descriptor="distance", t=None),
+    "segloss.centroid_loss tensors": points(segloss.centroid_loss, tolerance=torch.full((K, 2), 0.5)),
+    "segloss.centroids_from_labels": simple(
+        numbers_of_labels,
+        label_maps,
+        lambda arguments: [(len(arguments["labels"]), arguments["num_classes"], arguments["labels"].dim() - 1)] * 2,
+    ),
     "segloss.check_values": lambda: Call(check_values_and_back, {"enabled": True}),
     "segloss.class_balanced_weights": lambda: Call(
         segloss.class_balanced_weights,
@@ -359,6 +407,7 @@ CALLS: Calls = {
     ),
     "segloss.rank_hard_ood": lambda: Call(segloss.rank_hard_ood, {"probabilities": torch.rand(7, K), "threshold": 0.5}),
     "segloss.reverse_size_kl": size_loss(segloss.reverse_size_kl, with_sizes, floor=1e-8),
+    "segloss.reverse_size_kl known": known_sizes(segloss.reverse_size_kl, floor=1e-8),
     "segloss.rib_margin": simple(segloss.rib_margin, margin, per_image("logits")),
     "segloss.sample_pixels": lambda: Call(
         segloss.sample_pixels,
@@ -366,7 +415,14 @@ CALLS: Calls = {
         lambda arguments: (*arguments["scores"].shape[:2], arguments["samples"]),
     ),
     "segloss.size_barrier": simple(segloss.size_barrier, bounds, per_image("logits")),
+    "segloss.signed_distances": simple(
+        segloss.signed_distances,
+        label_maps,
+        lambda arguments: (len(arguments["labels"]), arguments["num_classes"], *arguments["labels"].shape[1:]),
+    ),
+    "segloss.size_barrier log": simple(segloss.size_barrier, lambda: bounds() | {"t": 5.0}, per_image("logits")),
     "segloss.size_kl": size_loss(segloss.size_kl, with_sizes),
+    "segloss.size_kl known": known_sizes(segloss.size_kl),
     "segloss.sizes_from_labels": lambda: Call(
         segloss.sizes_from_labels,
         {"labels": labels(), "num_classes": K, "ignore_index": 255},

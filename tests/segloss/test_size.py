@@ -12,6 +12,7 @@ from torch import Tensor
 
 import segloss
 from segloss import _average
+from segloss._penalty import penalty
 from segloss.common import checks
 
 seeds = st.integers(0, 2**16)
@@ -216,6 +217,140 @@ def test_bounds_may_be_a_number_per_class_or_per_image() -> None:
     torch.testing.assert_close(module(logits), segloss.size_barrier(logits, lower=0.4, upper=0.9))
 
 
+spatial_shapes = st.lists(st.integers(1, 4), min_size=1, max_size=3)
+
+
+def known_classes(batch: int, classes: int) -> Tensor:
+    return torch.rand(batch, classes) < 0.5
+
+
+@given(seed=seeds, batch=st.integers(1, 3), classes=st.integers(2, 5), spatial=spatial_shapes)
+def test_free_classes_count_as_one(seed: int, batch: int, classes: int, spatial: list[int]) -> None:
+    sizes = random_sizes(seed, batch, classes)
+    known = known_classes(batch, classes)
+    logits = 3 * torch.randn(batch, classes, *spatial, dtype=torch.float64)
+    average = logits.softmax(1).flatten(2).mean(2)
+    forward, reverse = [], []
+    for mean, size, is_known in zip(average, sizes, known, strict=True):
+        v = torch.cat([size[is_known], 1 - size[is_known].sum(0, keepdim=True)])
+        merged = torch.cat([mean[is_known], mean[~is_known].sum(0, keepdim=True)])
+        if is_known.all():
+            v, merged = size, mean
+        forward.append((v * (v / merged).log()).sum())
+        reverse.append((merged * (merged / v).log()).sum())
+    options = {"known": known, "reduction": "none"}
+    torch.testing.assert_close(segloss.size_kl(logits, sizes, **options), torch.stack(forward), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        segloss.reverse_size_kl(logits, sizes, floor=1e-300, **options), torch.stack(reverse), rtol=1e-9, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("function", [segloss.size_kl, segloss.reverse_size_kl])
+def test_all_classes_known_is_no_change_to_the_last_bit(function) -> None:  # type: ignore[no-untyped-def]
+    logits = torch.randn(3, 4, 6, 5, requires_grad=True)
+    sizes = random_sizes(0).float()
+    losses = [function(logits, sizes, known=known) for known in (None, torch.ones(3, 4, dtype=torch.bool))]
+    assert torch.equal(*losses)
+    assert torch.equal(*(torch.autograd.grad(loss, logits)[0] for loss in losses))
+
+
+def test_a_single_free_class_has_the_size_that_the_others_leave() -> None:
+    logits = torch.randn(3, 4, 6, 5, dtype=torch.float64)
+    sizes = random_sizes(1)
+    known = torch.tensor([True, True, False, True]).expand(3, 4)
+    unsaid = sizes.masked_fill(~known, torch.nan)
+    torch.testing.assert_close(segloss.size_kl(logits, unsaid, known=known), segloss.size_kl(logits, sizes))
+
+
+@given(seed=seeds)
+def test_free_classes_have_the_sizes_that_cost_least(seed: int) -> None:
+    sizes, other = random_sizes(seed), random_sizes(seed + 1)
+    known = torch.tensor([True, False, False, True]).expand(3, 4)
+    logits = torch.randn(3, 4, 6, 5, dtype=torch.float64)
+    loss = segloss.size_kl(logits, sizes, known=known, reduction="none")
+    left = 1 - sizes.masked_fill(~known, 0).sum(1, keepdim=True)
+
+    def cost(shares: Tensor) -> Tensor:
+        free = shares.masked_fill(known, 0)
+        filled = torch.where(known, sizes, left * free / free.sum(1, keepdim=True))
+        return segloss.size_kl(logits, filled, reduction="none")
+
+    torch.testing.assert_close(cost(segloss.average_prediction(logits)), loss)
+    assert (cost(other) >= loss - 1e-12).all()
+
+
+def test_nothing_known_costs_nothing() -> None:
+    logits = torch.randn(2, 3, 4, 4, requires_grad=True)
+    nothing = torch.zeros(2, 3, dtype=torch.bool)
+    loss = segloss.size_kl(logits, torch.full((2, 3), torch.nan), known=nothing)
+    assert abs(loss.item()) < 1e-6
+    assert torch.autograd.grad(loss, logits)[0].abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("function", [segloss.size_kl, segloss.reverse_size_kl])
+def test_free_classes_that_have_vanished_keep_a_finite_gradient(function) -> None:  # type: ignore[no-untyped-def]
+    for gone in (-200.0, -1e38):
+        logits = torch.tensor([0.0, gone, gone]).view(1, 3, 1, 1).expand(1, 3, 4, 4).contiguous().requires_grad_()
+        loss = function(logits, torch.tensor([[0.5, 0.5, 0]]), known=torch.tensor([[True, False, False]]))
+        assert loss.isfinite()
+        assert torch.autograd.grad(loss, logits)[0].isfinite().all()
+
+
+def test_known_sizes_that_fill_the_image_may_be_off_by_their_rounding() -> None:
+    known = torch.tensor([[True, True, False]])
+    logits = torch.randn(1, 3, 4, 4)
+    above, exact = (segloss.size_kl(logits, torch.tensor([[0.3, 0.7 + off, 0]]), known=known) for off in (5e-5, 0.0))
+    torch.testing.assert_close(above, exact, rtol=0, atol=2e-4)
+
+
+def extended_log_barrier(z: float, t: float) -> float:
+    return -math.log(-z) / t if z <= -1 / t**2 else t * z - math.log(1 / t**2) / t + 1 / t
+
+
+@given(seed=seeds, t=st.floats(0.5, 50), spatial=spatial_shapes)
+def test_log_barrier_extension_is_its_formula(seed: int, t: float, spatial: list[int]) -> None:
+    torch.manual_seed(seed)
+    logits = torch.randn(2, 3, *spatial, dtype=torch.float64)
+    lower, upper = (torch.rand(2, 3, dtype=torch.float64) for _ in range(2))
+    average = logits.softmax(1).flatten(2).mean(2)
+    expected = [
+        sum(
+            extended_log_barrier((a - s).item(), t) + extended_log_barrier((s - b).item(), t)
+            for s, a, b in zip(*rows, strict=True)
+        )
+        for rows in zip(average, lower, upper, strict=True)
+    ]
+    loss = segloss.size_barrier(logits, lower=lower, upper=upper, t=t, reduction="none")
+    torch.testing.assert_close(loss, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("t", [1.0, 5.0, 300.0])
+def test_log_barrier_extension_is_smooth_where_its_parts_meet(t: float) -> None:
+    edge = torch.tensor([-(1 + 1e-9), -(1 - 1e-9)], dtype=torch.float64).div(t**2).requires_grad_()
+    value = penalty(edge, t)
+    torch.testing.assert_close(value[0], value[1], rtol=1e-6, atol=1e-7)
+    slope = torch.autograd.grad(value.sum(), edge)[0]
+    torch.testing.assert_close(slope, torch.full_like(slope, t), rtol=1e-6, atol=0)
+
+
+def test_bounds_that_hold_of_any_size_cost_nothing() -> None:
+    logits = torch.randn(2, 3, 4, 4, requires_grad=True)
+    lower, upper = torch.tensor([[0.2, 0, 0], [0, 0, 0]]), torch.tensor([[0.6, 1, 1], [1, 1, 1]])
+    loss = segloss.size_barrier(logits, lower=lower, upper=upper, t=5.0, reduction="none")
+    assert loss[1] == 0
+    assert (torch.autograd.grad(loss.sum(), logits)[0][1] == 0).all()
+    assert segloss.size_barrier(logits, lower=0.0, upper=1.0, t=5.0) == 0
+
+
+def test_squared_barrier_is_the_penalty_on_pixel_counts() -> None:
+    logits = torch.randn(2, 3, 6, 5, dtype=torch.float64)
+    count = logits.softmax(1).sum((2, 3))
+    lower, upper = torch.tensor([10.0, 12.0, 0.0]).double(), torch.tensor([30.0, 15.0, 5.0]).double()
+    released = ((lower - count).relu() ** 2 + (count - upper).relu() ** 2).sum(1) / 30
+    barrier = segloss.size_barrier(logits, lower=lower / 30, upper=upper / 30, reduction="none")
+    torch.testing.assert_close(30 * barrier, released)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -227,6 +362,37 @@ def test_bounds_may_be_a_number_per_class_or_per_image() -> None:
         ),
         (lambda x: segloss.size_barrier(x, lower=1.5), ValueError, "lower: expected .* of at most 1, got 1.5"),
         (lambda x: segloss.size_barrier(x, lower=-torch.ones(3)), ValueError, "lower: expected fractions from 0 to 1"),
+        (
+            lambda x: segloss.size_barrier(x, lower=0.1, t=0.0),
+            ValueError,
+            r"t: expected .* of at least 0\.001 .* got 0",
+        ),
+        (lambda x: segloss.SizeBarrier(lower=0.1, t="5"), TypeError, "t: expected a number, got str"),
+        (
+            lambda x: segloss.size_kl(x, torch.eye(3)[:2], known=torch.ones(2, 3)),
+            TypeError,
+            r"known: expected a bool tensor, got torch\.float32",
+        ),
+        (
+            lambda x: segloss.size_kl(x, torch.eye(3)[:2], known=torch.ones(3, dtype=torch.bool)),
+            ValueError,
+            r"known: expected \[2, 3\] to go with logits \[2, 3, 4, 4\], got \[3\]",
+        ),
+        (
+            lambda x: segloss.size_kl(x, torch.full((2, 3), 0.6), known=torch.tensor([[True, True, False]] * 2)),
+            ValueError,
+            "sizes: expected the known ones of each row to sum to at most 1, got 1.2 in row 0",
+        ),
+        (
+            lambda x: segloss.size_kl(x, torch.full((2, 3), 0.2), known=torch.ones(2, 3, dtype=torch.bool)),
+            ValueError,
+            "sizes: expected each row to sum to 1, got 0.6 in row 0",
+        ),
+        (
+            lambda x: segloss.size_kl(x, torch.full((2, 3), torch.nan), known=torch.tensor([[True, False, False]] * 2)),
+            ValueError,
+            "sizes: expected fractions of at least 0, got nan",
+        ),
         (lambda x: segloss.SizeBarrier(), ValueError, "lower, upper: expected at least one bound"),
         (lambda x: segloss.corrupt_sizes(torch.eye(3), 0.1, generator=3), TypeError, "generator: expected a torch.Gen"),
         (lambda x: segloss.BalanceKL([0.5, 0.5]), TypeError, "prior: expected a tensor, got list"),

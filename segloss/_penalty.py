@@ -1,0 +1,29 @@
+"""What a statistic of a prediction costs outside its bounds: a squared penalty, or the log-barrier extension."""
+
+import math
+
+from torch import Tensor, where
+
+from segloss.common.checks import check_number
+
+
+def penalty(excess: Tensor, t: float | None) -> Tensor:
+    r"""The cost of a bound that is exceeded by :math:`z` (0 or less where it holds).
+
+    Without ``t`` it is :math:`\max(z, 0)^2`, otherwise
+
+    .. math:: \psi_t(z) = -\tfrac 1 t \ln(-z) \text{ if } z \le -\tfrac 1 {t^2}, \quad
+        t z - \tfrac 1 t \ln \tfrac 1 {t^2} + \tfrac 1 t \text{ elsewhere}
+
+    which is smooth once, and finite on both sides of the bound.
+    """
+    if t is None:
+        return excess.clamp(min=0) ** 2
+    inside = excess <= -(t**-2)
+    barrier = where(inside, -excess, 1).log() / -t
+    return where(inside, barrier, t * excess + (2 * math.log(t) + 1) / t)
+
+
+def check_t(t: float | None) -> None:
+    if t is not None:
+        check_number("t", t, least=1e-3, most=1e6)
