@@ -53,8 +53,9 @@ def centroid_loss(
     .. math:: \sigma_d^k = \sqrt{\frac{\sum_p S_p^k (x_{p,d} - \mu_d^k)^2}{\sum_p S_p^k}}
 
     With a number ``t``, as in the paper, the log-barrier extension of :func:`~segloss.size_barrier` takes the place of
-    the squared penalty: :math:`\psi_t(\mu - c - \tau) + \psi_t(c - \tau - \mu)`. Both descriptors are relative to the
-    mass of the class and formed in log space: a class that has vanished still has them, and a finite gradient.
+    the squared penalty, :math:`\psi_t(\mu - c - \tau) + \psi_t(c - \tau - \mu)`; it is flat within
+    :math:`1 / t^2 - \tau` of a target. Both descriptors are relative to the mass of the class and formed in log space:
+    a class that has vanished still has them, and a finite gradient.
 
     Args:
         logits: class logits, ``[B, K, *spatial]``, K >= 2, any finite values.
@@ -63,7 +64,7 @@ def centroid_loss(
         descriptor: ``"centroid"`` or ``"distance"``: which one the targets are of.
         tolerance: :math:`\tau`, how far off costs nothing, at least 0: a number, ``[K, D]`` or ``[B, K, D]``. Bounds
             are (lower + upper) / 2 as ``targets`` and (upper - lower) / 2 as ``tolerance``.
-        t: of the log-barrier extension, from 1e-3 to 1e6, which wants tolerances above 0; the squared penalty if None.
+        t: of the log-barrier extension, from 1e-3 to 1e6; the squared penalty if None.
         spacing: size of a pixel along each spatial dimension, as in (3.0, 0.8, 0.8) mm, above 0 and below 1e6; 1, that
             is pixels, if None.
         known: classes with a target, bool, ``[B, K]``; all of them if None. The targets of the others, such as those
@@ -102,7 +103,7 @@ def centroid_loss(
     check_spacing(spacing, len(spatial), "logits", logits)
     check_floating("targets", targets)
     check_like("targets", targets, (*logits.shape[:2], len(spatial)), "logits", logits)
-    _check_tolerance(tolerance, t, targets)
+    _check_tolerance(tolerance, targets)
     targets = targets.detach().to(wide_dtype(logits))
     if known is not None:
         targets = targets.masked_fill(~known[:, :, None], 0)
@@ -138,7 +139,7 @@ class CentroidLoss(LossModule):
         super().__init__(reduction, descriptor=descriptor, tolerance=tolerance, t=t, spacing=spacing)
         check_choice("descriptor", descriptor, ("centroid", "distance"))
         check_t(t)
-        _check_tolerance(tolerance, t, None)
+        _check_tolerance(tolerance, None)
 
     def forward(
         self, logits: Tensor, targets: Tensor, known: Tensor | None = None, valid: Tensor | None = None
@@ -240,12 +241,9 @@ def _moments(marginals: list[Tensor], spacing: Sequence[float] | None) -> tuple[
     return torch.stack(centroids, 2), torch.where(spread, torch.where(spread, variance, 1).sqrt(), 0)
 
 
-def _check_tolerance(tolerance: float | Tensor, t: float | None, targets: Tensor | None) -> None:
-    """Above 0 for the log-barrier extension: that of an interval without width has no slope."""
+def _check_tolerance(tolerance: float | Tensor, targets: Tensor | None) -> None:
     if not isinstance(tolerance, Tensor):
         check_number("tolerance", tolerance, least=0, most=_FARTHEST)
-        if t is not None and tolerance == 0:
-            raise ValueError("tolerance: expected a number above 0 to go with t, got 0")
         return
     check_floating("tolerance", tolerance)
     if targets is not None:

@@ -373,15 +373,16 @@ def size_barrier(
         -\frac 1 t \ln(-z) & z \le -\frac 1 {t^2} \\
         t z - \frac 1 t \ln \frac 1 {t^2} + \frac 1 t & \text{otherwise} \end{cases}
 
-    which also acts within the bounds, the less the larger t, and outside them with the slope t. The authors begin with
-    t = 5 and multiply it by 1.1 in each epoch. Bounds that hold of any size, 0 below and 1 above, cost nothing.
+    which also acts within the bounds, the less the larger t, and outside them with a slope up to t. Around bounds that
+    are closer to each other than :math:`2 / t^2` the two sides cancel: begin with a t above
+    :math:`\sqrt{2 / (b_k - a_k)}`. The authors, whose sizes are numbers of pixels, begin with 5 and multiply it by 1.1
+    in each epoch. Bounds that hold of any size, 0 below and 1 above, cost nothing.
 
     Args:
         logits: class logits, ``[B, K, *spatial]``, K >= 2, any finite values.
         lower: :math:`a`, fractions of the image in [0, 1]: a number, ``[K]`` or ``[B, K]``; no lower bound if None.
         upper: :math:`b`, likewise. At least one of the two must be given.
-        t: of the log-barrier extension, from 1e-3 to 1e6; the squared penalty if None. It belongs to fractions: in
-            the authors' code z is in pixels.
+        t: of the log-barrier extension, from 1e-3 to 1e6; the squared penalty if None.
         valid: pixels that count, bool, ``[B, *spatial]``; all of them if None.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` over the images.
 

@@ -106,6 +106,7 @@ def sized(*size: int) -> dict[str, Any]:
         "masks": masks,
         "seeds": labels,
         "refined": masks / 1,
+        "distances": masks / 1,
     }
 
 
@@ -124,6 +125,7 @@ OF_MAPS: dict[str, tuple[str, str, Run]] = {
         "refined",
         lambda maps, other: segloss.boundary_constraint(maps, other["refined"]),
     ),
+    "boundary_loss": ("logits", "distances", lambda maps, other: segloss.boundary_loss(maps, other["distances"])),
     "confidence_gate": ("logits", "labels", lambda maps, other: segloss.confidence_gate(maps, other["labels"])),
     "size_kl": ("logits", "valid", lambda maps, other: segloss.size_kl(maps, TAGS / 3, valid=other["valid"])),
     "dense_crf": ("probabilities", "image", lambda maps, other: refine.dense_crf(maps.softmax(1), other["image"])),

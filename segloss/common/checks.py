@@ -16,7 +16,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SHOWN = 4  # values that an error tells of
 
 _MAPS = ("heatmaps", "logits", "maps", "probabilities")  # what a network gives, often at a lower resolution
-_OF_THE_IMAGE = ("image", "labels", "masks", "refined", "seeds", "valid")  # ... than these have
+_OF_THE_IMAGE = ("distances", "image", "labels", "masks", "refined", "seeds", "valid")  # ... than these have
 
 _always = False
 

@@ -13,6 +13,8 @@ import segloss
 from segloss._penalty import penalty
 
 seeds = st.integers(0, 2**16)
+OBJECT = torch.tensor([[False, True]])  # the second of two classes
+
 spatial_shapes = st.lists(st.integers(1, 5), min_size=1, max_size=3)
 
 
@@ -113,7 +115,7 @@ def test_a_class_without_mass_has_a_finite_gradient(gap: float) -> None:
 
 def test_a_class_that_has_vanished_is_still_moved() -> None:
     logits = torch.stack([torch.zeros(5, 5), torch.randn(5, 5) - 300])[None].double().requires_grad_()
-    loss = segloss.centroid_loss(logits, torch.zeros(1, 2, 2), known=torch.tensor([[False, True]]))
+    loss = segloss.centroid_loss(logits, torch.zeros(1, 2, 2), known=OBJECT)
     gradient = torch.autograd.grad(loss, logits)[0][0, 1]
     assert gradient[0, 0] < -0.01
     assert gradient[4, 4] > 0.01
@@ -134,12 +136,11 @@ def test_descent_brings_centroid_and_distances_to_their_targets() -> None:
     torch.manual_seed(0)
     logits = torch.randn(1, 2, 12, 10, requires_grad=True)
     centres, distances = torch.tensor([[[0.0, 0], [4, 6]]]), torch.tensor([[[0.0, 0], [2, 1]]])
-    known = torch.tensor([[False, True]])
     optimizer = torch.optim.Adam([logits], lr=0.1)
     losses = []
     for _ in range(300):
-        loss = segloss.centroid_loss(logits, centres, known=known)
-        loss = loss + segloss.centroid_loss(logits, distances, descriptor="distance", known=known)
+        loss = segloss.centroid_loss(logits, centres, known=OBJECT)
+        loss = loss + segloss.centroid_loss(logits, distances, descriptor="distance", known=OBJECT)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -164,6 +165,13 @@ def test_log_barrier_extension_of_an_interval() -> None:
     loss = segloss.centroid_loss(logits, torch.tensor([[[2.0], [1.0]]]), tolerance=0.5, t=4.0)
     within, beyond = -2 * math.log(0.5) / 4, 4 * 0.5 + (2 * math.log(4) + 1) / 4 - math.log(1.5) / 4
     assert loss.item() == pytest.approx(within + beyond, rel=1e-6)
+
+
+def test_log_barrier_extension_without_tolerance_is_flat_around_the_target_only() -> None:
+    logits = torch.zeros(1, 2, 5, requires_grad=True)  # centred at 2
+    for offset, pulled in ((0.2, False), (0.3, True)):
+        loss = segloss.centroid_loss(logits, torch.full((1, 2, 1), 2 + offset), t=2.0, known=OBJECT)
+        assert (torch.autograd.grad(loss, logits)[0].abs().max() > 1e-3) == pulled
 
 
 def test_an_image_without_pixels_costs_nothing() -> None:
@@ -196,7 +204,6 @@ def test_absent_classes_may_have_targets_of_nan() -> None:
         ({"tolerance": torch.ones(2)}, ValueError, r"tolerance: expected \[2, 3, 2\] to go with targets"),
         ({"tolerance": torch.ones(2, 3)}, ValueError, r"tolerance: expected \[3, 2\] to go with targets"),
         ({"tolerance": -torch.ones(3, 2)}, ValueError, r"tolerance: expected numbers from 0 to 1e\+12"),
-        ({"t": 1.0}, ValueError, "tolerance: expected a number above 0 to go with t, got 0"),
         ({"t": 1e7, "tolerance": 1.0}, ValueError, r"t: expected .* of at most 1e\+06"),
         (
             {"spacing": (1.0, 2.0, 3.0)},
@@ -216,8 +223,10 @@ def test_arguments_that_make_no_sense_are_refused(options, error, message) -> No
 def test_a_module_refuses_settings_that_make_no_sense() -> None:
     with pytest.raises(ValueError, match="descriptor: expected one of"):
         segloss.CentroidLoss(descriptor="mean")
-    with pytest.raises(ValueError, match="tolerance: expected a number above 0 to go with t"):
-        segloss.CentroidLoss(t=5.0)
+    with pytest.raises(ValueError, match="tolerance: expected a finite number of at least 0"):
+        segloss.CentroidLoss(tolerance=-1.0)
+    with pytest.raises(TypeError, match="t: expected a number, got str"):
+        segloss.CentroidLoss(t="5")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -333,6 +333,14 @@ def test_log_barrier_extension_is_smooth_where_its_parts_meet(t: float) -> None:
     torch.testing.assert_close(slope, torch.full_like(slope, t), rtol=1e-6, atol=0)
 
 
+def test_log_barrier_extension_of_narrow_bounds_is_flat_below_the_t_of_its_docs() -> None:
+    logits = logits_with_average(torch.tensor([[0.897, 0.103]]).double()).requires_grad_()
+    lower, upper = torch.tensor([0.0, 0.09]), torch.tensor([1.0, 0.11])
+    for t, pulled in ((5.0, False), (14.0, True)):  # the square root of 2 / 0.02 is 10
+        loss = segloss.size_barrier(logits, lower=lower, upper=upper, t=t)
+        assert (torch.autograd.grad(loss, logits)[0].abs().max() > 1e-5) == pulled
+
+
 def test_bounds_that_hold_of_any_size_cost_nothing() -> None:
     logits = torch.randn(2, 3, 4, 4, requires_grad=True)
     lower, upper = torch.tensor([[0.2, 0, 0], [0, 0, 0]]), torch.tensor([[0.6, 1, 1], [1, 1, 1]])
