@@ -1,7 +1,5 @@
 """What a statistic of a prediction costs outside its bounds: a squared penalty, or the log-barrier extension."""
 
-import math
-
 from torch import Tensor, where
 
 from segloss.common.checks import check_number
@@ -19,9 +17,10 @@ def penalty(excess: Tensor, t: float | None) -> Tensor:
     """
     if t is None:
         return excess.clamp(min=0) ** 2
-    inside = excess <= -(t**-2)
-    barrier = where(inside, -excess, 1).log() / -t
-    return where(inside, barrier, t * excess + (2 * math.log(t) + 1) / t)
+    scale = excess.new_tensor(t)  # torch.compile makes one graph for all numbers that a schedule gives
+    inside = excess <= -(scale**-2)
+    barrier = -where(inside, -excess, 1).log() / scale
+    return where(inside, barrier, scale * excess + (2 * scale.log() + 1) / scale)
 
 
 def check_t(t: float | None) -> None:

@@ -34,8 +34,7 @@ def boundary_loss(
 
     with the softmax S of the logits and the signed distances :math:`\phi` to the outline of each class, negative
     inside. It is least where each pixel takes the class that it lies deepest in. Its gradient grows with the distance
-    to the outline, whatever the size of the class; on its own it is hard to train with: add a region loss, such as
-    cross-entropy or Dice.
+    to the outline, whatever the size of the class. Add a region loss, such as cross-entropy or Dice.
 
     Args:
         logits: class logits, ``[B, K, *spatial]``, K >= 2, any finite values.

@@ -410,10 +410,16 @@ def size_barrier(
     average = log_mean.exp()
     cost = average.new_zeros(())
     if lower is not None:
-        cost = cost + penalty(lower - average, t) * (lower > 0)
+        cost = cost + _outside(lower - average, lower, 0, t)
     if upper is not None:
-        cost = cost + penalty(average - upper, t) * (upper < 1)
+        cost = cost + _outside(average - upper, upper, 1, t)
     return reduce(cost.to(average.dtype).sum(1), reduction, seen)
+
+
+def _outside(excess: Tensor, bound: float | Tensor, loosest: int, t: float | None) -> Tensor:
+    """The penalty on a bound. The log-barrier extension acts within it too, but not where it holds of any size."""
+    cost = penalty(excess, t)
+    return cost if t is None else cost * (bound != loosest)
 
 
 class SizeBarrier(LossModule):

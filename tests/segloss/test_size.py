@@ -341,6 +341,23 @@ def test_log_barrier_extension_of_narrow_bounds_is_flat_below_the_t_of_its_docs(
         assert (torch.autograd.grad(loss, logits)[0].abs().max() > 1e-5) == pulled
 
 
+def test_a_growing_t_does_not_compile_again_and_again() -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    barrier, logits = segloss.SizeBarrier(lower=0.2, upper=0.5, t=5.0), torch.randn(2, 3, 4, 4)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: barrier(x), fullgraph=True, backend=backend)
+    for _ in range(12):
+        torch.testing.assert_close(compiled(logits), barrier(logits))
+        assert barrier.t is not None
+        barrier.t *= 1.1
+    assert len(graphs) == 2
+
+
 def test_bounds_that_hold_of_any_size_cost_nothing() -> None:
     logits = torch.randn(2, 3, 4, 4, requires_grad=True)
     lower, upper = torch.tensor([[0.2, 0, 0], [0, 0, 0]]), torch.tensor([[0.6, 1, 1], [1, 1, 1]])
