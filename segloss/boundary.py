@@ -10,16 +10,11 @@ from segloss.common.checks import (
     check_finite,
     check_floating,
     check_has_values,
-    check_ignore_index,
-    check_int,
-    check_integer,
-    check_labels,
+    check_label_maps,
     check_like,
     check_logits,
-    check_number,
     check_spacing,
     check_valid,
-    shape_text,
 )
 from segloss.common.reduction import Reduction, check_reduction, reduce, wide_dtype, widen
 from segloss.common.settings import LossModule
@@ -106,7 +101,7 @@ def signed_distances(
 
     Returns:
         ``[B, K, *spatial]``, float32, in the unit of ``spacing``; 0 for a class that an image does not show, or that
-        all of its labelled pixels are of.
+        all of its labelled pixels are of. Labels that are not checked and are no class count as another one.
 
     Raises:
         TypeError: ``labels`` that are not integers, ``num_classes`` that is not an int, ``spacing`` that is no
@@ -121,16 +116,9 @@ def signed_distances(
         >>> signed_distances(torch.tensor([[[0, 0, 1, 255]]]), 2, spacing=(1.0, 0.5))[0, 1]
         tensor([[ 1.0000,  0.5000, -0.5000,  0.0000]])
     """
-    check_integer("labels", labels)
-    if labels.dim() < 2:
-        raise ValueError(f"labels: expected [B, *spatial], got {shape_text(labels.shape)}")
+    labels = check_label_maps(labels, num_classes, ignore_index)
     check_has_values("labels", labels)
-    check_int("num_classes", num_classes)
-    check_number("num_classes", num_classes, least=1, most=2**31 - 1)
-    check_ignore_index(ignore_index)
     check_spacing(spacing, labels.dim() - 1, "labels", labels)
-    labels = labels.long()
-    check_labels(labels, num_classes, ignore_index, "num_classes")
     from scipy.ndimage import distance_transform_edt
 
     distances = np.zeros((len(labels), num_classes, *labels.shape[1:]), np.float32)

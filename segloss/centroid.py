@@ -10,18 +10,14 @@ from segloss.common.checks import (
     check_choice,
     check_finite,
     check_floating,
-    check_ignore_index,
-    check_int,
-    check_integer,
     check_known,
-    check_labels,
+    check_label_maps,
     check_like,
     check_logits,
     check_number,
     check_spacing,
     check_valid,
     require,
-    shape_text,
 )
 from segloss.common.reduction import LOG_FLOOR, Reduction, check_reduction, reduce, wide_dtype
 from segloss.common.settings import LossModule
@@ -142,7 +138,7 @@ class CentroidLoss(LossModule):
         _check_tolerance(tolerance, None)
 
     def forward(
-        self, logits: Tensor, targets: Tensor, known: Tensor | None = None, valid: Tensor | None = None
+        self, logits: Tensor, targets: Tensor, valid: Tensor | None = None, known: Tensor | None = None
     ) -> Tensor:
         return centroid_loss(
             logits,
@@ -190,15 +186,8 @@ def centroids_from_labels(
         >>> distances[0, 1]
         tensor([0.0000, 1.6330])
     """
-    check_integer("labels", labels)
-    if labels.dim() < 2:
-        raise ValueError(f"labels: expected [B, *spatial], got {shape_text(labels.shape)}")
-    check_int("num_classes", num_classes)
-    check_number("num_classes", num_classes, least=1, most=2**31 - 1)
-    check_ignore_index(ignore_index)
+    labels = check_label_maps(labels, num_classes, ignore_index)
     check_spacing(spacing, labels.dim() - 1, "labels", labels)
-    labels = labels.long()
-    check_labels(labels, num_classes, ignore_index, "num_classes")
     counted = (labels >= 0) & (labels < num_classes) & (labels != ignore_index)
     labels = torch.where(counted, labels, num_classes)[..., None]
     marginals = []

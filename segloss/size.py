@@ -13,11 +13,8 @@ from segloss.common.checks import (
     check_fractions,
     check_generator,
     check_has_values,
-    check_ignore_index,
-    check_int,
-    check_integer,
     check_known,
-    check_labels,
+    check_label_maps,
     check_like,
     check_logits,
     check_number,
@@ -569,14 +566,7 @@ def sizes_from_labels(labels: Tensor, num_classes: int, *, ignore_index: int = 2
         >>> sizes_from_labels(torch.tensor([[[0, 0, 1, 255]]]), 2)
         tensor([[0.6667, 0.3333]])
     """
-    check_integer("labels", labels)
-    if labels.dim() < 2:
-        raise ValueError(f"labels: expected [B, *spatial], got {shape_text(labels.shape)}")
-    check_int("num_classes", num_classes)
-    check_number("num_classes", num_classes, least=1, most=2**31 - 1)
-    check_ignore_index(ignore_index)
-    labels = labels.flatten(1).long()
-    check_labels(labels, num_classes, ignore_index, "num_classes")
+    labels = check_label_maps(labels, num_classes, ignore_index).flatten(1)
     counted = (labels >= 0) & (labels < num_classes) & (labels != ignore_index)
     counts = torch.zeros(len(labels), num_classes + 1, dtype=torch.float64, device=labels.device)
     counts.scatter_add_(1, torch.where(counted, labels, num_classes), torch.ones_like(labels, dtype=torch.float64))

@@ -312,6 +312,21 @@ def check_labels(labels: Tensor, classes: int, ignore_index: int, anchor: str) -
     )
 
 
+def check_label_maps(labels: object, num_classes: object, ignore_index: int) -> Tensor:
+    """Labels ``[B, *spatial]`` of so many classes, in int64."""
+    check_integer("labels", labels)
+    assert isinstance(labels, Tensor)
+    if labels.dim() < 2:
+        raise ValueError(f"labels: expected [B, *spatial], got {shape_text(labels.shape)}")
+    check_int("num_classes", num_classes)
+    assert isinstance(num_classes, (int, np.integer))
+    check_number("num_classes", num_classes, least=1, most=2**31 - 1)
+    check_ignore_index(ignore_index)
+    labels = labels.long()
+    check_labels(labels, int(num_classes), ignore_index, "num_classes")
+    return labels
+
+
 def check_number(
     name: str,
     value: object,

@@ -73,6 +73,13 @@ def test_loss_is_its_definition(seed: int, spatial: list[int], masked: bool) -> 
     torch.testing.assert_close(loss, torch.stack(expected), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("spatial", [(4,), (2, 3, 2)])
+def test_gradients_are_right_of_signals_and_volumes(spatial: tuple[int, ...]) -> None:
+    logits, distances = (torch.randn(2, 3, *spatial, dtype=torch.float64) for _ in range(2))
+    valid = torch.rand(2, *spatial) < 0.7
+    assert torch.autograd.gradcheck(lambda x: segloss.boundary_loss(x, distances, valid=valid), logits.requires_grad_())
+
+
 @given(seed=seeds)
 def test_the_labels_themselves_cost_least(seed: int) -> None:
     labels = random_labels(seed, [5, 6], ignored=0)

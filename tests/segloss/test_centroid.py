@@ -174,6 +174,16 @@ def test_log_barrier_extension_without_tolerance_is_flat_around_the_target_only(
         assert (torch.autograd.grad(loss, logits)[0].abs().max() > 1e-3) == pulled
 
 
+@pytest.mark.parametrize("descriptor", ["centroid", "distance"])
+@pytest.mark.parametrize("spatial", [(4,), (2, 3, 2)])
+def test_gradients_are_right_of_signals_and_volumes(descriptor: str, spatial: tuple[int, ...]) -> None:
+    logits = torch.randn(2, 3, *spatial, dtype=torch.float64, requires_grad=True)
+    targets = 3 * torch.rand(2, 3, len(spatial))
+    options = {"descriptor": descriptor, "tolerance": 0.2, "spacing": tuple(1 + torch.rand(len(spatial)).numpy())}
+    for t in (None, 3.0):
+        assert torch.autograd.gradcheck(lambda x, t=t: segloss.centroid_loss(x, targets, t=t, **options), logits)
+
+
 def test_an_image_without_pixels_costs_nothing() -> None:
     logits = torch.randn(2, 3, 0, 4, requires_grad=True)
     loss = segloss.centroid_loss(logits, torch.ones(2, 3, 2))

@@ -355,7 +355,7 @@ def test_a_growing_t_does_not_compile_again_and_again() -> None:
         torch.testing.assert_close(compiled(logits), barrier(logits))
         assert barrier.t is not None
         barrier.t *= 1.1
-    assert len(graphs) == 2
+    assert len(graphs) <= 2
 
 
 def test_bounds_that_hold_of_any_size_cost_nothing() -> None:
