@@ -20,21 +20,30 @@ class Layer:
 
     Args:
         x: its input.
-        weight: with the scale of a batch normalisation that comes next.
+        unscaled: its weight.
         shifts: what it adds to its output, as in :class:`Linearised`.
         output: what it gives.
         linear: from an input and a weight to the output without a bias.
         back: the transposed map, from ``[B, K, *out]`` and a weight to ``[B, K, *in]``.
+        scale: of a batch normalisation that comes next, for each channel of the output.
         nonnegative: whether no input is below 0.
     """
 
     x: Tensor
-    weight: Tensor
+    unscaled: Tensor
     shifts: dict[str, Tensor]
     output: Tensor
     linear: Callable[[Tensor, Tensor], Tensor]
     back: Callable[[Tensor, Tensor], Tensor]
+    scale: Tensor | None = None
     nonnegative: bool = False
+
+    @property
+    def weight(self) -> Tensor:
+        """With the scale."""
+        if self.scale is None:
+            return self.unscaled
+        return self.unscaled * self.scale.view(-1, *[1] * (self.unscaled.dim() - 1))
 
     @property
     def bias(self) -> Tensor | None:
@@ -152,7 +161,7 @@ def convolution(
 ) -> Linearised:
     """The transposed convolution with the same weight; output padding brings back the size of the input.
 
-    ``norm``, a batch normalisation that comes next, is folded into the weight of the adjoint.
+    ``norm``, a batch normalisation that comes next, is folded into the adjoint.
     """
     count = weight.dim() - 2
     stride, dilation = _ntuple(count)(stride), _ntuple(count)(dilation)
@@ -162,14 +171,15 @@ def convolution(
         (o - 1) * s - 2 * p + d * (k - 1) + 1
         for o, s, p, d, k in zip(output.shape[2:], stride, padding, dilation, weight.shape[2:], strict=True)
     ]
-    rest = [n - least for n, least in zip(x.shape[2:], smallest, strict=True)]
+    size = tuple(x.shape[2:])  # not the input, which adjoints would keep
+    rest = [n - least for n, least in zip(size, smallest, strict=True)]
     weight = held(weight, *roles[1:2] or ("free",))
     shifts = {} if bias is None else {"bias": bias}
+    scale = None
     if norm is not None:
         normalised = norm(output)
         assert normalised.scale is not None
-        scale = normalised.scale
-        output, weight = normalised.output, weight * scale.view(-1, *[1] * (count + 1))
+        output, scale = normalised.output, normalised.scale
         shifts = {name: scale * shift for name, shift in shifts.items()}
         shifts.update({f"norm.{name}": shift for name, shift in normalised.shifts.items()})
 
@@ -183,12 +193,12 @@ def convolution(
 
     def transposed(gradient: Tensor, weight: Tensor) -> Tensor:
         if to_image:
-            return SubPixel.apply(gradient, weight, stride, padding, tuple(x.shape[2:]))
+            return SubPixel.apply(gradient, weight, stride, padding, size)
         if of_pixels:
             return spread((weight.flatten(1).mT @ gradient.flatten(2)).unflatten(2, gradient.shape[2:]), stride, rest)
         return _TRANSPOSED[count](gradient, weight, None, stride, padding, rest, groups, dilation)
 
-    return _layer(x, weight, output, shifts, linear, transposed)
+    return _layer(x, weight, output, shifts, linear, transposed, scale)
 
 
 def spread(low: Tensor, stride: Sequence[int], rest: Sequence[int]) -> Tensor:
@@ -206,14 +216,25 @@ def _layer(
     shifts: dict[str, Tensor],
     linear: Callable[[Tensor, Tensor], Tensor],
     transposed: Callable[[Tensor, Tensor], Tensor],
+    scale: Tensor | None = None,
 ) -> Linearised:
-    """A convolution, by its map of batches and the transposed one."""
+    """A convolution, by its map of batches and the transposed one.
+
+    A scale is made part of the weight, or of the gradients where these are small enough: scaled weights of deep layers
+    would take most of the memory.
+    """
 
     def back(gradient: Tensor, weight: Tensor) -> Tensor:
         return images(lambda g: transposed(g, weight), gradient)
 
-    layer = Layer(x, weight, shifts, output, linear, back)
-    return Linearised(output, lambda gradient: back(gradient, weight), shifts, weighted=True, layer=layer)
+    layer = Layer(x, weight, shifts, output, linear, back, scale)
+    if scale is None or weight.numel() <= 8 * output.numel():
+        weight, scale = layer.weight, None
+
+    def adjoint(gradient: Tensor) -> Tensor:
+        return back(gradient if scale is None else gradient * channels(scale, gradient), weight)
+
+    return Linearised(output, adjoint, shifts, weighted=True, layer=layer)
 
 
 @adjoint(nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -328,7 +349,7 @@ def channels(values: Tensor, gradient: Tensor) -> Tensor:
 def relu(x: Tensor, inplace: bool = False) -> Linearised:
     """Gradients pass where the output is positive: the Heaviside function of the input."""
     output = F.relu(x)
-    mask = (output > 0).to(output.dtype).unsqueeze(1)  # products with bool would convert it for each class
+    mask = (output > 0).unsqueeze(1)
     return Linearised(output, lambda gradient: gradient * mask)
 
 

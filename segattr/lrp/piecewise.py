@@ -47,7 +47,7 @@ def threshold(x: Tensor, threshold: float, value: float, inplace: bool = False) 
 def clipped(x: Tensor, output: Tensor, inside: Tensor) -> Linearised:
     """An operation that passes numbers inside of its bounds, and gives constants outside."""
     saturation = output.masked_fill(inside, 0)
-    return Linearised(output, scaled(inside.to(x.dtype), x), {"saturation": saturation})
+    return Linearised(output, scaled(inside, x), {"saturation": saturation})
 
 
 @adjoint("relu6")
@@ -89,11 +89,11 @@ def larger(x: Tensor, y: Tensor, *, call: Call, roles: Any) -> Linearised:
     output = call(x, y)
     first = ((output == x).to(output.dtype) + 1 - (output == y).to(output.dtype)) / 2
     shares = [(x, first, roles[0]), (y, 1 - first, roles[1])]
-    carried = [(v, share) for v, share, role in shares if role == "signal"]
+    carried = [(v.shape, share) for v, share, role in shares if role == "signal"]
     constants = [share * v for v, share, role in shares if role != "signal"]
 
     def back(gradient: Tensor) -> list[Tensor]:
-        return [summed(gradient * share.unsqueeze(1), v) for v, share in carried]
+        return [summed(gradient * share.unsqueeze(1), shape) for shape, share in carried]
 
     return Linearised(output, back, shifts(constants, output))
 

@@ -13,21 +13,23 @@ from segattr.lrp.call import Call
 def scaled(factor: Tensor, x: Tensor) -> Adjoint:
     """The adjoint of a product with a factor that broadcasts against the signal, or the signal against it."""
 
+    shape = x.shape
+
     def back(gradient: Tensor) -> Tensor:
         per_class = factor.unsqueeze(1) if factor.dim() + 1 == gradient.dim() else factor
-        return summed(gradient * per_class, x)
+        return summed(gradient * per_class, shape)
 
     return back
 
 
-def summed(gradient: Tensor, x: Tensor) -> Tensor:
-    """Summed over the axes along which the signal was repeated."""
-    if gradient.shape[:1] + gradient.shape[2:] == x.shape:
+def summed(gradient: Tensor, shape: torch.Size) -> Tensor:
+    """Summed over the axes along which the signal, of this shape, was repeated."""
+    if gradient.shape[:1] + gradient.shape[2:] == shape:
         return gradient
     first = gradient.movedim(1, 0)
-    missing = first.dim() - 1 - x.dim()
-    total = first.sum_to_size(len(first), *[1] * missing, *x.shape)
-    return total.reshape(len(first), *x.shape).movedim(0, 1)
+    missing = first.dim() - 1 - len(shape)
+    total = first.sum_to_size(len(first), *[1] * missing, *shape)
+    return total.reshape(len(first), *shape).movedim(0, 1)
 
 
 # --- sums
@@ -37,11 +39,11 @@ def summed(gradient: Tensor, x: Tensor) -> Tensor:
 def add(x: Any, y: Any, *, alpha: float = 1, call: Call, roles: Any) -> Linearised:
     output = call(x, y) if alpha == 1 else call(x, y, alpha=alpha)
     signs = {"add": (1, alpha), "sub": (1, -alpha), "rsub": (-alpha, 1)}[call.kind]
-    carried = [(v, sign) for v, sign, role in zip((x, y), signs, roles, strict=True) if role == "signal"]
+    carried = [(v.shape, sign) for v, sign, role in zip((x, y), signs, roles, strict=True) if role == "signal"]
     others = [sign * v for v, sign, role in zip((x, y), signs, roles, strict=True) if role != "signal"]
 
     def back(gradient: Tensor) -> list[Tensor]:
-        return [summed(gradient if sign == 1 else sign * gradient, v) for v, sign in carried]
+        return [summed(gradient if sign == 1 else sign * gradient, shape) for shape, sign in carried]
 
     return Linearised(output, back, shifts(others, output))
 

@@ -81,7 +81,8 @@ class Choice:
             return Way(step.adjoint, [], takes=len(step.shifts) > 0)  # constants that are concatenated
         inputs = [results[result] for result in operation.inputs]
         if isinstance(rule, Pass):
-            return Way(lambda relevance: summed(relevance, inputs[0]), [], takes=False)
+            shape = inputs[0].shape
+            return Way(lambda relevance: summed(relevance, shape), [], takes=False)
         if step.layer is not None:
             step.layer.nonnegative = self.nonnegative[operation.name]
             parts = rule(step.layer)

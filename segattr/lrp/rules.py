@@ -73,10 +73,10 @@ def _part(layer: Layer, term: _Term, inverse: Tensor) -> Part:
 
 def _signed(layer: Layer, first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor]) -> list[_Term]:
     """Positive inputs with one function of weight and bias, negative ones with another of the weight."""
-    bias = None if layer.bias is None else first(layer.bias)
+    weight, bias = layer.weight, None if layer.bias is None else first(layer.bias)
     if layer.nonnegative:
-        return [_Term(layer.x, first(layer.weight), bias)]
-    return [_Term(layer.x.clamp(min=0), first(layer.weight), bias), _Term(layer.x.clamp(max=0), second(layer.weight))]
+        return [_Term(layer.x, first(weight), bias)]
+    return [_Term(layer.x.clamp(min=0), first(weight), bias), _Term(layer.x.clamp(max=0), second(weight))]
 
 
 def _positive(weight: Tensor) -> Tensor:
