@@ -3,7 +3,7 @@ PYTHON ?= python3
 PYTHON_OLDEST ?= python3.10
 BIN := .venv/bin
 
-.PHONY: demo photographs test fast test-oldest test-newest lint docs bench frontier kills soak clean
+.PHONY: demo photographs test fast test-oldest test-newest lint docs bench frontier kills soak release clean
 demo: .venv/ready
 	$(BIN)/python examples/quickstart.py
 
@@ -54,6 +54,17 @@ soak: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
 	touch $@
+
+# What goes to the package index, and the files that a forge reads, checked.
+release: .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build twine check-jsonschema
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 
 .venv-oldest/ready: PYTHON := $(PYTHON_OLDEST)
 .venv-%/ready: pyproject.toml constraints-%.txt
