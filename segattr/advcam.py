@@ -10,6 +10,7 @@ from segattr.cam import check_maps, normalize_each
 from segattr.networks.classes import Classes, Maps, Pairs
 from segattr.networks.classifier import Classifier, as_classifier, check_images, undisturbed
 from segattr.networks.features import Features, count_classes, feature_maps, head_gradient, head_logits
+from segattr.networks.spatial import axes
 from segloss.common.checks import check_bool, check_int, check_number
 from segloss.common.reduction import LARGEST, wide_dtype
 
@@ -47,7 +48,7 @@ def advcam(
 
     Args:
         clf: a :class:`~segattr.Classifier`, or a network that :func:`~segattr.split` understands.
-        images: ``[B, C, H, W]``, normalised as the network expects it.
+        images: ``[B, C, H, W]``, or volumes ``[B, C, D, H, W]``, normalised as the network expects it.
         classes: numbers of classes, for all images or one sequence for each image; all classes if None. Those of the
             image's tags, normally.
         steps: T, at least 0, which is a CAM.
@@ -67,8 +68,8 @@ def advcam(
 
     Returns:
         Sums of maps ``[B, K, h, w]``, K the number of requested classes, at the resolution of the features, or a list
-        of ``[K_i, h, w]`` if ``classes`` is a sequence for each image; without gradient. Eq. (3.3) divides them by
-        their maximum: :func:`~segattr.normalize`.
+        of ``[K_i, h, w]`` if ``classes`` is a sequence for each image, with the depth of volumes; without gradient.
+        Eq. (3.3) divides them by their maximum: :func:`~segattr.normalize`.
 
     Raises:
         TypeError: ``images`` that are not floating point, ``classes`` that are not sequences of integers, settings of
@@ -130,7 +131,7 @@ class _Climb:
     reference: bool
 
     def __call__(self, images: Tensor, classes: Tensor) -> Tensor:
-        """Sums of maps ``[N, h, w]`` for images ``[N, C, H, W]`` and one class for each."""
+        """Sums of maps ``[N, *spatial]`` for images ``[N, C, *spatial]`` and one class for each."""
         x = torch.stack([images, images.flip(-1)], 1) if self.reference else images[:, None]
         start = x
         first: Tensor | None = None
@@ -152,42 +153,44 @@ class _Climb:
         return total
 
     def _single(self, features: Features, images: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """Maps ``[N, h, w]``, and scores ``[N]``: the objective without its penalty."""
+        """Maps ``[N, *spatial]``, and scores ``[N]``: the objective without its penalty."""
         logits = head_logits(self.clf, features, images)
         own = logits.gather(1, classes[:, None])[:, 0]
         if self.clf.linear is not None:
             weight = self.clf.class_weight()[classes]
         else:
-            weight = head_gradient(own.sum(), features.maps, retain_graph=True).sum((2, 3))
-        maps = torch.einsum("nd,ndhw->nhw", _wide(weight), _wide(features.maps))
+            weight = head_gradient(own.sum(), features.maps, retain_graph=True).sum(axes(features.maps))
+        maps = torch.einsum("nd,nd...->n...", _wide(weight), _wide(features.maps))
         check_maps(maps)
-        r = normalize_each(maps, "max" if self.literal else "relu")
+        r = normalize_each(maps, "max" if self.literal else "relu", images.dim() - 2)
         return r, _wide(2 * own - logits.sum(1) if self.suppress else own)
 
     def _pair(self, features: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
         """As the released code: of an image and its mirror image, which are next to each other in the batch."""
         weight = _wide(self.clf.class_weight())
-        cams = torch.einsum("kd,npdhw->npkhw", weight, _wide(features).unflatten(0, (-1, 2)))
+        cams = torch.einsum("kd,npd...->npk...", weight, _wide(features).unflatten(0, (-1, 2)))
         own = cams[torch.arange(len(cams), device=classes.device), :, classes]
         # Grad-CAM of the sum of the map's ReLU. Its gradient, the weight where the map is positive, is summed over
         # locations and divided by how many elements of the gradients of both are positive.
-        positive = (own > 0).sum((2, 3))
+        positive = (own > 0).sum(axes(own))
         count = positive.sum(1, keepdim=True) * (weight[classes] > 0).sum(1, keepdim=True)
-        scaled = (own * (positive / count.clamp(min=1).to(own.dtype))[:, :, None, None]).relu()
-        logits = cams.relu().mean((3, 4)).sum(1)
+        share = positive / count.clamp(min=1).to(own.dtype)
+        scaled = (own * share.view(*share.shape, *[1] * (own.dim() - 2))).relu()
+        logits = cams.relu().mean(axes(cams, 3)).sum(1)
         target = logits.gather(1, classes[:, None])[:, 0]
         return scaled[:, 0] + scaled[:, 1].flip(-1), 2 * target - logits.sum(1) if self.suppress else target
 
     def _deviation(self, r: Tensor, first: Tensor) -> Tensor:
         """Of maps from the first ones, where they are high, ``[N]``."""
-        high = r > self.threshold * r.amax((1, 2), keepdim=True)
+        spatial = axes(r, 1)
+        high = r > self.threshold * r.amax(spatial, keepdim=True)
         deviation = high * (r - first).abs()
-        return deviation.sum((1, 2)) if self.literal or self.reference else deviation.mean((1, 2))
+        return deviation.sum(spatial) if self.literal or self.reference else deviation.mean(spatial)
 
     def _step(self, x: Tensor, gradient: Tensor, start: Tensor) -> Tensor:
         if self.literal:
             return x + self.step_size * gradient
-        dims = (1, 2, 3, 4)
+        dims = axes(x, 1)
         largest = gradient.abs().amax(dims, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
         limits = x if self.reference else start
         return (x + self.step_size * gradient / largest).clamp(

@@ -16,6 +16,7 @@ from segattr.networks.classifier import Classifier, as_classifier, check_images,
 from segattr.networks.features import Features, checked_features, count_classes, head_gradient, head_logits
 from segattr.networks.modes import evaluating
 from segattr.networks.reader.record import attributes_kept
+from segattr.networks.spatial import axes, layout_text
 from segloss.bottleneck import rib_margin
 from segloss.common.checks import (
     check_bool,
@@ -63,7 +64,7 @@ def gndrp(
         features_or_maps: what is pooled, T: class maps of the shape of ``maps``, each over its own locations, or
             feature maps ``[B, D, h, w]``, over those of each class in turn. Maps with as many channels as there are
             classes count as class maps.
-        maps: class activation maps M, ``[B, K, h, w]``, normalised or not.
+        maps: class activation maps M, ``[B, K, h, w]``, or ``[B, K, d, h, w]`` of volumes, normalised or not.
         threshold: share of the maximum of a map up to which locations count, :math:`\tau`.
         divide_by: ``"region"``, the number of locations that count, or ``"all"``, the number of all.
 
@@ -138,13 +139,14 @@ def rib(
         clf: a :class:`Classifier` or a model that :func:`split` takes. Where its head is not linear after global
             average pooling, the weights of the maps are those of :func:`grad_cam`, summed over locations instead of
             averaged, in each step anew; they are constants in the backward pass, and logits have no bias.
-        images: x, ``[B, C, H, W]``.
+        images: x, ``[B, C, H, W]``, or volumes ``[B, C, D, H, W]``.
         tags: 1 where a class is present in the image, 0 elsewhere, ``[B, K]``. An image without tags has no loss of
             its own.
-        companions: batches (images ``[N, C, H', W']``, tags ``[N, K]``) of any size, one for each step. From an
-            iterable the first ``steps`` are taken, held in memory and used for all images of the call. From a function,
-            which is called for each image with its tags ``[K]``, comes an iterable for that image, so that companions
-            can depend on it: those of the public code are random images that share no class with it, 20 in a step.
+        companions: batches (images ``[N, C, H', W']`` or volumes, tags ``[N, K]``) of any size, one for each step. From
+            an iterable the first ``steps`` are taken, held in memory and used for all images of the call. From a
+            function, which is called for each image with its tags ``[K]``, comes an iterable for that image, so that
+            companions can depend on it: those of the public code are random images that share no class with it, 20 in a
+            step.
         steps: number of steps, K; 0 gives the maps of the classifier itself.
         lr: learning rate :math:`\lambda`, above 0.
         margin: logit up to which classes train, m; without effect on the loss with ``reference``.
@@ -165,7 +167,7 @@ def rib(
 
     Returns:
         ``[B, K', h, w]``, no gradient: all classes, or those of ``classes``; a list of ``[K_i, h, w]``
-        if these are given for each image.
+        if these are given for each image. Of volumes with their depth.
 
     Raises:
         TypeError: an argument of another type than above, companions that are not pairs of tensors or have another
@@ -211,7 +213,7 @@ def rib(
     batches = _source(companions, steps, images, count)
 
     region = partial(gndrp, threshold=threshold, divide_by="all" if reference else "region")
-    model = _ClassMaps(clf, (lambda maps: region(maps, maps)) if pool == "gndrp" else (lambda maps: maps.mean((2, 3))))
+    model = _ClassMaps(clf, (lambda maps: region(maps, maps)) if pool == "gndrp" else _average)
     loss = partial(rib_margin, margin=LARGEST if reference else margin, reduction="sum")
     limit = margin if stop else None
     autocast = torch.autocast(images.device.type, enabled=False)
@@ -228,13 +230,18 @@ def rib(
             copy = _Copy(model, fixed, lr, reference)
             # Copies of images, here and below: autograd cannot use tensors that were made in inference mode.
             process = _process(copy, image[None].clone(), tag[None], batches(tag), steps, loss, limit)
-            maps.append(torch.stack([normalize_each(widen(one), norm) for one in process]).sum(0))
+            normalised = [normalize_each(widen(one), norm, images.dim() - 2) for one in process]
+            maps.append(torch.stack(normalised).sum(0))
     summed = torch.cat(maps)
     if wanted is None:
         return summed
     if any(isinstance(numbers, list) for numbers in wanted):
         return [one[numbers] for one, numbers in zip(summed, wanted, strict=True)]
     return summed[:, wanted]
+
+
+def _average(maps: Tensor) -> Tensor:
+    return maps.mean(axes(maps))
 
 
 class _ClassMaps(nn.Module):
@@ -245,12 +252,14 @@ class _ClassMaps(nn.Module):
         self.clf, self.pool = clf, pool
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        features = checked_features(self.clf, self.clf.features(images))
+        features = checked_features(self.clf, self.clf.features(images), images)
         linear = self.clf.linear
         if linear is None:
-            maps = torch.einsum("kbd,bdhw->bkhw", _class_weights(self.clf, features, images), features.maps)
+            maps = torch.einsum("kbd,bd...->bk...", _class_weights(self.clf, features, images), features.maps)
         else:
-            maps = F.conv2d(features.maps, self.clf.class_weight()[:, :, None, None])
+            pointwise = F.conv2d if images.dim() == 4 else F.conv3d
+            ones = [1] * (images.dim() - 2)
+            maps = pointwise(features.maps, self.clf.class_weight().unflatten(1, (-1, *ones)))
         require(
             "clf",
             maps,
@@ -271,7 +280,8 @@ def _class_weights(clf: Classifier, features: Features, images: Tensor) -> Tenso
         logits = head_logits(clf, Features(leaf, features.rest), images)
         units = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
         each = units[:, None].expand(-1, len(images), -1)
-        return head_gradient(logits, leaf, grad_outputs=each, is_grads_batched=True).sum((3, 4))
+        gradient = head_gradient(logits, leaf, grad_outputs=each, is_grads_batched=True)
+        return gradient.sum(axes(gradient, 3))
 
 
 class _Copy:
@@ -315,7 +325,7 @@ def _process(
     loss: Callable[[Tensor, Tensor], Tensor],
     limit: float | None,
 ) -> Iterator[Tensor]:
-    """The maps ``[1, K, h, w]`` of an image ``[1, C, H, W]`` before each step and after the last one.
+    """The maps ``[1, K, *spatial]`` of an image ``[1, C, *spatial]`` before each step and after the last one.
 
     With a limit of the logits it may end early.
     """
@@ -342,14 +352,14 @@ def _of_all(copy: _Copy, image: Tensor, others: Tensor) -> tuple[Tensor, Tensor]
 def _is_finished(maps: Tensor, logits: Tensor, tags: Tensor, step: int, limit: float) -> bool:
     tagged = tags != 0
     strong = torch.where(tagged, logits, 0).sum() > limit
-    high = (max_normalize(maps) > _HIGH) & tagged[:, :, None, None]
+    high = (max_normalize(maps.flatten(2)[:, :, None]) > _HIGH) & tagged[:, :, None, None]
     wide = high.any(1).float().mean() > _FINISHED
     return bool(strong | wide if step else strong)
 
 
 def _non_discriminative(maps: Tensor, threshold: float) -> Tensor:
-    """The locations of maps ``[B, K, h, w]`` up to a share of the maximum; all where nothing is positive."""
-    peak = maps.amax((2, 3), keepdim=True)
+    """The locations of maps ``[B, K, *spatial]`` up to a share of the maximum; all where nothing is positive."""
+    peak = maps.amax(axes(maps), keepdim=True)
     return (peak <= 0) | (maps / peak <= threshold)
 
 
@@ -380,8 +390,9 @@ def _check_batch(batch: object, images: Tensor, classes: int) -> None:
     check_floating("companions", others)
     if others.dtype != images.dtype:
         raise TypeError(f"companions: expected {images.dtype}, as of images, got {others.dtype}")
-    if others.dim() != 4:
-        raise ValueError(f"companions: expected images [N, C, H, W], got {shape_text(others.shape)}")
+    if others.dim() != images.dim():
+        expected = layout_text(images.dim()).replace("B", "N")
+        raise ValueError(f"companions: expected images {expected}, got {shape_text(others.shape)}")
     check_like("companions", others, (len(others), images.shape[1], *others.shape[2:]), "images", images)
     check_finite("companions", others)
     try:
@@ -405,8 +416,9 @@ def _parameters_of(frozen: object, clf: Classifier) -> set[int]:
 def _check_maps(name: str, maps: object) -> None:
     check_floating(name, maps)
     assert isinstance(maps, Tensor)
-    if maps.dim() != 4 or 0 in maps.shape[1:]:
-        raise ValueError(f"{name}: expected [B, K, h, w] with at least one pixel, got {shape_text(maps.shape)}")
+    if maps.dim() not in (4, 5) or 0 in maps.shape[1:]:
+        kinds = "[B, K, h, w] or [B, K, d, h, w]"
+        raise ValueError(f"{name}: expected {kinds} with at least one pixel, got {shape_text(maps.shape)}")
     check_has_values(name, maps)
     check_finite(name, maps)
 

@@ -4,12 +4,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segattr.networks.classes import Classes, Maps, Pairs
 from segattr.networks.classifier import as_classifier, check_images, undisturbed
 from segattr.networks.features import feature_maps
+from segattr.networks.spatial import resize, size_text
 from segloss import max_normalize
 from segloss.common.checks import (
     check_bool,
@@ -17,6 +17,7 @@ from segloss.common.checks import (
     check_finite,
     check_floating,
     check_has_values,
+    check_int,
     check_number,
     require,
     shape_text,
@@ -42,7 +43,7 @@ def cam(clf: nn.Module, images: Tensor, classes: Classes | None = None, *, norm:
     Args:
         clf: a :class:`~segattr.Classifier`, or a network that :func:`~segattr.split` understands
             (in a loop, split it once).
-        images: ``[B, C, H, W]``, normalised as the network expects it.
+        images: ``[B, C, H, W]``, or volumes ``[B, C, D, H, W]``, normalised as the network expects it.
         classes: numbers of classes, for all images or one sequence for each image, or an integer tensor ``[n]`` or
             ``[B, n]``; all classes if None.
         norm: what :func:`normalize` does with the maps: ``"raw"`` (nothing), ``"relu"``, ``"relu_max"``, ``"minmax"``
@@ -50,7 +51,8 @@ def cam(clf: nn.Module, images: Tensor, classes: Classes | None = None, *, norm:
 
     Returns:
         ``[B, K, h, w]``, K the number of requested classes, at the resolution of the features; a list of
-        ``[K_i, h, w]`` if ``classes`` is a sequence for each image. float32 (float64 for a float64 network).
+        ``[K_i, h, w]`` if ``classes`` is a sequence for each image. Of volumes ``[B, K, d, h, w]``, or
+        ``[K_i, d, h, w]``. float32 (float64 for a float64 network).
 
     Raises:
         TypeError: ``images`` that are not floating point, ``classes`` that are not sequences of integers, a network
@@ -81,15 +83,15 @@ def cam(clf: nn.Module, images: Tensor, classes: Classes | None = None, *, norm:
         # Each class is projected once, however many images want it.
         wanted, position = pairs.classes.unique(return_inverse=True)
         weight = widen(classifier.class_weight())[wanted]
-        maps = torch.einsum("kd,bdhw->bkhw", weight, features.to(wide_dtype(features)))
+        maps = torch.einsum("kd,bd...->bk...", weight, features.to(wide_dtype(features)))
         return maps[pairs.images, position]
 
     maps = undisturbed(classifier, rows)
     check_maps(maps)
-    return normalize(pairs.arrange(maps), norm)
+    return normalize(pairs.arrange(maps), norm, dims=images.dim() - 2)
 
 
-def normalize(maps: Maps, mode: str) -> Maps:
+def normalize(maps: Maps, mode: str, *, dims: int | None = None) -> Maps:
     r"""Brings maps to a common scale, each on its own.
 
     ============  =========================================================================================
@@ -104,16 +106,18 @@ def normalize(maps: Maps, mode: str) -> Maps:
     gives 0 for ``minmax``. A divisor below 1e-30 counts as that.
 
     Args:
-        maps: ``[..., h, w]``, any finite values, or a list of them.
+        maps: ``[..., h, w]``, any finite values, or a list of them; of volumes ``[..., d, h, w]``.
         mode: one of the above.
+        dims: number of spatial dimensions, 2 or 3. If None 2, which more dimensions than ``[B, K, h, w]`` or a list of
+            ``[K, h, w]`` must say: maps of volumes would be normalised slice by slice.
 
     Returns:
         As ``maps``; float32 (float64 for float64 maps) except for ``raw`` and ``relu``. The gradient flows through
         the extremes.
 
     Raises:
-        TypeError: maps that are not floating point.
-        ValueError: another ``mode``, maps without two dimensions, NaN or infinite values.
+        TypeError: maps that are not floating point, ``dims`` that is no int.
+        ValueError: another ``mode`` or ``dims``, maps without as many dimensions, NaN or infinite values.
 
     Source:
         The dissertation's eq. (2.1) for ``max``; *High-fidelity Pseudo-labels for Boosting Weakly-Supervised
@@ -125,7 +129,11 @@ def normalize(maps: Maps, mode: str) -> Maps:
                 [ 1.0000,  0.0000]])
     """
     check_choice("mode", mode, NORMS)
-    return _each(maps, lambda own: normalize_each(own, mode))
+    if dims is not None:
+        check_int("dims", dims)
+        check_choice("dims", dims, (2, 3))
+    most = 3 if isinstance(maps, list) else 4
+    return _each(maps, lambda own: normalize_each(own, mode, _spatial_dims(own, dims, most)))
 
 
 def multiscale(
@@ -138,18 +146,19 @@ def multiscale(
 
     .. math:: \frac{1}{2|S|} \sum_{s \in S} U\, m(R_s x) + U\, \mathrm{flip}\, m(\mathrm{flip}\, R_s x)
 
-    with the method m, bilinear resizing by the factor s, :math:`R_s`, and back to the size of the images, :math:`U`.
-    Normalise the average, not its terms: they are on the scale of the logits, which says how sure each is.
+    with the method m, bilinear resizing (trilinear of volumes) by the factor s, :math:`R_s`, and back to the size of
+    the images, :math:`U`. Normalise the average, not its terms: they are on the scale of the logits, which says how
+    sure each is.
 
     Args:
         method: takes images, gives raw maps ``[B, K, h, w]``, or a list of ``[K_i, h, w]`` for each image: ``lambda x:
             cam(clf, x, classes)``, say.
-        images: ``[B, C, H, W]``.
+        images: ``[B, C, H, W]``, or volumes ``[B, C, D, H, W]``.
         scales: factors above 0 and up to 100; a scaled image has at least one pixel.
-        flip: whether horizontally mirrored images count too.
+        flip: whether mirrored images count too, flipped along their last axis.
 
     Returns:
-        ``[B, K, H, W]``, or a list of ``[K_i, H, W]``; differentiable where ``method`` is.
+        ``[B, K, H, W]``, or a list of ``[K_i, H, W]``, with the depth of volumes; differentiable where ``method`` is.
 
     Raises:
         TypeError: ``images`` that are not floating point, ``scales`` that are not numbers, ``flip`` that is no bool.
@@ -195,10 +204,19 @@ def check_maps(maps: Tensor) -> None:
     )
 
 
-def normalize_each(maps: Tensor, mode: str) -> Tensor:
+def _spatial_dims(maps: object, dims: int | None, most: int) -> int:
     check_floating("maps", maps)
-    if maps.dim() < 2:
-        raise ValueError(f"maps: expected [..., h, w], got {shape_text(maps.shape)}")
+    assert isinstance(maps, Tensor)
+    if dims is None and maps.dim() > most:
+        got = shape_text(maps.shape)
+        raise ValueError(f"maps: expected at most {most} dimensions without dims, got {got}: dims=3 is for volumes")
+    if maps.dim() < (dims or 2):
+        raise ValueError(f"maps: expected [..., {size_text(2 + (dims or 2))}], got {shape_text(maps.shape)}")
+    return dims or 2
+
+
+def normalize_each(maps: Tensor, mode: str, dims: int) -> Tensor:
+    """Of maps with so many spatial dimensions."""
     check_finite("maps", maps)
     if mode == "raw":
         return maps
@@ -207,10 +225,10 @@ def normalize_each(maps: Tensor, mode: str) -> Tensor:
     if not maps.numel():
         return maps.to(wide_dtype(maps))
     if mode == "relu_max":
-        return max_normalize(maps.reshape(1, -1, *maps.shape[-2:])).view(maps.shape)
-    maps = widen(maps)
-    maximum = maps.amax((-2, -1), keepdim=True)
-    offset = maps.amin((-2, -1), keepdim=True) if mode == "minmax" else torch.zeros_like(maximum)
+        return max_normalize(maps.reshape(1, -1, 1, maps.shape[-dims:].numel())).view(maps.shape)
+    maps, spatial = widen(maps), tuple(range(-dims, 0))
+    maximum = maps.amax(spatial, keepdim=True)
+    offset = maps.amin(spatial, keepdim=True) if mode == "minmax" else torch.zeros_like(maximum)
     quotient = (maps - offset) / (maximum - offset).clamp(min=_SMALLEST_MAXIMUM)
     return torch.where(maximum > 0, quotient.clamp(min=-LARGEST), 0)
 
@@ -221,21 +239,23 @@ def _of_method(maps: Any, images: Tensor) -> Maps:
     for own in each:
         if not isinstance(own, Tensor):
             raise TypeError(f"method: expected maps, a tensor or a list of tensors, got {type(own).__name__}")
-        if own.dim() != (3 if isinstance(maps, list) else 4):
-            raise ValueError(f"method: expected maps [B, K, h, w] or a list of [K, h, w], got {shape_text(own.shape)}")
+        if own.dim() != images.dim() - isinstance(maps, list):
+            size = size_text(images.dim())
+            kinds = f"[B, K, {size}] or a list of [K, {size}]"
+            raise ValueError(f"method: expected maps {kinds}, got {shape_text(own.shape)}")
     if len(maps) != len(images):
         raise ValueError(f"method: expected maps of {len(images)} images, got those of {len(maps)}")
     return maps
 
 
 def _resize(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Of ``[..., h, w]``."""
-    if maps.shape[-2:] == torch.Size(size):
+    """Of ``[..., *spatial]``."""
+    before, spatial = maps.shape[: -len(size)], maps.shape[-len(size) :]
+    if spatial == torch.Size(size):
         return maps
     if not maps.numel():
-        return maps.new_zeros(*maps.shape[:-2], *size)
-    stacked = maps.reshape(1, -1, *maps.shape[-2:])
-    return F.interpolate(stacked, tuple(size), mode="bilinear", align_corners=False).view(*maps.shape[:-2], *size)
+        return maps.new_zeros(*before, *size)
+    return resize(maps.reshape(1, -1, *spatial), size).view(*before, *size)
 
 
 def _each(maps: Maps, function: Callable[[Tensor], Tensor]) -> Maps:

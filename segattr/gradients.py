@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segattr.cam import NORMS, check_maps, normalize
 from segattr.networks.classes import Classes, Maps, Pairs
 from segattr.networks.classifier import as_classifier, check_images, undisturbed
 from segattr.networks.features import Features, feature_maps, head_gradient, head_logits
+from segattr.networks.spatial import axes, resize, size_text
 from segloss.common.checks import check_bool, check_choice, check_real, shape_text
 from segloss.common.reduction import wide_dtype
 
@@ -60,7 +60,7 @@ def grad_cam(
     Args:
         clf: a :class:`~segattr.Classifier`, or a network that :func:`~segattr.split` understands
             (in a loop, split it once, at the layer).
-        images: ``[B, C, H, W]``, normalised as the network expects it.
+        images: ``[B, C, H, W]``, or volumes ``[B, C, D, H, W]``, normalised as the network expects it.
         classes: numbers of classes, for all images or one sequence for each image, or an integer tensor ``[n]`` or
             ``[B, n]``; all classes if None.
         layer: the submodule, or its name, whose output is the feature map :math:`f`; the last feature map if None. Of
@@ -68,7 +68,8 @@ def grad_cam(
             and averaged.
         pool: average the gradient over the map; of ``weighting="gradient"``.
         weighting: ``"gradient"``, ``"gradcam++"`` or ``"layercam"``.
-        pixels: for segmentation networks, bool, ``[B, H', W']`` as their output; by default those where the class wins.
+        pixels: for segmentation networks, bool, ``[B, H', W']`` as their output (``[B, D', H', W']`` of volumes); by
+            default those where the class wins.
         norm: what :func:`normalize` does with the maps; ``"raw"`` leaves them signed.
 
     Returns:
@@ -96,7 +97,7 @@ def grad_cam(
     check_bool("pool", pool)
     check_choice("weighting", weighting, ("gradient", "gradcam++", "layercam"))
     check_choice("norm", norm, NORMS)
-    _check_pixels(pixels)
+    _check_pixels(pixels, images)
     if isinstance(layer, Sequence) and not isinstance(layer, str):
         return _averaged(clf, images, classes, layer, pool=pool, weighting=weighting, pixels=pixels, norm=norm)
     if weighting != "gradient":
@@ -118,17 +119,17 @@ def grad_cam(
         with torch.set_grad_enabled(differentiable):
             rows = rule(gradients.to(wide_dtype(gradients)), leaf.to(wide_dtype(leaf)))
             check_maps(rows)
-            return normalize(pairs.arrange(rows[pairs.slots, pairs.images]), norm)
+            return normalize(pairs.arrange(rows[pairs.slots, pairs.images]), norm, dims=images.dim() - 2)
 
     with torch.inference_mode(False):
         return undisturbed(classifier, maps, constant=not differentiable)
 
 
-# --- maps [S, B, h, w] of gradients [S, B, D, h, w] and features [B, D, h, w]
+# --- maps [S, B, *spatial] of gradients [S, B, D, *spatial] and features [B, D, *spatial]
 
 
 def _pooled(gradients: Tensor, features: Tensor) -> Tensor:
-    return torch.einsum("sbd,bdhw->sbhw", gradients.mean((3, 4)), features)
+    return torch.einsum("sbd,bd...->sb...", gradients.mean(axes(gradients, 3)), features)
 
 
 def _located(gradients: Tensor, features: Tensor) -> Tensor:
@@ -141,10 +142,10 @@ def _layer_cam(gradients: Tensor, features: Tensor) -> Tensor:
 
 def _grad_cam_plus_plus(gradients: Tensor, features: Tensor) -> Tensor:
     squares = gradients.square()
-    divisor = 2 * squares + features.sum((2, 3), keepdim=True) * squares * gradients
+    divisor = 2 * squares + features.sum(axes(features), keepdim=True) * squares * gradients
     known = divisor != 0
     share = torch.where(known, squares / torch.where(known, divisor, 1), 0)
-    return torch.einsum("sbd,bdhw->sbhw", (share * gradients.relu()).sum((3, 4)), features)
+    return torch.einsum("sbd,bd...->sb...", (share * gradients.relu()).sum(axes(gradients, 3)), features)
 
 
 def _averaged(
@@ -154,29 +155,26 @@ def _averaged(
     if not layers:
         raise ValueError("layer: expected at least one layer, got none")
     found = [grad_cam(clf, images, classes, layer=layer, norm="relu", **options) for layer in layers]
-    scaled = [normalize(maps, "minmax") for maps in found]
+    dims = images.dim() - 2
+    scaled = [normalize(maps, "minmax", dims=dims) for maps in found]
     each = [maps if isinstance(maps, list) else list(maps) for maps in scaled]
-    size = [max(maps[0].shape[axis] for maps in each) for axis in (1, 2)] if len(images) else [1, 1]
-    mean = [torch.stack([_resized(maps, size) for maps in own]).mean(0) for own in zip(*each, strict=True)]
-    return normalize(mean if isinstance(scaled[0], list) else torch.stack(mean), norm)
+    size = [max(maps[0].shape[axis] for maps in each) if len(images) else 1 for axis in range(1, dims + 1)]
+    mean = [torch.stack([resize(maps[None], size)[0] for maps in own]).mean(0) for own in zip(*each, strict=True)]
+    return normalize(mean if isinstance(scaled[0], list) else torch.stack(mean), norm, dims=dims)
 
 
-def _resized(maps: Tensor, size: list[int]) -> Tensor:
-    return F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0]
-
-
-def _check_pixels(pixels: Tensor | None) -> None:
+def _check_pixels(pixels: Tensor | None, images: Tensor) -> None:
     if pixels is None:
         return
     check_real("pixels", pixels)
     if pixels.dtype != torch.bool:
         raise TypeError(f"pixels: expected a bool tensor, got {pixels.dtype}")
-    if pixels.dim() != 3:
-        raise ValueError(f"pixels: expected [B, H, W], got {shape_text(pixels.shape)}")
+    if pixels.dim() != images.dim() - 1:
+        raise ValueError(f"pixels: expected [B, {size_text(images.dim()).upper()}], got {shape_text(pixels.shape)}")
 
 
 def _gradients(logits: Tensor, features: Tensor, pairs: Pairs, differentiable: bool) -> Tensor:
-    """Of each image's first, second, ... class with respect to its features, ``[S, B, D, h, w]``."""
+    """Of each image's first, second, ... class with respect to its features, ``[S, B, D, *spatial]``."""
     one_hot = logits.new_zeros(pairs.most(), *logits.shape)
     if not one_hot.numel():
         return features.new_zeros(len(one_hot), *features.shape)

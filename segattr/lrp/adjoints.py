@@ -7,8 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.utils import _ntuple, _pair
+from torch.nn.modules.utils import _ntuple
 
+from segattr.lrp.call import Call
 from segattr.lrp.subpixel import SubPixel
 
 Adjoint = Callable[[Any], Tensor | Sequence[Tensor]]
@@ -189,7 +190,7 @@ def convolution(
         return _CONVOLUTIONS[count](x, weight, None, stride, padding, dilation, groups)
 
     # The same numbers: by products of matrices, which torch is up to twice as fast at.
-    of_pixels = count == 2 and weight.shape[2:].numel() == 1 and groups == 1 and not any(padding)
+    of_pixels = count > 1 and weight.shape[2:].numel() == 1 and groups == 1 and not any(padding)
 
     def transposed(gradient: Tensor, weight: Tensor) -> Tensor:
         if to_image:
@@ -205,8 +206,10 @@ def spread(low: Tensor, stride: Sequence[int], rest: Sequence[int]) -> Tensor:
     """Pixels with zeros between and after them, as a transposed convolution with a stride leaves them."""
     if all(s == 1 for s in stride):
         return low
-    wide = F.pad(low[..., None, :, None], (0, stride[1] - 1, 0, 0, 0, stride[0] - 1)).flatten(4, 5).flatten(2, 3)
-    return F.pad(wide, (0, rest[1] + 1 - stride[1], 0, rest[0] + 1 - stride[0]))
+    places = low.reshape(*low.shape[:2], *(n for size in low.shape[2:] for n in (size, 1)))
+    wide = F.pad(places, [n for s in reversed(stride) for n in (0, s - 1, 0, 0)])
+    full = wide.reshape(*low.shape[:2], *(size * s for size, s in zip(low.shape[2:], stride, strict=True)))
+    return F.pad(full, [n for s, r in zip(reversed(stride), reversed(rest), strict=True) for n in (0, r + 1 - s)])
 
 
 def _layer(
@@ -426,8 +429,12 @@ def _maximum(x: Tensor, output: Tensor, indices: Tensor) -> Linearised:
     return Linearised(output, back)
 
 
-@adjoint(F.avg_pool2d)
-def avg_pool2d(
+_AVERAGE = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+_ADAPTIVE_AVERAGE = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+
+
+@adjoint(F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
+def avg_pool(
     x: Tensor,
     kernel_size: Any,
     stride: Any = None,
@@ -435,44 +442,64 @@ def avg_pool2d(
     ceil_mode: bool = False,
     count_include_pad: bool = True,
     divisor_override: int | None = None,
+    *,
+    call: Call,
 ) -> Linearised:
     """Average pooling is separable: pooling of unit vectors gives the matrix of each axis, and so the adjoint."""
-    kernel, stride, padding = _pair(kernel_size), _pair(stride or kernel_size), _pair(padding)
-    output = F.avg_pool2d(x, kernel, stride, padding, ceil_mode, count_include_pad, divisor_override)
-    rows, columns = (
+    count = _axes_of(call)
+    each = _ntuple(count)
+    kernel, stride, padding = each(kernel_size), each(stride or kernel_size), each(padding)
+    divisor = () if count == 1 else (divisor_override,)
+    output = _AVERAGE[count](x, kernel, stride, padding, ceil_mode, count_include_pad, *divisor)
+    matrices = [
         F.avg_pool1d(_units(x, n), k, s, p, ceil_mode, count_include_pad)[0]
-        for n, k, s, p in zip(x.shape[2:], kernel, stride, padding, strict=True)
-    )
+        for n, k, s, p in zip(x.shape[-count:], kernel, stride, padding, strict=True)
+    ]
     if divisor_override:  # of sums
-        rows, columns = (rows > 0).to(rows) / divisor_override, (columns > 0).to(columns)
-    return Linearised(output, lambda gradient: rows @ gradient @ columns.T)
+        matrices = [(matrix > 0).to(matrix) for matrix in matrices]
+        matrices[0] = matrices[0] / divisor_override
+    return Linearised(output, lambda gradient: _separable(gradient, matrices))
 
 
-@adjoint(nn.AvgPool2d)
-def _avg_pool2d(module: nn.AvgPool2d, x: Tensor) -> Linearised:
-    return avg_pool2d(
+@adjoint(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+def _avg_pool(module: nn.AvgPool2d, x: Tensor, *, call: Call) -> Linearised:
+    return avg_pool(
         x,
         module.kernel_size,
         module.stride,
         module.padding,
         module.ceil_mode,
         module.count_include_pad,
-        module.divisor_override,
+        getattr(module, "divisor_override", None),
+        call=call,
     )
 
 
-@adjoint(F.adaptive_avg_pool2d)
-def adaptive_avg_pool2d(x: Tensor, output_size: Any) -> Linearised:
-    output = F.adaptive_avg_pool2d(x, output_size)
-    rows, columns = (
-        F.adaptive_avg_pool1d(_units(x, n), m)[0] for n, m in zip(x.shape[2:], output.shape[2:], strict=True)
-    )
-    return Linearised(output, lambda gradient: rows @ gradient @ columns.T)
+@adjoint(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
+def adaptive_avg_pool(x: Tensor, output_size: Any, *, call: Call) -> Linearised:
+    count = _axes_of(call)
+    output = _ADAPTIVE_AVERAGE[count](x, output_size)
+    sizes = zip(x.shape[-count:], output.shape[-count:], strict=True)
+    matrices = [F.adaptive_avg_pool1d(_units(x, n), m)[0] for n, m in sizes]
+    return Linearised(output, lambda gradient: _separable(gradient, matrices))
 
 
-@adjoint(nn.AdaptiveAvgPool2d)
-def _adaptive_avg_pool2d(module: nn.AdaptiveAvgPool2d, x: Tensor) -> Linearised:
-    return adaptive_avg_pool2d(x, module.output_size)
+@adjoint(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+def _adaptive_avg_pool(module: nn.AdaptiveAvgPool2d, x: Tensor, *, call: Call) -> Linearised:
+    return adaptive_avg_pool(x, module.output_size, call=call)
+
+
+def _axes_of(call: Call) -> int:
+    """How many axes an operation such as ``avg_pool2d`` or ``AvgPool2d`` works on."""
+    return int(call.kind[-2])
+
+
+def _separable(gradient: Tensor, matrices: list[Tensor]) -> Tensor:
+    """Each of the last axes by a matrix of its own."""
+    for axis, matrix in enumerate(matrices[:-1], -len(matrices)):
+        inner = gradient.shape[axis + 1 :]
+        gradient = (matrix @ gradient.flatten(axis + 1)).unflatten(-1, inner)
+    return gradient @ matrices[-1].T
 
 
 def _units(x: Tensor, count: int) -> Tensor:

@@ -9,11 +9,13 @@ from torch import Tensor, nn
 
 from segattr.lrp.plan import Operation, Plan, Plans
 from segattr.networks.classes import Classes, check_classes
-from segattr.networks.classifier import taking
+from segattr.networks.classifier import check_layout, taking
 from segattr.networks.modes import evaluating
 from segattr.networks.reader.record import IMAGES, Result
+from segattr.networks.spatial import CONVOLUTIONS
 from segloss.common.checks import check_choice, check_finite, check_floating, shape_text
 
+_NORMALISATIONS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 WIDEST = 256  # channels of a level: makes the U-Net of ResNet-50 about as large as the one of the paper
 
 
@@ -25,12 +27,14 @@ class Level(nn.Sequential):
         below: channels that it gets from the level below.
         beside: channels of the encoder's map that are concatenated; 0 for none.
         width: channels that it gives.
+        dims: number of spatial dimensions.
     """
 
-    def __init__(self, source: Result, below: int, beside: int, width: int) -> None:
+    def __init__(self, source: Result, below: int, beside: int, width: int, dims: int) -> None:
+        convolution, normalisation = CONVOLUTIONS[dims - 1], _NORMALISATIONS[dims - 1]
         layers: list[nn.Module] = []
         for channels in (below + beside, width):
-            layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+            layers += [convolution(channels, width, 3, padding=1, bias=False), normalisation(width), nn.ReLU()]
         super().__init__(*layers)
         self.source, self.beside = source, beside
 
@@ -61,7 +65,8 @@ class FreeDecoder(nn.Module):
     Args:
         plans: of the classifier, which is the encoder, and whose own head gives the scores.
         skip: ``"concat"`` for the U-Net, None for the FCN.
-        size: of the image to find the resolutions with, ``(C, H, W)``, any that the classifier can take.
+        size: of the image or volume to find the resolutions with, ``(C, H, W)`` or ``(C, D, H, W)``, any that the
+            classifier can take.
 
     Raises:
         ValueError: another ``skip``, a ``size`` that the classifier cannot take, scores that are not ``[B, K]``.
@@ -75,7 +80,7 @@ class FreeDecoder(nn.Module):
         self,
         plans: Plans,
         skip: Literal["concat"] | None = None,
-        size: tuple[int, int, int] = (3, 224, 224),
+        size: tuple[int, ...] = (3, 224, 224),
     ) -> None:
         check_choice("skip", skip, (None, "concat"))
         super().__init__()
@@ -91,15 +96,14 @@ class FreeDecoder(nn.Module):
             below, beside = width, results[source].shape[1]
             if source != IMAGES:  # the finest level is as wide as the one before
                 width = min(beside, WIDEST)
-            levels.append(Level(source, below, beside if skip and source != IMAGES else 0, width))
+            levels.append(Level(source, below, beside if skip and source != IMAGES else 0, width, len(size) - 1))
         self.decoder = nn.ModuleList(levels).to(scores)
-        self.maps = nn.Conv2d(width, scores.shape[1], 1).to(scores)
+        self.maps = CONVOLUTIONS[len(size) - 2](width, scores.shape[1], 1).to(scores)
 
     def forward(self, x: Tensor, classes: Classes | None = None) -> tuple[Tensor, Any]:
         """Class scores and maps, with the arguments, results and errors of :meth:`UnrolledLRP.forward`."""
         check_floating("x", x)
-        if x.dim() != 4:
-            raise ValueError(f"x: expected [B, C, H, W], got {shape_text(x.shape)}")
+        check_layout("x", x)
         check_finite("x", x)
         with taking("x", x):
             plan = self.plans.plan(x)
@@ -109,7 +113,7 @@ class FreeDecoder(nn.Module):
             maps = level(maps, results)
         return results[plan.output], _choose(_resize(self.maps(maps), x), classes)
 
-    def _example(self, size: tuple[int, int, int]) -> tuple[dict[Result, Any], Plan]:
+    def _example(self, size: tuple[int, ...]) -> tuple[dict[Result, Any], Plan]:
         """The results for a blank image in evaluation mode, which leaves no trace in the encoder."""
         parameter = next(self.encoder.parameters(), torch.empty(0))
         with torch.no_grad(), evaluating(self.encoder):
@@ -136,14 +140,14 @@ def _resize(x: Tensor, guide: Tensor) -> Tensor:
 
 def _feature_maps(plan: Plan, results: dict[Result, Any]) -> list[Result]:
     """The feature maps, the last at each resolution, from fine to coarse; the image where none is as fine."""
-    height = results[IMAGES].shape[2]
+    image = results[IMAGES].shape
     found = {0: IMAGES}  # by how often the image is halved
     for operation in _cut_points(plan):
         (result,) = operation.outputs
         shape = results[result].shape
-        if len(shape) != 4 or shape[2:].numel() == 1 or operation.kind.lower().startswith("adaptive"):
+        if len(shape) != len(image) or shape[2:].numel() == 1 or operation.kind.lower().startswith("adaptive"):
             break  # global pooling, or the head
-        found[round(math.log2(height / shape[2]))] = result
+        found[round(math.log2(image[2:].numel() / shape[2:].numel()) / len(shape[2:]))] = result
     if found == {0: IMAGES}:
         raise TypeError("model: expected a classifier with feature maps, such as a ResNet, got none before its head")
     return [found[halvings] for halvings in sorted(found)]

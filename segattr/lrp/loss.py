@@ -58,9 +58,10 @@ def heatmap_loss(
     code, the default is the paper.
 
     Args:
-        heatmaps: relevance :math:`R` of each pixel for each class, ``[B, K, H, W]``, K >= 2, any finite values.
+        heatmaps: relevance :math:`R` of each pixel for each class, ``[B, K, H, W]``, K >= 2, any finite values; of each
+            voxel of volumes ``[B, K, D, H, W]``.
         scores: class scores :math:`s`, ``[B, K]``, any finite values.
-        labels: class :math:`y` of each pixel or ``ignore_index``, integers, ``[B, H, W]``.
+        labels: class :math:`y` of each pixel or ``ignore_index``, integers, ``[B, H, W]`` or ``[B, D, H, W]``.
         tags: :math:`t`, 1 where a class is present in the image, 0 elsewhere, ``[B, K]``, any dtype.
         scale: :math:`a`, above 0 and at most 1e30, or ``"pixels"`` for the number of pixels HW of the heatmaps.
         weight: :math:`\lambda`, at least 0.
@@ -91,7 +92,7 @@ def heatmap_loss(
     """
     _check(heatmaps, scores, labels, tags)
     _check_settings(scale, weight, background_weight, ignore_index)
-    factor = heatmaps.shape[2] * heatmaps.shape[3] if scale == "pixels" else scale
+    factor = heatmaps.shape[2:].numel() if scale == "pixels" else scale
     maps = (widen(heatmaps) * factor).clamp(-LARGEST, LARGEST)
     segmentation = partial_cross_entropy(maps, labels, ignore_index=ignore_index)
     logits = widen(scores)
@@ -134,8 +135,8 @@ class HeatmapLoss(Settings):
 
 def _check(heatmaps: Tensor, scores: Tensor, labels: Tensor, tags: Tensor) -> None:
     check_floating("heatmaps", heatmaps)
-    if heatmaps.dim() != 4:
-        raise ValueError(f"heatmaps: expected [B, K, H, W], got {shape_text(heatmaps.shape)}")
+    if heatmaps.dim() not in (4, 5):
+        raise ValueError(f"heatmaps: expected [B, K, H, W] or [B, K, D, H, W], got {shape_text(heatmaps.shape)}")
     check_two_classes("heatmaps", heatmaps, "the softmax of a single class is constant", background=True)
     check_finite("heatmaps", heatmaps)
     check_floating("scores", scores)

@@ -39,8 +39,12 @@ _KEEP_SIGN = frozenset(
     (
         *("flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "unflatten", "contiguous"),
         *("clone", "cat", "concat", "stack", "split", "chunk", "getitem", "expand", "pixelshuffle", "channelshuffle"),
-        *("identity", "dropout", "dropout2d", "max", "amax", "mean", "sum", *_KEPT_BY_TWO),
-        *(f"{kind}{d}" for kind in ("maxpool", "adaptivemaxpool", "avgpool", "adaptiveavgpool") for d in ("1d", "2d")),
+        *("identity", "dropout", "max", "amax", "mean", "sum", *_KEPT_BY_TWO),
+        *(
+            f"{kind}{d}"
+            for kind in ("dropout", "maxpool", "adaptivemaxpool", "avgpool", "adaptiveavgpool")
+            for d in ("1d", "2d", "3d")
+        ),
     )
 )
 

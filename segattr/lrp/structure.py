@@ -14,10 +14,18 @@ from segattr.lrp.call import Call
 
 
 @adjoint(
-    *("avg_pool1d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool3d", "broadcast_to"),
-    *("channel_shuffle", "native_channel_shuffle", "chunk", "cumsum", "diagonal", "diff", "dsplit", "expand"),
-    *("expand_as", "flip", "fliplr", "flipud", "fold", "gather", "getitem", "grid_sample", "hsplit", "index_select"),
-    *("interpolate", "upsample", "upsample_nearest", "upsample_bilinear", "kron", "masked_select", "narrow"),
+    *("broadcast_to", "channel_shuffle", "native_channel_shuffle", "chunk", "cumsum", "diagonal", "diff", "dsplit"),
+    *("expand", "expand_as", "flip", "fliplr", "flipud", "fold", "gather", "getitem", "grid_sample", "hsplit"),
+    *(
+        "index_select",
+        "interpolate",
+        "upsample",
+        "upsample_nearest",
+        "upsample_bilinear",
+        "kron",
+        "masked_select",
+        "narrow",
+    ),
     *("pixel_shuffle", "pixel_unshuffle", "repeat", "repeat_interleave", "roll", "rot90", "select"),
     *("split", "split_with_sizes", "sum", "take_along_dim", "tensor_split", "tile", "trace", "tril", "triu", "unbind"),
     *(

@@ -15,7 +15,7 @@ from segattr.lrp.plan import Operation, Plan, Plans, Saved
 from segattr.lrp.relevance import over
 from segattr.lrp.rules import STABILIZER, Epsilon, Rule
 from segattr.networks.classes import Classes, check_classes
-from segattr.networks.classifier import Classifier, check_images, taking
+from segattr.networks.classifier import Classifier, check_images, check_layout, taking
 from segattr.networks.reader.read import unwrapped
 from segattr.networks.reader.record import IMAGES, Result
 from segloss.common.checks import check_choice, check_finite, check_floating, check_int, check_number, shape_text
@@ -39,17 +39,17 @@ class UnrolledLRP(nn.Module):
         """Class scores and heatmaps.
 
         Args:
-            x: images as the classifier wants them, ``[B, C, H, W]``.
+            x: images as the classifier wants them, ``[B, C, H, W]``, or volumes, ``[B, C, D, H, W]``.
             classes: all of them if None; numbers of classes, the same for every image; or a sequence of them for each
                 image, the classes present say.
 
         Returns:
-            Scores of all classes, ``[B, K]``, and heatmaps of the wanted ones, ``[B, len(classes), H, W]``; a list of
-            ``[len(classes[i]), H, W]`` where images have their own.
+            Scores of all classes, ``[B, K]``, and heatmaps of the wanted ones, ``[B, len(classes), H, W]``, or
+            ``[B, len(classes), D, H, W]``; a list of ``[len(classes[i]), H, W]`` where images have their own.
 
         Raises:
             TypeError: ``x`` that is not a floating point tensor, ``classes`` that are not integers.
-            ValueError: ``x`` that is not ``[B, C, H, W]``, a class that there is not, sequences for more or fewer than
+            ValueError: ``x`` of another shape, a class that there is not, sequences for more or fewer than
                 B images; from an operation of the classifier, what its adjoint cannot do.
         """
         _check_chunk(self.chunk)  # which may have been set since
@@ -81,7 +81,7 @@ class UnrolledLRP(nn.Module):
         Where a constant is added to windows or tokens of all images, it takes a pass for each image.
 
         Args:
-            x: images, ``[B, C, H, W]``.
+            x: images, ``[B, C, H, W]``, or volumes, ``[B, C, D, H, W]``.
 
         Returns:
             ``[B, K]`` by name, in the order of the decoder.
@@ -100,8 +100,7 @@ class UnrolledLRP(nn.Module):
 
     def _plan(self, x: Tensor) -> Plan:
         check_floating("x", x)
-        if x.dim() != 4:
-            raise ValueError(f"x: expected [B, C, H, W], got {shape_text(x.shape)}")
+        check_layout("x", x)
         check_finite("x", x)
         with taking("x", x):
             plan = self.plans.plan(x)
@@ -322,12 +321,12 @@ def unroll(
     weights are one parameter (two leaves there), nothing is divided by activations.
 
     Args:
-        model: classifier from images ``[B, C, H, W]`` to scores ``[B, K]``, or an object with ``logits``. It is run on
-            noise to see what it does, for each other size of images again where that depends on it. Its modes are left
-            as they are; branches that depend on them are those of evaluation mode. Weights that hooks or
-            parametrizations compute are computed at each call. Of a network compiled by ``torch.compile``, or wrapped
-            in ``DataParallel``, ``DistributedDataParallel`` or ``AveragedModel``, the network inside is unrolled, of a
-            :class:`segattr.Classifier` the network that it was split from.
+        model: classifier from images ``[B, C, H, W]``, or volumes ``[B, C, D, H, W]``, to scores ``[B, K]``, or an
+            object with ``logits``. It is run on noise to see what it does, for each other size of images again where
+            that depends on it. Its modes are left as they are; branches that depend on them are those of evaluation
+            mode. Weights that hooks or parametrizations compute are computed at each call. Of a network compiled by
+            ``torch.compile``, or wrapped in ``DataParallel``, ``DistributedDataParallel`` or ``AveragedModel``, the
+            network inside is unrolled, of a :class:`segattr.Classifier` the network that it was split from.
         activations: of a tied decoder: ``"tied"``, the masks of the classifier; ``"relu"``, ReLU of the decoder's own
             signal, which is the weight-sharing auto-encoder (WS-AE) of the paper's ablation.
         weights: ``"tied"``, or ``"free"``, a decoder with parameters of its own and one branch for all classes.
@@ -351,7 +350,8 @@ def unroll(
             that holds of an operation counts, LRP-0 if none does.
 
     Returns:
-        A module from images to ``(scores [B, K], heatmaps [B, K, H, W])``; see :meth:`UnrolledLRP.forward`.
+        A module from images to ``(scores [B, K], heatmaps [B, K, H, W])``, or ``[B, K, D, H, W]`` of volumes; see
+        :meth:`UnrolledLRP.forward`.
 
     Raises:
         TypeError: an ``example`` that is not floating point; a model whose code cannot be followed, as it reads numbers
@@ -417,7 +417,7 @@ def unroll(
     with nullcontext() if example is None else taking("example", example):
         plans = Plans(_inside(model), rules, gates, example, chosen)
     if weights == "free":
-        return FreeDecoder(plans, skip=skip)
+        return FreeDecoder(plans, skip, plans.reader.shape) if plans.reader.dims == 5 else FreeDecoder(plans, skip)
     return UnrolledLRP(plans, float(epsilon), chunk)
 
 

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from segattr.networks.cut import Cut, weights_of
-from segattr.networks.reader.read import unwrapped
+from segattr.networks.reader.read import OtherDimensions, unwrapped
 from segattr.networks.reader.record import attributes_kept
+from segattr.networks.spatial import layout_text
 from segloss.common.checks import check_finite, check_floating, shape_text
 
-ClassWeights: TypeAlias = nn.Linear | nn.Conv2d
+ClassWeights: TypeAlias = nn.Linear | nn.Conv2d | nn.Conv3d
 Features: TypeAlias = Callable[[Tensor], Any]
 Head: TypeAlias = Callable[..., Tensor]
 
@@ -32,8 +33,9 @@ class Classifier(nn.Module):
     are in.
 
     Args:
-        features: takes images ``[B, C, H, W]``, gives the last feature maps ``[B, D, h, w]``; or a pair of them and of
-            what else the head needs, such as the tokens ``[B, P, D]`` that a transformer has beside those of the map.
+        features: takes images ``[B, C, H, W]``, gives the last feature maps ``[B, D, h, w]``, or volumes
+            ``[B, C, D, H, W]`` and those of theirs; or a pair of them and of what else the head needs, such as the
+            tokens ``[B, P, D]`` that a transformer has beside those of the map.
         head: takes feature maps, and the second of the pair if there is one; gives logits ``[B, K]``, or ``[B]`` of a
             single class, or ``[B, K, H', W']`` of a segmentation network.
 
@@ -59,7 +61,7 @@ class Classifier(nn.Module):
         self._weights: tuple[str | None, str | None] | None = None
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``[B, K]`` of images ``[B, C, H, W]``."""
+        """Logits ``[B, K]`` of images ``[B, C, H, W]`` or volumes ``[B, C, D, H, W]``."""
         features = self.features(images)
         return self.head(*features) if isinstance(features, tuple) else self.head(features)
 
@@ -84,8 +86,8 @@ class Classifier(nn.Module):
             raise ValueError("linear: expected a head of global average pooling and one linear layer, got another one")
         if linear._forward_pre_hooks:  # which may make it of other parameters
             width = linear.in_features if isinstance(linear, nn.Linear) else linear.in_channels
-            start = next(linear.parameters()).new_zeros(1, width)
-            linear(start if isinstance(linear, nn.Linear) else start[:, :, None, None])
+            ones = [1] * (0 if isinstance(linear, nn.Linear) else len(linear.kernel_size))
+            linear(next(linear.parameters()).new_zeros(1, width, *ones))
         return linear.weight.flatten(1)
 
     @property
@@ -128,13 +130,13 @@ def split(model: nn.Module, layer: str | nn.Module | None = None, *, example: Te
     for the mode of the model, training or evaluation, and for the size of the images, is what it does at each call.
 
     Args:
-        model: takes images ``[B, C, H, W]``, gives logits ``[B, K]``, or an object with ``logits``. Further arguments
-            must have defaults. Of a network compiled by ``torch.compile``, or wrapped in ``DataParallel``,
-            ``DistributedDataParallel`` or ``AveragedModel``, the network inside is split; names of layers are those
-            in it.
+        model: takes images ``[B, C, H, W]``, or volumes ``[B, C, D, H, W]``, and gives logits ``[B, K]``, or an object
+            with ``logits``. Further arguments must have defaults. Of a network compiled by ``torch.compile``, or
+            wrapped in ``DataParallel``, ``DistributedDataParallel`` or ``AveragedModel``, the network inside is split;
+            names of layers are those in it.
         layer: name of the submodule, or the submodule itself, whose output is the feature map; the last one if None.
             Everything behind it must depend on that output alone: the end of a residual block, not its middle.
-        example: images that the model takes, ``[B, C, H, W]``: for networks that take none of the usual sizes. Without
+        example: images or volumes that the model takes: for networks that take none of the usual sizes. Without
             it such a network is read when the first images come.
 
     Returns:
@@ -209,17 +211,20 @@ def undisturbed(network: Callable[..., Any], function: Callable[[], Any], *, con
 def taking(name: str, value: Tensor) -> Iterator[None]:
     """Around the call of a network: what its layers cannot take is an error of the argument of this name.
 
-    That is a plain RuntimeError out of the code of torch, torchvision or this package: a size, a dtype or a device. All
-    else stays what it is: RuntimeErrors out of a line of the user's own code, whether raised there or by an operation
-    in that line; subclasses of RuntimeError, such as a lack of memory on an accelerator or endless recursion; a lack of
-    memory on the CPU, and failures of the libraries of an accelerator.
+    That is a plain RuntimeError out of the code of torch, torchvision, MONAI or this package: a size, a dtype or a
+    device; and images for a network of volumes. All else stays what it is: RuntimeErrors out of a line of the user's
+    own code, whether raised there or by an operation in that line; subclasses of RuntimeError, such as a lack of memory
+    on an accelerator or endless recursion; a lack of memory on the CPU, and failures of the libraries of an
+    accelerator.
     """
     try:
         yield
+    except OtherDimensions as error:
+        raise ValueError(f"{name}: expected {layout_text(error.dims)}, got {shape_text(value.shape)}") from None
     except RuntimeError as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         source = str(frame.f_globals.get("__name__")).partition(".")[0]
-        ours = source in ("torch", "torchvision", "segattr")
+        ours = source in ("torch", "torchvision", "monai", "segattr")
         if not ours or type(error) is not RuntimeError or _OF_MACHINE.search(str(error)):
             raise
         got = f"{shape_text(value.shape)}, {value.dtype} on {value.device}"
@@ -241,11 +246,17 @@ class _Caller(nn.Module):
 def check_images(images: object, name: str = "images") -> None:
     check_floating(name, images)
     assert isinstance(images, Tensor)
-    if images.dim() != 4:
-        raise ValueError(f"{name}: expected [B, C, H, W], got {shape_text(images.shape)}")
+    check_layout(name, images)
     if 0 in images.shape[1:]:
         raise ValueError(f"{name}: expected at least one channel and one pixel, got {shape_text(images.shape)}")
     check_finite(name, images)
+
+
+def check_layout(name: str, images: Tensor) -> None:
+    """Images or volumes; which of them the network takes, it says itself."""
+    if images.dim() not in (4, 5):
+        kinds = f"{layout_text(4)} or {layout_text(5)}"
+        raise ValueError(f"{name}: expected {kinds}, got {shape_text(images.shape)}")
 
 
 def _path(model: nn.Module, layer: str | nn.Module) -> str:

@@ -1,5 +1,6 @@
 """Where a network can be cut in two: from the logits back to the last feature map that they are made of alone."""
 
+import math
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -7,23 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from segattr.networks.layout import Layout, layouts
+from segattr.networks.layout import SPATIAL, Layout, layouts
 from segattr.networks.modes import evaluating
 from segattr.networks.reader.graph import Different, Graph, Size, common, dependents, needed, results_in, run, store
 from segattr.networks.reader.read import Reader
 from segattr.networks.reader.record import IMAGES, Node, Result, mapped, record, untouched
+from segattr.networks.spatial import CONVOLUTIONS
 from segloss.common.checks import shape_text
 
 Maps = Tensor | tuple[Tensor, Tensor]  # maps, and tokens that come before them
 
 _SHAPES = ("flatten", "view", "reshape", "squeeze", "unsqueeze", "contiguous", "permute", "transpose", "clone")
-_IDENTITIES = ("identity", "dropout", "dropout2d", "feature_dropout")
+_IDENTITIES = ("identity", "dropout", "dropout2d", "dropout3d", "feature_dropout")
 _POOLS = (
-    *("adaptiveavgpool2d", "adaptive_avg_pool2d", "adaptivemaxpool2d", "adaptive_max_pool2d", "avgpool2d"),
-    *("avg_pool2d", "adaptiveavgpool1d", "adaptive_avg_pool1d"),
+    *(f"{average}{count}d" for average in ("adaptiveavgpool", "adaptive_avg_pool") for count in (1, 2, 3)),
+    *(f"{maximum}{count}d" for maximum in ("adaptivemaxpool", "adaptive_max_pool") for count in (2, 3)),
+    *(f"{window}{count}d" for window in ("avgpool", "avg_pool") for count in (2, 3)),
 )
 _POWERS = ("clamp", "clamp_min", "pow", "square", "abs")  # what generalised means do before they average
-_WEIGHTED = ("linear", "conv1d", "conv2d")
+_WEIGHTED = ("linear", "conv1d", "conv2d", "conv3d")
 
 _REMEDY = "name the layer whose output is the feature map, or build Classifier(features, head) from two parts"
 
@@ -36,7 +39,7 @@ class Parts:
         graph: what was cut.
         cut: the feature map.
         layout: of it.
-        size: height and width of it, for the size of images that was recorded.
+        size: of it, for the size of images that was recorded.
         before: operations up to it.
         after: operations on it.
         output: the logits.
@@ -135,7 +138,7 @@ def _cut(graph: Graph, model: nn.Module, layer: str | None) -> Parts:
 
 def _parts(graph: Graph, cut: Result, layout: Layout) -> Parts:
     shape = graph.shapes[cut]
-    size = layout.grid if layout.is_tokens else tuple(shape[layout.axes.index(axis)] for axis in "HW")
+    size = layout.grid if layout.is_tokens else tuple(shape[layout.axes.index(a)] for a in layout.spatial)
     nodes, renamed = _collapsed(graph, cut)
     inner, output = renamed.get(cut, cut), renamed.get(graph.outputs, graph.outputs)
     place = next((i for i, node in enumerate(nodes) if inner in node.results()), -1)
@@ -199,8 +202,8 @@ def _is_of_images(node: Node, graph: Graph) -> bool:
 
 def _pixels(shape: tuple[int, ...], layout: Layout) -> int:
     if layout.is_tokens:
-        return layout.grid[0] * layout.grid[1]
-    return shape[layout.axes.index("H")] * shape[layout.axes.index("W")] if layout.is_map else 0
+        return math.prod(layout.grid)
+    return math.prod(shape[layout.axes.index(axis)] for axis in layout.spatial) if layout.is_map else 0
 
 
 def _is_felt(graph: Graph, model: nn.Module, point: Result, layout: Layout) -> bool:
@@ -263,10 +266,10 @@ def _before_head(graph: Graph, model: nn.Module, last: Result, known: dict[Resul
 
 def _is_pointwise(graph: Graph, model: nn.Module, node: Node) -> bool:
     module = model.get_submodule(_module(node) or "")
-    if not isinstance(module, nn.Conv2d):
+    if not isinstance(module, CONVOLUTIONS):
         return isinstance(module, nn.Linear)
-    plain = (module.kernel_size, module.stride, module.groups) == ((1, 1), (1, 1), 1)
-    return plain and module.padding in ((0, 0), "valid", "same")
+    moves = set(module.kernel_size) | set(module.stride) != {1} or module.groups != 1
+    return not moves and (isinstance(module.padding, str) or not any(module.padding))
 
 
 def _module(node: Node) -> str | None:
@@ -363,9 +366,9 @@ def _run(nodes: list[Node], model: nn.Module, results: dict[Result, Any], images
 
 
 def _maps(value: Tensor, layout: Layout) -> Maps:
-    """``[B, D, h, w]`` of a map of either layout, or of tokens, with those before the map ``[B, P, D]``."""
+    """``[B, D, *spatial]`` of a map of either layout, or of tokens, with those before the map ``[B, P, D]``."""
     if layout.is_map:
-        return value.permute([layout.axes.index(axis) for axis in "BCHW"])
+        return value.permute([layout.axes.index(axis) for axis in ("B", "C", *layout.spatial)])
     tokens = value.permute([layout.axes.index(axis) for axis in "BNC"])
     maps = tokens[:, layout.prefix :].mT.unflatten(2, layout.grid)
     return (maps, tokens[:, : layout.prefix]) if layout.prefix else maps
@@ -374,7 +377,7 @@ def _maps(value: Tensor, layout: Layout) -> Maps:
 def _value(maps: Tensor, tokens: Tensor | None, layout: Layout) -> Tensor:
     """The inverse of :func:`_maps`."""
     if layout.is_map:
-        return maps.permute(["BCHW".index(axis) for axis in layout.axes])
+        return maps.permute([("B", "C", *layout.spatial).index(axis) for axis in layout.axes])
     value = maps.flatten(2).mT
     if tokens is not None:
         value = torch.cat([tokens, value], 1)
@@ -420,7 +423,7 @@ def weights(graph: Graph, model: nn.Module, cut: Result, layout: Layout) -> tupl
 def _is_average(graph: Graph, model: nn.Module, cut: Result, layout: Layout, layer: Node) -> bool:
     """Whether logits are the average of a linear layer's map, tried out on a map."""
     module = model.get_submodule(_module(layer) or "")
-    if not isinstance(module, (nn.Linear, nn.Conv2d)):
+    if not isinstance(module, (nn.Linear, *CONVOLUTIONS)):
         return False
     parts = _parts(graph, cut, layout)
     shape = graph.shapes[cut]
@@ -431,7 +434,7 @@ def _is_average(graph: Graph, model: nn.Module, cut: Result, layout: Layout, lay
         results = {parts.cut: maps}
         _run(parts.after, model, results, len(maps))
         logits = results[parts.output].reshape(len(maps), -1)  # also of a single class
-        averages = _maps(maps, layout).mean((2, 3))  # type: ignore[union-attr]
+        averages = _maps(maps, layout).flatten(2).mean(2)  # type: ignore[union-attr]
         weight = module.weight.flatten(1)
         if weight.shape != (logits.shape[1], averages.shape[1]):
             return False
@@ -442,20 +445,19 @@ def _is_average(graph: Graph, model: nn.Module, cut: Result, layout: Layout, lay
 
 def weights_of(head: nn.Module) -> tuple[str | None, str | None]:
     """The same of the head of a user."""
-    layers = (m for m in head.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
+    layers = (m for m in head.modules() if isinstance(m, (nn.Linear, *CONVOLUTIONS)))
     first = next(layers, None)
     if first is None:
         return None, None
     channels = first.in_features if isinstance(first, nn.Linear) else first.in_channels
-    tensor = first.weight
-    generator = torch.Generator("cpu").manual_seed(0)
-    features = torch.randn(3, channels, 5, 4, generator=generator, device="cpu").to(tensor.device, tensor.dtype)
-    try:
-        with evaluating(head):
-            one, two = (
-                record(head, f, leaf=is_leaf, atomic=_is_atomic) for f in (features, features.repeat(2, 1, 1, 1)[:3])
-            )
-            graph = common(one, two, head)
-        return weights(graph, head, IMAGES, Layout(("B", "C", "H", "W")))
-    except (TypeError, ValueError, RuntimeError, Different):  # code that cannot be followed
-        return None, None
+    for size in ((5, 4), (5, 4, 3)):  # of images, and of volumes where it takes no images
+        generator = torch.Generator("cpu").manual_seed(0)
+        features = torch.randn(3, channels, *size, generator=generator, device="cpu").to(first.weight)
+        try:
+            with evaluating(head):
+                one, two = (record(head, f, leaf=is_leaf, atomic=_is_atomic) for f in (features, features.clone()))
+                graph = common(one, two, head)
+            return weights(graph, head, IMAGES, Layout(("B", "C", *SPATIAL[len(size)])))
+        except (TypeError, ValueError, IndexError, RuntimeError, Different):  # code that cannot be followed
+            continue
+    return None, None

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from segattr.networks.classifier import Classifier, taking
+from segattr.networks.spatial import axes, size_text
 from segloss.common.checks import check_like, shape_text
 
 
 class Features(NamedTuple):
-    """Feature maps ``[B, D, h, w]``, and a tensor of what else the head takes, or None."""
+    """Feature maps ``[B, D, h, w]``, or ``[B, D, d, h, w]`` of volumes, and what else the head takes, or None."""
 
     maps: Tensor
     rest: Tensor | None
@@ -18,17 +19,17 @@ class Features(NamedTuple):
 
 def feature_maps(clf: Classifier, images: Tensor) -> Features:
     with taking("images", images):
-        return checked_features(clf, clf.features(images))
+        return checked_features(clf, clf.features(images), images)
 
 
-def checked_features(clf: Classifier, features: Any) -> Features:
-    """Of what the first part of a classifier gave."""
+def checked_features(clf: Classifier, features: Any, images: Tensor) -> Features:
+    """Of what the first part of a classifier gave for images."""
     maps, rest = features if isinstance(features, tuple) and len(features) == 2 else (features, None)
     for tensor in (maps,) if rest is None else (maps, rest):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"clf: expected a tensor of features, got {type(tensor).__name__}")
-    if maps.dim() != 4:
-        raise ValueError(f"clf: expected features [B, D, h, w], got {shape_text(maps.shape)}")
+    if maps.dim() != images.dim():
+        raise ValueError(f"clf: expected features [B, D, {size_text(images.dim())}], got {shape_text(maps.shape)}")
     channels = maps.shape[1] if clf.linear is None else clf.linear.weight.shape[1]
     if maps.shape[1] != channels:
         raise ValueError(f"clf: expected features of {channels} channels, got {shape_text(maps.shape)}")
@@ -36,7 +37,7 @@ def checked_features(clf: Classifier, features: Any) -> Features:
 
 
 def head_output(clf: Classifier, features: Features, images: Tensor) -> Tensor:
-    """``[B, K]``, or ``[B, K, H, W]`` of a segmentation network."""
+    """``[B, K]``, or ``[B, K, H, W]`` or ``[B, K, D, H, W]`` of a segmentation network."""
     with taking("images", images):
         maps = features.maps.clone()  # which it may overwrite
         logits = clf.head(maps) if features.rest is None else clf.head(maps, features.rest)
@@ -44,7 +45,7 @@ def head_output(clf: Classifier, features: Features, images: Tensor) -> Tensor:
         raise TypeError(f"clf: expected a tensor of logits from its head, got {type(logits).__name__}")
     if logits.dim() == 1:  # of a single class
         logits = logits[:, None]
-    if logits.dim() not in (2, 4) or len(logits) != len(images):
+    if logits.dim() not in (2, images.dim()) or len(logits) != len(images):
         expected = f"[{len(images)}, K] from its head"
         raise ValueError(f"clf: expected logits {expected}, got {shape_text(logits.shape)}")
     return logits
@@ -59,11 +60,12 @@ def head_logits(clf: Classifier, features: Features, images: Tensor, pixels: Ten
         return logits
     if pixels is None:
         winners = logits.detach().argmax(1, keepdim=True)
-        mask = winners == torch.arange(logits.shape[1], device=logits.device)[:, None, None]
+        classes = torch.arange(logits.shape[1], device=logits.device)
+        mask = winners == classes.view(-1, *[1] * (logits.dim() - 2))
     else:
         check_like("pixels", pixels, (len(logits), *logits.shape[2:]), "the maps of the network", logits)
         mask = pixels[:, None]
-    return (logits * mask).sum((2, 3))
+    return (logits * mask).sum(axes(logits))
 
 
 def head_gradient(output: Tensor, features: Tensor, **options: Any) -> Tensor:

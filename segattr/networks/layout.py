@@ -1,4 +1,4 @@
-"""Where height and width of an image are in the results of a network: maps of either layout, and tokens."""
+"""Where the spatial axes of an image are in the results of a network: maps of either layout, and tokens."""
 
 import math
 from collections.abc import Sequence
@@ -10,14 +10,22 @@ import torch
 from segattr.networks.reader.graph import Graph, results_in
 from segattr.networks.reader.record import IMAGES, Node, Result
 
-Axes = tuple[str, ...]  # "B" images, "C" channels, "H", "W", "N" tokens, "?" unknown
+Axes = tuple[str, ...]  # "B" images, "C" channels, spatial ones, "N" tokens, "?" unknown
 
-_CHANNELS_FIRST = ("B", "C", "H", "W")
-# Operations that read four dimensions as images, channels, height and width.
+# Spatial axes of images and of volumes, under other names, so that what is left of a volume is no map.
+SPATIAL: dict[int, Axes] = {2: ("H", "W"), 3: ("Z", "Y", "X")}
+# Operations that read as many dimensions as images have as images, channels, (depth,) height and width.
 _OF_MAPS = frozenset(
-    ("conv2d", "convtranspose2d", "conv_transpose2d", "batchnorm2d", "interpolate", "upsample", "pixelshuffle")
-    + ("pixel_shuffle", "maxpool2d", "max_pool2d", "avgpool2d", "avg_pool2d", "adaptiveavgpool2d")
-    + ("adaptive_avg_pool2d", "adaptivemaxpool2d", "adaptive_max_pool2d", "lppool2d", "lp_pool2d")
+    (
+        *("interpolate", "upsample", "pixelshuffle", "pixel_shuffle"),
+        *(
+            f"{kind}{count}d"
+            for kind in ("conv", "convtranspose", "conv_transpose", "batchnorm", "maxpool", "max_pool", "avgpool")
+            + ("avg_pool", "adaptiveavgpool", "adaptive_avg_pool", "adaptivemaxpool", "adaptive_max_pool", "lppool")
+            + ("lp_pool",)
+            for count in (2, 3)
+        ),
+    )
 )
 _MOVES = ("permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims", "T", "mT")
 _RESHAPES = ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")
@@ -28,15 +36,20 @@ _PRIMES = (2, 3, 5, 7, 11, 13, 17, 19)
 
 @dataclass(frozen=True)
 class Layout:
-    """Axes of a result; of tokens, the height and width of the map that they are, and how many come before those."""
+    """Axes of a result; of tokens, the size of the map that they are, and how many come before those."""
 
     axes: Axes
-    grid: tuple[int, int] = (0, 0)
+    grid: tuple[int, ...] = (0, 0)
     prefix: int = 0
 
     @property
+    def spatial(self) -> Axes:
+        """Of a map, in their order in images."""
+        return SPATIAL[len(self.axes) - 2]
+
+    @property
     def is_map(self) -> bool:
-        return sorted(self.axes) == sorted(_CHANNELS_FIRST)
+        return len(self.axes) in (4, 5) and sorted(self.axes) == sorted(("B", "C", *self.spatial))
 
     @property
     def is_tokens(self) -> bool:
@@ -45,11 +58,12 @@ class Layout:
 
 def layouts(graph: Graph) -> dict[Result, Layout]:
     """The layouts of the results that depend on the images, as far as they can be told."""
-    known: dict[Result, Layout] = {IMAGES: Layout(_CHANNELS_FIRST)}
+    channels_first = Layout(("B", "C", *SPATIAL[len(graph.shapes[IMAGES]) - 2]))
+    known: dict[Result, Layout] = {IMAGES: channels_first}
     for node in graph.nodes:
         source = next((r for r in results_in(node.args) if r in known), None)
         if source is not None and "?" in known[source].axes and _is_of_maps(node, graph, graph.shapes[source]):
-            known[source] = Layout(_CHANNELS_FIRST)  # or it could not be read so
+            known[source] = channels_first  # or it could not be read so
         for result in node.results():
             if result in graph.dependent:
                 known[result] = _layout(node, graph, graph.shapes[result], known)
@@ -57,13 +71,14 @@ def layouts(graph: Graph) -> dict[Result, Layout]:
 
 
 def _is_of_maps(node: Node, graph: Graph, shape: tuple[int, ...]) -> bool:
-    return node.kind.lower() in _OF_MAPS and len(shape) == 4 and shape[0] == graph.shapes[IMAGES][0]
+    images = graph.shapes[IMAGES]
+    return node.kind.lower() in _OF_MAPS and len(shape) == len(images) and shape[0] == images[0]
 
 
 def _layout(node: Node, graph: Graph, shape: tuple[int, ...], known: dict[Result, Layout]) -> Layout:
     sources = [r for r in results_in((node.args, node.kwargs)) if r in known]
     if _is_of_maps(node, graph, shape):
-        return Layout(_CHANNELS_FIRST)
+        return known[IMAGES]
     if len(sources) > _PRODUCTS.get(node.kind, len(sources)):
         return _product(known[sources[0]], known[sources[_PRODUCTS[node.kind]]], shape)
     if len(sources) == 1:
@@ -114,7 +129,7 @@ def _order(node: Node, dims: int) -> list[int]:
 
 
 def _reshaped(source: Layout, before: Sequence[int], shape: Sequence[int]) -> Layout:
-    """Axes that keep their size keep their name; height and width together are tokens, and back."""
+    """Axes that keep their size keep their name; all spatial ones together are tokens, and back."""
     axes: list[str] = []
     grid, i, j = source.grid, 0, 0
     while i < len(before) or j < len(shape):
@@ -134,11 +149,11 @@ def _reshaped(source: Layout, before: Sequence[int], shape: Sequence[int]) -> La
             axes += names
         elif count == 1 and len(real) == 1:
             axes += real
-        elif list(names) == ["H", "W"] and count == 1:
-            axes, grid = [*axes, "N"], (before[a], before[a + 1])
-        elif list(names) == ["N"] and count == 2 and source.prefix == 0 and tuple(shape[b:j]) == grid:
-            axes += ["H", "W"]
-        elif count == 2 and len(names) == 1 and names[0] in ("H", "W"):  # patches, and pixels in each
+        elif names in SPATIAL.values() and count == 1:
+            axes, grid = [*axes, "N"], tuple(before[a:i])
+        elif names == ("N",) and source.prefix == 0 and tuple(shape[b:j]) == grid:
+            axes += SPATIAL[count]
+        elif count == 2 and len(names) == 1 and names[0] in "HWZYX":  # patches, and pixels in each
             axes += [*names, "?"]
         else:
             axes += ["?"] * count

@@ -373,7 +373,11 @@ def test_parts_that_do_not_fit_each_other(method: Callable[..., Any]) -> None:
             ValueError,
             "clf: expected global average pooling .*: use grad_cam",
         ),
-        (lambda x: cam(resnet(), x[0]), ValueError, r"images: expected \[B, C, H, W\], got \[3, 33, 33\]"),
+        (
+            lambda x: cam(resnet(), x[0]),
+            ValueError,
+            r"images: expected \[B, C, H, W\] or \[B, C, D, H, W\], got \[3, 33, 33\]",
+        ),
         (lambda x: cam(resnet(), x.int()), TypeError, "images: expected a floating-point tensor, got torch.int32"),
         (lambda x: cam(resnet(), x, [4]), ValueError, "classes: expected integers from 0 to 3, got 4"),
         (lambda x: cam(resnet(), x, [[1]]), ValueError, "classes: expected a sequence for each of 2 images, got 1"),

@@ -285,7 +285,7 @@ def test_it_prints_where_each_level_goes() -> None:
 def test_wrong_arguments_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"skip: expected .*'concat'.*'add'"):
         free(Small(), "add")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"x: expected \[B, C, H, W\], got \[3, 8, 8\]"):
+    with pytest.raises(ValueError, match=r"x: expected \[B, C, H, W\] or \[B, C, D, H, W\], got \[3, 8, 8\]"):
         free(Small())(torch.rand(3, 8, 8))
     with pytest.raises(TypeError, match="x: expected"):
         free(Small())(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))

@@ -266,7 +266,7 @@ def test_meta_tensors_give_a_scalar() -> None:
     [
         (0, lambda x: x.tolist(), TypeError, "heatmaps: expected a tensor, got list"),
         (0, lambda x: x.long(), TypeError, r"heatmaps: expected a floating-point tensor, got torch\.int64"),
-        (0, lambda x: x[0], ValueError, r"heatmaps: expected \[B, K, H, W\], got \[3, 5, 4\]"),
+        (0, lambda x: x[0], ValueError, r"heatmaps: expected \[B, K, H, W\] or \[B, K, D, H, W\], got \[3, 5, 4\]"),
         (0, lambda x: x[:, :1], ValueError, "heatmaps: expected at least 2 classes, the background among them"),
         (0, lambda x: x * torch.nan, ValueError, "heatmaps: expected finite values, got NaN or infinity"),
         (1, lambda x: x.int(), TypeError, r"scores: expected a floating-point tensor, got torch\.int32"),

@@ -504,7 +504,7 @@ def test_wrong_images_are_refused(model: nn.Module) -> None:
     for method in (unroll(model), unroll(model).ledger):
         with pytest.raises(TypeError, match="x: "):
             method(torch.zeros(1, 3, 9, 9, dtype=torch.uint8))
-        with pytest.raises(ValueError, match=r"x: expected \[B, C, H, W\], got \[3, 9, 9\]"):
+        with pytest.raises(ValueError, match=r"x: expected \[B, C, H, W\] or \[B, C, D, H, W\], got \[3, 9, 9\]"):
             method(torch.zeros(3, 9, 9, dtype=torch.float64))
 
 

@@ -230,7 +230,8 @@ def _merged(one: Any, two: Any, counts: tuple[int, int], sizes: Sizes) -> Any:
         return one
     found = None
     if isinstance(one, int):
-        found = _size(one, two, sizes, 1) or _batch(one, two, counts) or _size(one, two, sizes, 2)
+        several = (_size(one, two, sizes, count) for count in (2, 3))
+        found = _size(one, two, sizes, 1) or _batch(one, two, counts) or next(filter(None, several), None)
     if found is None:
         raise Different(f"{one} and {two}")
     return found

@@ -10,19 +10,29 @@ from torch import Tensor, nn
 from segattr.networks.modes import evaluating
 from segattr.networks.reader.graph import Different, Graph, common
 from segattr.networks.reader.record import IMAGES, Recording, logits_of, record, untouched
+from segattr.networks.spatial import layout_text
 from segloss.common.checks import shape_text
 
-# Sides of images that most networks take.
+# Sides of images that most networks take, and of volumes.
 _SIDES = (128, 224, 32, 28, 64, 256, 299, 384, 448, 512)
+_VOLUMES = ((32, 64, 64), (64, 64, 64), (16, 112, 112), (28, 28, 28), (32, 32, 32), (16, 16, 16), (96, 96, 96))
 _SIZE_HINTS = ("pretrained_cfg.input_size", "config.image_size", "image_size", "img_size", "patch_embed.img_size")
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}  # of the largest output; lower precision: .1
+
+
+class OtherDimensions(ValueError):
+    """Images have another number of dimensions than those that a network takes."""
+
+    def __init__(self, images: Tensor, dims: int) -> None:
+        super().__init__(f"images: expected {layout_text(dims)}, got {shape_text(images.shape)}")
+        self.dims = dims
 
 
 class Reader:
     """The graphs of a network, kept for as long as its modules are what they were.
 
     Args:
-        model: takes images ``[B, C, H, W]``.
+        model: takes images ``[B, C, H, W]``, or volumes ``[B, C, D, H, W]``.
         leaf: modules that are one operation each.
         atomic: names of functions that are one operation each though written in Python.
         replay: gives the logits of images by a graph, which are compared with those of the network.
@@ -48,15 +58,23 @@ class Reader:
         self.model, self.leaf, self.atomic = model, leaf, atomic
         self.replay, self.evaluate, self.compare = replay, evaluate, compare
         self.graphs: list[Graph] = []
+        self.shape: tuple[int, ...] = ()  # of the images that were read first, without that of the batch
         self.whole: set[str] = set()  # modules whose code cannot be followed
         self._first(example)
+
+    @property
+    def dims(self) -> int | None:
+        """Number of dimensions of a batch of images, once it is known."""
+        return len(self.shape) + 1 if self.shape else None
 
     def graph(self, images: Tensor) -> Graph:
         """The graph for images. Under ``torch.compile`` one that was read before.
 
         Raises:
             TypeError: a network whose code cannot be followed.
+            OtherDimensions: images for a network of volumes, or volumes for one of images.
         """
+        self._check_dims(images)
         if torch.compiler.is_compiling():
             for graph in self.graphs:
                 if self._fits(graph, images, graph.modes):
@@ -77,6 +95,12 @@ class Reader:
         last = self.graphs[0]
         return self.graph(_noise(1, last.shapes[IMAGES][1:], torch.empty(0, dtype=last.dtype, device=last.device)))
 
+    def _check_dims(self, images: Tensor) -> None:
+        """Layers of volumes would take a batch of images for one volume."""
+        dims = self.dims or (5 if _of_volumes(self.model) else images.dim())
+        if images.dim() != dims:
+            raise OtherDimensions(images, dims)
+
     def _fits(self, graph: Graph, images: Tensor, modes: list[bool]) -> bool:
         kinds = (graph.dtype, graph.device) == (images.dtype, images.device)
         return kinds and (self.evaluate or graph.modes == modes) and graph.size in (None, tuple(images.shape[2:]))
@@ -84,6 +108,7 @@ class Reader:
     def _first(self, example: Tensor | None) -> None:
         """Reads the network on the example, or on the first size that it takes."""
         if example is not None:
+            self._check_dims(example)
             self._read(tuple(example.shape[1:]), example)
             return
         tensors = (t for t in (*self.model.parameters(), *self.model.buffers()) if t.is_floating_point())
@@ -115,6 +140,7 @@ class Reader:
                 continue
             if self._equal(graph, two.images, two.values):
                 self.graphs.insert(0, graph)
+                self.shape = self.shape or shape
                 return graph
             if other == shape:
                 raise TypeError("model: its code cannot be followed: what was seen of it gives other logits")
@@ -178,23 +204,37 @@ def _noise(count: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 
 def _shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
-    """``(C, H, W)`` that the network may take: sizes that it names, and usual ones."""
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    """``(C, H, W)`` or ``(C, D, H, W)`` that the network may take: sizes that it names, and usual ones."""
+    first = _first_convolution(model)
     channels = 3 if first is None else first.in_channels
-    yield (channels, 128, 128)
+    usual = _VOLUMES if isinstance(first, nn.Conv3d) else tuple((side, side) for side in _SIDES)
+    count = len(usual[0])
+    yield (channels, *usual[0])
     for hint in _SIZE_HINTS:
         value: Any = model
         for name in hint.split("."):
             value = value.get(name) if isinstance(value, dict) else getattr(value, name, None)
         if isinstance(value, int):
-            value = (value, value)
-        if isinstance(value, (tuple, list)) and len(value) in (2, 3) and all(isinstance(n, int) for n in value):
-            yield (channels, *value[-2:])
-    for side in _SIDES:
-        yield (channels, side, side)
+            value = (value,) * count
+        sized = isinstance(value, (tuple, list)) and len(value) in (count, count + 1)
+        if sized and all(isinstance(n, int) for n in value):
+            yield (channels, *value[-count:])
+    for size in usual:
+        yield (channels, *size)
+
+
+def _of_volumes(model: nn.Module) -> bool:
+    return isinstance(_first_convolution(model), nn.Conv3d)
+
+
+def _first_convolution(model: nn.Module) -> nn.Conv2d | nn.Conv3d | None:
+    return next((m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))), None)
 
 
 def _odd(size: tuple[int, ...]) -> tuple[int, ...]:
     """Another size, odd, whose halves, quarters, ... are not those of the first: which tells what depends on it."""
-    shares = (1.59, 1.34) if min(size) <= 128 else (0.77, 0.62)
+    if len(size) == 3:
+        shares: tuple[float, ...] = (2.05, 0.53, 1.53) if min(size) <= 64 else (0.77, 0.53, 1.34)
+    else:
+        shares = (1.59, 1.34) if min(size) <= 128 else (0.77, 0.62)
     return tuple(int(n * share) | 1 for n, share in zip(size, shares, strict=True))
