@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from segattr.networks.spatial import resize
 from segloss.common.checks import (
     check_finite,
     check_floating,
+    check_has_values,
     check_int,
     check_number,
     check_real,
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["heatmap", "map_grid", "overlay", "size_grid"]
+__all__ = ["heatmap", "map_grid", "overlay", "size_grid", "slices"]
 
 _MOST_CELLS = 1000  # in a row or column of a grid: more lines cannot be told apart
 _SLACK = 1e-3  # beyond [0, 1]: what normalising, resizing and going back leave
@@ -220,6 +221,91 @@ def size_grid(image: Tensor, *, columns: int = 5, rows: int = 4) -> Figure:
     return figure
 
 
+def slices(
+    volume: Tensor,
+    maps: Mapping[str, Tensor] | None = None,
+    *,
+    at: Sequence[int] | None = None,
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    alpha: float = 0.5,
+) -> Figure:
+    """Three orthogonal slices of a volume: a row of them for the volume itself, then one for each map over it.
+
+    All three go through one voxel, which thin lines mark. The first voxel of a slice is its upper left corner.
+
+    Args:
+        volume: grey values or RGB in [0, 1], ``[C, D, H, W]`` with C = 1 or 3.
+        maps: by their titles, floating-point maps in [0, 1] of any resolution, ``[d, h, w]``, which are resized to the
+            volume (trilinear), or labels, as for :func:`overlay`, ``[D, H, W]``.
+        at: the voxel ``(z, y, x)``; the middle one if None.
+        spacing: physical size of a voxel along z, y and x, in any unit.
+        alpha: opacity of the colours, in [0, 1].
+
+    Returns:
+        A matplotlib figure that belongs to no window: ``figure.savefig(path)`` writes it. Its axes lie row by row: the
+        planes of constant z, y and x.
+
+    Raises:
+        TypeError: ``volume`` that is not floating point, ``maps`` that are no mapping or no tensors of real numbers,
+            ``at`` that are no ints, ``spacing`` or ``alpha`` that are no numbers.
+        ValueError: shapes or devices that do not fit, a volume or map outside [0, 1] by more than 1e-3 or NaN, labels
+            outside 0 to 255, a voxel outside the volume, ``spacing`` of 0 or less, ``alpha`` outside [0, 1].
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> figure = slices(torch.rand(1, 8, 16, 12), {"CAM": torch.rand(2, 4, 3)}, at=(2, 7, 6), spacing=(3, 1, 1))
+        >>> [axes.get_title() for axes in figure.axes]
+        ['z = 2', 'y = 7', 'x = 6', '', '', '']
+    """
+    _check_volume("volume", volume)
+    if maps is not None and not isinstance(maps, Mapping):
+        raise TypeError(f"maps: expected maps or labels by their titles, got {type(maps).__name__}")
+    size = volume.shape[1:]
+    voxel = [length // 2 for length in size] if at is None else _three("at", at)
+    for place, length in zip(voxel, size, strict=True):
+        check_int("at", place)
+        check_number("at", place, least=0, most=length - 1)
+    lengths = [length * step for length, step in zip(size, _three("spacing", spacing), strict=True)]
+    for step in spacing:
+        check_number("spacing", step, above=0)
+    check_number("alpha", alpha, least=0, most=1)
+    colours = volume.expand(3, *size)
+    rows = {"volume": colours} | {
+        title: _coloured(f"maps[{title!r}]", values, colours, alpha) for title, values in (maps or {}).items()
+    }
+    deep, high, wide = lengths
+    widths, height = [wide, wide, high], max(deep, high)
+    scale = 7.5 / sum(widths)
+    figure = _figure(8, len(rows) * (scale * height + 0.3))
+    grid = figure.subplots(len(rows), 3, squeeze=False, gridspec_kw={"width_ratios": widths})
+    for axes, (title, picture) in zip(grid, rows.items(), strict=True):
+        for number, axis in enumerate(axes):
+            down, across = [other for other in range(3) if other != number]
+            _show(axis, picture.select(number + 1, int(voxel[number])))
+            axis.set_aspect(spacing[down] / spacing[across])
+            axis.axhline(voxel[down], color="white", linewidth=0.5, alpha=0.6)
+            axis.axvline(voxel[across], color="white", linewidth=0.5, alpha=0.6)
+        axes[0].set_ylabel(title)
+    for axis, name, place in zip(grid[0], "zyx", voxel, strict=True):
+        axis.set_title(f"{name} = {place}")
+    return figure
+
+
+def _three(name: str, values: object) -> Sequence[Any]:
+    if not isinstance(values, Sequence) or len(values) != 3:
+        raise TypeError(f"{name}: expected three numbers, along z, y and x, got {values!r}")
+    return values
+
+
+def _check_volume(name: str, volume: object) -> None:
+    check_floating(name, volume)
+    assert isinstance(volume, Tensor)
+    if volume.dim() != 4 or volume.shape[0] not in (1, 3) or not volume.numel():
+        raise ValueError(f"{name}: expected [1, D, H, W] or [3, D, H, W], got {shape_text(volume.shape)}")
+    _check_unit(name, volume)
+    check_has_values(name, volume)
+
+
 def _check_image(name: str, image: object) -> None:
     check_floating(name, image)
     assert isinstance(image, Tensor)
@@ -262,8 +348,9 @@ def _is_map(name: str, values: object, image: Tensor) -> bool:
     """Whether these are the values of a map, and not labels."""
     check_real(name, values)
     assert isinstance(values, Tensor)
-    if values.dim() != 2 or not values.numel():
-        raise ValueError(f"{name}: expected [H, W], got {shape_text(values.shape)}")
+    if values.dim() != image.dim() - 1 or not values.numel():
+        expected = "[H, W]" if image.dim() == 3 else "[D, H, W]"
+        raise ValueError(f"{name}: expected {expected}, got {shape_text(values.shape)}")
     if values.device != image.device:
         raise ValueError(f"{name}: expected device {image.device}, that of image, got {values.device}")
     return values.is_floating_point()
@@ -272,8 +359,8 @@ def _is_map(name: str, values: object, image: Tensor) -> bool:
 def _heat(name: str, values: Tensor, image: Tensor) -> Tensor:
     """Jet: ramps of the three colours, each a quarter of the range after the other."""
     _check_unit(name, values)
-    resized = F.interpolate(values.to(image.dtype)[None, None], image.shape[1:], mode="bilinear", align_corners=False)
-    centres = image.new_tensor([3.0, 2.0, 1.0]).view(3, 1, 1)
+    resized = resize(values.to(image.dtype)[None, None], image.shape[1:])
+    centres = image.new_tensor([3.0, 2.0, 1.0]).view(3, *[1] * values.dim())
     return (1.5 - (4 * resized[0] - centres).abs()).clamp(0, 1)
 
 

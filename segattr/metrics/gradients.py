@@ -27,8 +27,10 @@ def high_gradient_ratio(
     as ``scale``, or a rise of all gradients alike will not show.
 
     Args:
-        gradients: gradients with respect to the images, ``[B, C, H, W]``, or their magnitude g, ``[B, H, W]``.
-        regions: region of each image, bool, ``[B, H, W]``, or R regions of each, ``[B, R, H, W]``.
+        gradients: gradients with respect to the images, ``[B, C, H, W]``, or their magnitude g, ``[B, H, W]``; with
+            respect to volumes, ``[B, C, D, H, W]``.
+        regions: region of each image, bool, ``[B, H, W]``, or R regions of each, ``[B, R, H, W]``; of volumes with
+            their depth.
         threshold: :math:`\theta`, at least 0.
         scale: :math:`s`, at least 0: the same for all images or one for each, ``[B]``. 1 makes the threshold absolute.
             The maximum of each image if None.
@@ -56,23 +58,26 @@ def high_gradient_ratio(
         tensor([0.2500])
     """
     check_floating("gradients", gradients)
-    if gradients.dim() not in (3, 4):
-        raise ValueError(f"gradients: expected [B, C, H, W] or [B, H, W], got {shape_text(gradients.shape)}")
-    if gradients.dim() == 4 and gradients.shape[1] == 0:
+    if gradients.dim() not in (3, 4, 5):
+        kinds = "[B, C, H, W] or [B, H, W], or [B, C, D, H, W] of volumes"
+        raise ValueError(f"gradients: expected {kinds}, got {shape_text(gradients.shape)}")
+    if gradients.dim() > 3 and gradients.shape[1] == 0:
         raise ValueError(f"gradients: expected at least one channel, got {shape_text(gradients.shape)}")
     check_finite("gradients", gradients)
     regions = check_mask("regions", regions)
-    images, (height, width) = len(gradients), gradients.shape[-2:]
-    of_each = (images, regions.shape[1], height, width) if regions.dim() == 4 else (images, height, width)
+    images, size = len(gradients), gradients.shape[1 if gradients.dim() == 3 else 2 :]
+    several = regions.dim() == 2 + len(size)
+    of_each = (images, regions.shape[1], *size) if several else (images, *size)
     check_like("regions", regions, of_each, "gradients", gradients)
     check_number("threshold", threshold, least=0)
     magnitude = gradients.detach().to(wide_dtype(gradients)).abs()
-    if magnitude.dim() == 4:
+    if magnitude.dim() > 3:
         magnitude = magnitude.amax(1)
-    high = magnitude > threshold * _scale(scale, magnitude).view(-1, 1, 1)
-    if regions.dim() == 4:
+    high = magnitude > threshold * _scale(scale, magnitude).view(-1, *[1] * len(size))
+    if several:
         high = high.unsqueeze(1)
-    share = (high & regions).sum((-2, -1)).double() / regions.sum((-2, -1))
+    spatial = tuple(range(-len(size), 0))
+    share = (high & regions).sum(spatial).double() / regions.sum(spatial)
     return share.to(magnitude.dtype)
 
 

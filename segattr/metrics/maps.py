@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from segattr.metrics.masks import check_device, check_mask
+from segattr.networks.spatial import axes, layout_text
 from segloss.common.checks import (
     check_finite,
     check_floating,
@@ -36,13 +37,13 @@ def pointing_game(maps: Tensor, masks: Tensor, *, tolerance: float = 15.0) -> Te
     mean over classes. Images of different sizes come one by one; ``torch.cat`` joins their hits.
 
     Args:
-        maps: map of each class, at the resolution of the masks, ``[B, C, H, W]``, any finite values. Of several maxima
-            the first counts, row by row; a constant map points to the first pixel.
-        masks: pixels of the objects of each class, bool, ``[B, C, H, W]``: segments, or filled boxes as in the source.
-            Leave those empty that are not to count: the source leaves out a class whose objects are all marked as
-            difficult.
-        tolerance: :math:`\tau`, a distance in pixels between pixel centres, at least 0; 15 in the source. Up to 1, only
-            the object itself is hit.
+        maps: map of each class, at the resolution of the masks, ``[B, C, H, W]``, or ``[B, C, D, H, W]`` of volumes,
+            any finite values. Of several maxima the first counts, row by row; a constant map points to the first pixel.
+        masks: pixels of the objects of each class, bool, the shape of the maps: segments, or filled boxes as in the
+            source. Leave those empty that are not to count: the source leaves out a class whose objects are all marked
+            as difficult.
+        tolerance: :math:`\tau`, a distance in pixels (voxels) between their centres, at least 0; 15 in the source. Up
+            to 1, only the object itself is hit.
 
     Returns:
         ``[B, C]``: 1 for a hit, 0 for a miss, NaN where the class has no object in the image; float32. No gradient. The
@@ -67,14 +68,18 @@ def pointing_game(maps: Tensor, masks: Tensor, *, tolerance: float = 15.0) -> Te
     masks = check_mask("masks", masks)
     check_like("masks", masks, maps.shape, "maps", maps)
     check_number("tolerance", tolerance, least=0)
-    height, width = maps.shape[2:]
+    size, spatial = maps.shape[2:], axes(maps)
     # Squared distances are integers: below a number is below its ceiling. 1 is the pixel itself.
-    limit = max(1, math.ceil(min(tolerance, height + width) ** 2))
+    limit = max(1, math.ceil(min(tolerance, sum(size)) ** 2))
     first = maps.flatten(2).argmax(2)[..., None]
-    rows = torch.arange(height, device=maps.device) - first // width
-    columns = torch.arange(width, device=maps.device) - first % width
-    near = rows.square()[..., None] + columns.square()[..., None, :] < limit
-    return (masks & near).any((-2, -1)).float().masked_fill(~masks.any((-2, -1)), math.nan)
+    distance = torch.zeros((), dtype=torch.int64, device=maps.device)
+    for after, length in enumerate(reversed(size)):
+        offset = torch.arange(length, device=maps.device) - first % length
+        distance = distance + offset.square().view(
+            *maps.shape[:2], *[1] * (len(size) - 1 - after), length, *[1] * after
+        )
+        first = first // length
+    return (masks & (distance < limit)).any(spatial).float().masked_fill(~masks.any(spatial), math.nan)
 
 
 class BestThreshold(NamedTuple):
@@ -108,9 +113,10 @@ def best_threshold_miou(
     one batch after another.
 
     Args:
-        maps: map of each class, without the background, ``[B, C, H, W]``, at the resolution of the labels and
-            normalised, usually to [0, 1].
-        labels: 0 for the background, c + 1 for the class of map c, or ``ignore_index``, integers, ``[B, H, W]``.
+        maps: map of each class, without the background, ``[B, C, H, W]``, or ``[B, C, D, H, W]`` of volumes, at the
+            resolution of the labels and normalised, usually to [0, 1].
+        labels: 0 for the background, c + 1 for the class of map c, or ``ignore_index``, integers, ``[B, H, W]`` or
+            ``[B, D, H, W]``.
         tags: 1 where a class is present in the image, ``[B, C]``, as the field evaluates maps of training images: the
             maps of other classes do not count. All of them count if None.
         thresholds: increasing background scores t to try. Compared in the precision of the maps.
@@ -194,14 +200,16 @@ class ThresholdSweep:
         check_has_values("maps", maps)
         classes = self.counts.shape[1]
         if maps.shape[1] != classes:
-            raise ValueError(f"maps: expected [B, {classes}, H, W], got {shape_text(maps.shape)} (see classes)")
+            expected = layout_text(maps.dim()).replace("C", str(classes))
+            raise ValueError(f"maps: expected {expected}, got {shape_text(maps.shape)} (see classes)")
         check_integer("labels", labels)
         check_like("labels", labels, (len(maps), *maps.shape[2:]), "maps", maps)
         labels = labels.long()
         check_labels(labels, classes + 1, self.ignore_index, "maps")
         if tags is not None:
             check_tags(tags, maps, "maps")
-            maps = maps.masked_fill((tags == 0)[..., None, None], -math.inf)
+            absent = (tags == 0).view(*tags.shape, *[1] * (maps.dim() - 2))
+            maps = maps.masked_fill(absent, -math.inf)
         score, best = maps.to(wide_dtype(maps)).max(1)
         below = torch.bucketize(score, self.thresholds.to(score))
         cell = (labels * classes + best) * (len(self.thresholds) + 1) + below
@@ -236,8 +244,9 @@ class ThresholdSweep:
 def _check_maps(maps: object) -> None:
     check_floating("maps", maps)
     assert isinstance(maps, Tensor)
-    if maps.dim() != 4 or 0 in maps.shape[1:]:
-        raise ValueError(f"maps: expected [B, C, H, W] with a class and a pixel, got {shape_text(maps.shape)}")
+    if maps.dim() not in (4, 5) or 0 in maps.shape[1:]:
+        kinds = f"{layout_text(4)} or {layout_text(5)}"
+        raise ValueError(f"maps: expected {kinds} with a class and a pixel, got {shape_text(maps.shape)}")
     check_finite("maps", maps)
 
 

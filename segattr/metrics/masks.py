@@ -8,6 +8,7 @@ from torch import Tensor
 
 from segloss.common.checks import (
     check_bool,
+    check_choice,
     check_has_values,
     check_int,
     check_like,
@@ -24,6 +25,7 @@ def region_similarity(
     valid: Tensor | None = None,
     pooled: bool = False,
     absent: float = math.nan,
+    dims: int = 2,
 ) -> Tensor:
     r"""Region similarity J: the Jaccard index, or intersection over union, of two masks.
 
@@ -41,6 +43,7 @@ def region_similarity(
         absent: value of a class that is in neither mask, over all images if ``pooled``: NaN, which ``nanmean`` leaves
             out of a mean over classes, or a number from 0 to 1. 1 is DAVIS's way: what is not there and not found is
             right.
+        dims: number of spatial dimensions, 2, or 3 for masks ``[..., D, H, W]`` of volumes.
 
     Returns:
         ``[...]``, without the first dimension if ``pooled``; float32: the counts are exact integers, only the ratio
@@ -48,9 +51,9 @@ def region_similarity(
 
     Raises:
         TypeError: masks or ``valid`` that are not bool tensors, ``pooled`` that is no bool, ``absent`` that is no
-            number.
+            number, ``dims`` that is no int.
         ValueError: shapes or devices that do not fit each other, masks without a first dimension to pool over,
-            ``absent`` outside [0, 1] and not NaN.
+            ``absent`` outside [0, 1] and not NaN, other ``dims``.
 
     Source:
         *A Benchmark Dataset and Evaluation Methodology for Video Object Segmentation* (DAVIS);
@@ -63,7 +66,9 @@ def region_similarity(
         tensor([1.0000, 0.5000, 0.5000])
     """
     _check_absent(absent)
-    both, either = _region_counts(*_without_void(prediction, truth, valid, pooled), pooled)
+    check_int("dims", dims)
+    check_choice("dims", dims, (2, 3))
+    both, either = _region_counts(*_without_void(prediction, truth, valid, pooled, dims), pooled, dims)
     return _of_present(_share(both, either), either, absent)
 
 
@@ -254,17 +259,22 @@ class JAndF:
         return region, contour
 
 
-def _without_void(prediction: object, truth: object, valid: object, pooled: bool) -> tuple[Tensor, Tensor]:
+def _without_void(
+    prediction: object, truth: object, valid: object, pooled: bool, dims: int = 2
+) -> tuple[Tensor, Tensor]:
     """The checked masks, empty at the pixels that are not valid."""
     prediction, truth = check_mask("prediction", prediction), check_mask("truth", truth)
     check_like("truth", truth, prediction.shape, "prediction", prediction)
     check_bool("pooled", pooled)
-    if pooled and prediction.dim() < 3:
-        raise ValueError(f"prediction: expected [N, ..., H, W] to pool over N, got {shape_text(prediction.shape)}")
+    size = "H, W" if dims == 2 else "D, H, W"
+    if prediction.dim() < dims:
+        raise ValueError(f"prediction: expected [..., {size}], got {shape_text(prediction.shape)}")
+    if pooled and prediction.dim() < dims + 1:
+        raise ValueError(f"prediction: expected [N, ..., {size}] to pool over N, got {shape_text(prediction.shape)}")
     if valid is None:
         return prediction, truth
     valid = check_mask("valid", valid)
-    if prediction.dim() == 4 and valid.dim() == 3:
+    if prediction.dim() == dims + 2 and valid.dim() == dims + 1:
         check_like("valid", valid, (len(prediction), *prediction.shape[2:]), "prediction", prediction)
         valid = valid.unsqueeze(1)
     else:
@@ -295,9 +305,9 @@ def _check_absent(absent: float) -> None:
         check_number("absent", absent, least=0, most=1)
 
 
-def _region_counts(prediction: Tensor, truth: Tensor, pooled: bool) -> tuple[Tensor, ...]:
+def _region_counts(prediction: Tensor, truth: Tensor, pooled: bool, dims: int = 2) -> tuple[Tensor, ...]:
     """Pixels of both masks and of either."""
-    return _count(prediction & truth, pooled), _count(prediction | truth, pooled)
+    return _count(prediction & truth, pooled, dims), _count(prediction | truth, pooled, dims)
 
 
 def _contour_counts(prediction: Tensor, truth: Tensor, tolerance: float, pooled: bool) -> tuple[Tensor, ...]:
@@ -314,8 +324,8 @@ def _f_measure(found: Tensor, predicted: Tensor, met: Tensor, true: Tensor) -> T
     return 2 * precision * recall / (precision + recall).clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def _count(mask: Tensor, pooled: bool) -> Tensor:
-    per_mask = mask.sum((-2, -1))
+def _count(mask: Tensor, pooled: bool, dims: int = 2) -> Tensor:
+    per_mask = mask.sum(tuple(range(-dims, 0)))
     return per_mask.sum(0) if pooled else per_mask
 
 

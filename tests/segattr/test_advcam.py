@@ -284,7 +284,11 @@ def test_detached_features_are_refused() -> None:
         ({"chunk": 0}, ValueError, "chunk: expected a finite number of at least 1, got 0"),
         ({"chunk": 1.5}, TypeError, "chunk: expected an int, got float"),
         ({"classes": [[1]]}, ValueError, "classes: expected a sequence for each of 2 images, got 1"),
-        ({"images": torch.zeros(3, 9, 9)}, ValueError, r"images: .*\[B, C, H, W\] or \[B, C, D, H, W\], got \[3, 9, 9\]"),
+        (
+            {"images": torch.zeros(3, 9, 9)},
+            ValueError,
+            r"images: expected \[B, C, H, W\] or \[B, C, D, H, W\], got \[3, 9, 9\]",
+        ),
         ({"images": torch.zeros(1, 3, 9, 9).int()}, TypeError, "images: expected a floating-point tensor"),
         ({"clf": deep_head, "reference": True}, ValueError, "reference: expected False for a head other than global"),
         ({"clf": lambda: "net"}, TypeError, "clf: expected a Classifier, or a network that split understands, got str"),

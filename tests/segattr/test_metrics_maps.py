@@ -77,7 +77,7 @@ MAPS = torch.zeros(2, 3, 4, 5)
     ("maps", "masks", "options", "error", "message"),
     [
         (MASKS, MASKS, {}, TypeError, "maps: expected a floating-point tensor, got torch.bool"),
-        (MAPS[0], MASKS[0], {}, ValueError, r"maps: expected \[B, C, H, W\] with a class and a pixel, got \[3, 4, 5\]"),
+        (MAPS[0], MASKS[0], {}, ValueError, r"maps: .* or \[B, C, D, H, W\] with a class and a pixel, got \[3, 4, 5\]"),
         (MAPS[:, :0], MASKS[:, :0], {}, ValueError, r"maps: expected .* got \[2, 0, 4, 5\]"),
         (MAPS[..., :0], MASKS[..., :0], {}, ValueError, r"maps: expected .* got \[2, 3, 4, 0\]"),
         (MAPS + math.nan, MASKS, {}, ValueError, "maps: expected finite values"),
@@ -298,7 +298,7 @@ LABELS = torch.zeros(2, 4, 5, dtype=torch.long)
     ("maps", "labels", "options", "error", "message"),
     [
         (MASKS, LABELS, {}, TypeError, "maps: expected a floating-point tensor, got torch.bool"),
-        (MAPS[0], LABELS, {}, ValueError, r"maps: expected \[B, C, H, W\] with a class and a pixel, got \[3, 4, 5\]"),
+        (MAPS[0], LABELS, {}, ValueError, r"maps: .* or \[B, C, D, H, W\] with a class and a pixel, got \[3, 4, 5\]"),
         (MAPS[:, :0], LABELS, {}, ValueError, r"maps: expected .* got \[2, 0, 4, 5\]"),
         (MAPS - math.inf, LABELS, {}, ValueError, "maps: expected finite values"),
         (MAPS, LABELS.float(), {}, TypeError, "labels: expected an integer tensor, got torch.float32"),
