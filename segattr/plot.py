@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["heatmap", "map_grid", "overlay", "size_grid", "slices"]
 
 _MOST_CELLS = 1000  # in a row or column of a grid: more lines cannot be told apart
+_SMALLEST_STEP = 1e-4  # from voxel to voxel, in whatever unit: less is a mistake
 _SLACK = 1e-3  # beyond [0, 1]: what normalising, resizing and going back leave
 
 
@@ -238,7 +239,7 @@ def slices(
         maps: by their titles, floating-point maps in [0, 1] of any resolution, ``[d, h, w]``, which are resized to the
             volume (trilinear), or labels, as for :func:`overlay`, ``[D, H, W]``.
         at: the voxel ``(z, y, x)``; the middle one if None.
-        spacing: physical size of a voxel along z, y and x, in any unit.
+        spacing: physical size of a voxel along z, y and x, in any unit, from 1e-4 to 1e4.
         alpha: opacity of the colours, in [0, 1].
 
     Returns:
@@ -249,7 +250,7 @@ def slices(
         TypeError: ``volume`` that is not floating point, ``maps`` that are no mapping or no tensors of real numbers,
             ``at`` that are no ints, ``spacing`` or ``alpha`` that are no numbers.
         ValueError: shapes or devices that do not fit, a volume or map outside [0, 1] by more than 1e-3 or NaN, labels
-            outside 0 to 255, a voxel outside the volume, ``spacing`` of 0 or less, ``alpha`` outside [0, 1].
+            outside 0 to 255, a voxel outside the volume, ``spacing`` outside 1e-4 to 1e4, ``alpha`` outside [0, 1].
         ImportError: matplotlib is not installed.
 
     Example:
@@ -265,18 +266,16 @@ def slices(
     for place, length in zip(voxel, size, strict=True):
         check_int("at", place)
         check_number("at", place, least=0, most=length - 1)
-    lengths = [length * step for length, step in zip(size, _three("spacing", spacing), strict=True)]
-    for step in spacing:
-        check_number("spacing", step, above=0)
+    for step in _three("spacing", spacing):
+        check_number("spacing", step, least=_SMALLEST_STEP, most=1 / _SMALLEST_STEP)
     check_number("alpha", alpha, least=0, most=1)
     colours = volume.expand(3, *size)
     rows = {"volume": colours} | {
         title: _coloured(f"maps[{title!r}]", values, colours, alpha) for title, values in (maps or {}).items()
     }
-    deep, high, wide = lengths
+    deep, high, wide = (length * step for length, step in zip(size, spacing, strict=True))
     widths, height = [wide, wide, high], max(deep, high)
-    scale = 7.5 / sum(widths)
-    figure = _figure(8, len(rows) * (scale * height + 0.3))
+    figure = _figure(8, len(rows) * (min(7.5 * height / sum(widths), 8) + 0.3))
     grid = figure.subplots(len(rows), 3, squeeze=False, gridspec_kw={"width_ratios": widths})
     for axes, (title, picture) in zip(grid, rows.items(), strict=True):
         for number, axis in enumerate(axes):

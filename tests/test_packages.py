@@ -123,7 +123,7 @@ def test_names_are_the_published_ones() -> None:
         "gndrp": "(features_or_maps, maps, *, threshold, divide_by)",
         "grad_cam": "(clf, images, classes, *, layer, pool, weighting, pixels, norm)",
         "multiscale": "(method, images, scales, flip)",
-        "normalize": "(maps, mode)",
+        "normalize": "(maps, mode, *, dims)",
         "rib": "(clf, images, tags, *, companions, steps, lr, margin, pool, threshold, classes, norm, frozen, stop, "
         "reference)",
         "split": "(model, layer, *, example)",
@@ -138,7 +138,7 @@ def test_names_are_the_published_ones() -> None:
         "metrics.high_gradient_ratio": "(gradients, regions, *, threshold, scale)",
         "metrics.j_and_f": "(prediction, truth, *, tolerance, valid, pooled, absent)",
         "metrics.pointing_game": "(maps, masks, *, tolerance)",
-        "metrics.region_similarity": "(prediction, truth, *, valid, pooled, absent)",
+        "metrics.region_similarity": "(prediction, truth, *, valid, pooled, absent, dims)",
         "refine.dense_crf": "(probabilities, image, *, iterations, weight, sigma_rgb, sigma_xy, smooth_weight, "
         "smooth_sigma_xy, own, filled, valid, scale_factor, method, tolerance, backend)",
         "refine.grow_seeds": "(seeds, probabilities, *, foreground, background, ignore_index)",

@@ -121,12 +121,29 @@ def classifier() -> Call:
     )
 
 
+def volumes() -> Tensor:
+    return rand(2, 1, 5, 6, 7)
+
+
+def network_of_volumes() -> nn.Module:
+    head = [nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, CLASSES)]
+    net = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.ReLU(), *head)
+    for parameter in net.parameters():
+        nn.init.uniform_(parameter, -0.01, 0.01, generator=generator())
+    return segattr.split(net, example=volumes())
+
+
 def split() -> Call:
     return Call(segattr.split, {"model": network(), "layer": "1"})
 
 
 def cam() -> Call:
     arguments = {"clf": network(), "images": images(), "classes": [[0, 2], [1]], "norm": "relu_max"}
+    return Call(segattr.cam, arguments, maps_of)
+
+
+def cam_of_volumes() -> Call:
+    arguments = {"clf": network_of_volumes(), "images": volumes(), "classes": [[0, 2], [1]], "norm": "relu_max"}
     return Call(segattr.cam, arguments, maps_of)
 
 
@@ -137,6 +154,10 @@ def grad_cam() -> Call:
 
 def normalize() -> Call:
     return Call(segattr.normalize, {"maps": rand(2, 3, 5, 4) - 0.5, "mode": "minmax"}, like("maps"))
+
+
+def normalize_of_volumes() -> Call:
+    return Call(segattr.normalize, {"maps": rand(2, 3, 2, 5, 4) - 0.5, "mode": "max", "dims": 3}, like("maps"))
 
 
 def multiscale() -> Call:
@@ -581,6 +602,17 @@ def heatmap() -> Call:
     return Call(plot.heatmap, arguments)
 
 
+def slices() -> Call:
+    arguments = {
+        "volume": rand(1, 4, 3, 5),
+        "maps": {"CAM": rand(2, 2, 2)},
+        "at": (1, 2, 3),
+        "spacing": (2.0, 1.0, 1.0),
+        "alpha": 0.5,
+    }
+    return Call(plot.slices, arguments)
+
+
 def size_grid() -> Call:
     arguments = {"image": rand(3, 4, 3), "columns": 3, "rows": 2}
     return Call(plot.size_grid, arguments)
@@ -594,12 +626,14 @@ CALLS: dict[str, Callable[[], Call]] = {
     "segattr.advcam": advcam,
     "segattr.bbam": bbam,
     "segattr.cam": cam,
+    "segattr.cam volumes": cam_of_volumes,
     "segattr.detector_from_torchvision": lambda: Call(segattr.detector_from_torchvision, {"model": RegionCNN()}),
     "segattr.ficklenet": ficklenet,
     "segattr.gndrp": gndrp,
     "segattr.grad_cam": grad_cam,
     "segattr.multiscale": multiscale,
     "segattr.normalize": normalize,
+    "segattr.normalize volumes": normalize_of_volumes,
     "segattr.positive_proposals": positive_proposals,
     "segattr.rib": rib,
     "segattr.split": split,
@@ -629,6 +663,7 @@ CALLS: dict[str, Callable[[], Call]] = {
     "segattr.plot.map_grid": map_grid,
     "segattr.plot.overlay": overlay,
     "segattr.plot.size_grid": size_grid,
+    "segattr.plot.slices": slices,
     "segattr.refine.BBAM_CRF": lambda: published_crf(refine.BBAM_CRF),
     "segattr.refine.CRFSettings": lambda: Call(refine.CRFSettings, dict(refine.IRN_CRF), fixed=tuple(refine.IRN_CRF)),
     "segattr.refine.IRN_CRF": lambda: published_crf(refine.IRN_CRF),
