@@ -265,7 +265,8 @@ def slices(
     voxel = [length // 2 for length in size] if at is None else _three("at", at)
     for place, length in zip(voxel, size, strict=True):
         check_int("at", place)
-        check_number("at", place, least=0, most=length - 1)
+        if not 0 <= place < length:
+            raise ValueError(f"at: expected a voxel of {shape_text(size)}, got {tuple(voxel)} (see volume)")
     for step in _three("spacing", spacing):
         check_number("spacing", step, least=_SMALLEST_STEP, most=1 / _SMALLEST_STEP)
     check_number("alpha", alpha, least=0, most=1)

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.utils import _ntuple
 
-from segattr.lrp.call import Call
 from segattr.lrp.subpixel import SubPixel
 
 Adjoint = Callable[[Any], Tensor | Sequence[Tensor]]
@@ -429,11 +428,7 @@ def _maximum(x: Tensor, output: Tensor, indices: Tensor) -> Linearised:
     return Linearised(output, back)
 
 
-_AVERAGE = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
-_ADAPTIVE_AVERAGE = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
-
-
-@adjoint(F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
+@adjoint(F.avg_pool2d, F.avg_pool3d)
 def avg_pool(
     x: Tensor,
     kernel_size: Any,
@@ -442,18 +437,14 @@ def avg_pool(
     ceil_mode: bool = False,
     count_include_pad: bool = True,
     divisor_override: int | None = None,
-    *,
-    call: Call,
 ) -> Linearised:
     """Average pooling is separable: pooling of unit vectors gives the matrix of each axis, and so the adjoint."""
-    count = _axes_of(call)
-    each = _ntuple(count)
+    pool, each = {4: F.avg_pool2d, 5: F.avg_pool3d}[x.dim()], _ntuple(x.dim() - 2)
     kernel, stride, padding = each(kernel_size), each(stride or kernel_size), each(padding)
-    divisor = () if count == 1 else (divisor_override,)
-    output = _AVERAGE[count](x, kernel, stride, padding, ceil_mode, count_include_pad, *divisor)
+    output = pool(x, kernel, stride, padding, ceil_mode, count_include_pad, divisor_override)
     matrices = [
         F.avg_pool1d(_units(x, n), k, s, p, ceil_mode, count_include_pad)[0]
-        for n, k, s, p in zip(x.shape[-count:], kernel, stride, padding, strict=True)
+        for n, k, s, p in zip(x.shape[2:], kernel, stride, padding, strict=True)
     ]
     if divisor_override:  # of sums
         matrices = [(matrix > 0).to(matrix) for matrix in matrices]
@@ -461,8 +452,8 @@ def avg_pool(
     return Linearised(output, lambda gradient: _separable(gradient, matrices))
 
 
-@adjoint(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
-def _avg_pool(module: nn.AvgPool2d, x: Tensor, *, call: Call) -> Linearised:
+@adjoint(nn.AvgPool2d, nn.AvgPool3d)
+def _avg_pool(module: nn.AvgPool2d, x: Tensor) -> Linearised:
     return avg_pool(
         x,
         module.kernel_size,
@@ -470,28 +461,21 @@ def _avg_pool(module: nn.AvgPool2d, x: Tensor, *, call: Call) -> Linearised:
         module.padding,
         module.ceil_mode,
         module.count_include_pad,
-        getattr(module, "divisor_override", None),
-        call=call,
+        module.divisor_override,
     )
 
 
-@adjoint(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
-def adaptive_avg_pool(x: Tensor, output_size: Any, *, call: Call) -> Linearised:
-    count = _axes_of(call)
-    output = _ADAPTIVE_AVERAGE[count](x, output_size)
-    sizes = zip(x.shape[-count:], output.shape[-count:], strict=True)
+@adjoint(F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
+def adaptive_avg_pool(x: Tensor, output_size: Any) -> Linearised:
+    output = {4: F.adaptive_avg_pool2d, 5: F.adaptive_avg_pool3d}[x.dim()](x, output_size)
+    sizes = zip(x.shape[2:], output.shape[2:], strict=True)
     matrices = [F.adaptive_avg_pool1d(_units(x, n), m)[0] for n, m in sizes]
     return Linearised(output, lambda gradient: _separable(gradient, matrices))
 
 
-@adjoint(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
-def _adaptive_avg_pool(module: nn.AdaptiveAvgPool2d, x: Tensor, *, call: Call) -> Linearised:
-    return adaptive_avg_pool(x, module.output_size, call=call)
-
-
-def _axes_of(call: Call) -> int:
-    """How many axes an operation such as ``avg_pool2d`` or ``AvgPool2d`` works on."""
-    return int(call.kind[-2])
+@adjoint(nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+def _adaptive_avg_pool(module: nn.AdaptiveAvgPool2d, x: Tensor) -> Linearised:
+    return adaptive_avg_pool(x, module.output_size)
 
 
 def _separable(gradient: Tensor, matrices: list[Tensor]) -> Tensor:

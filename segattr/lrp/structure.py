@@ -14,7 +14,18 @@ from segattr.lrp.call import Call
 
 
 @adjoint(
-    *("broadcast_to", "channel_shuffle", "native_channel_shuffle", "chunk", "cumsum", "diagonal", "diff", "dsplit"),
+    *(
+        "avg_pool1d",
+        "adaptive_avg_pool1d",
+        "broadcast_to",
+        "channel_shuffle",
+        "native_channel_shuffle",
+        "chunk",
+        "cumsum",
+        "diagonal",
+        "diff",
+        "dsplit",
+    ),
     *("expand", "expand_as", "flip", "fliplr", "flipud", "fold", "gather", "getitem", "grid_sample", "hsplit"),
     *(
         "index_select",

@@ -145,7 +145,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 def conservation_error(scores: Tensor, heat: Tensor, ledger: dict[str, Tensor]) -> float:
     """Of score = relevance of the pixels + relevance in the ledger, relative to the largest of the three."""
     absorbed = torch.stack([torch.zeros_like(scores), *ledger.values()]).detach()
-    terms = torch.stack([scores, heat.sum((2, 3)), absorbed.abs().sum(0)]).detach()
+    terms = torch.stack([scores, heat.flatten(2).sum(2), absorbed.abs().sum(0)]).detach()
     return float((terms[1] + absorbed.sum(0) - terms[0]).abs().max() / terms.abs().max().clamp(min=1e-30))
 
 
@@ -154,7 +154,7 @@ def randomise(model: nn.Module, shifts: bool = True) -> nn.Module:
     """Random weights that keep the size of signals, and random statistics, scales and shifts of normalisation."""
     for module in model.modules():
         own = dict(module.named_parameters(recurse=False))
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.running_mean.normal_(0, 0.3 * shifts)
             module.running_var.uniform_(0.3, 2)
             module.weight.uniform_(0.5, 1.5).mul_(torch.where(torch.rand(module.num_features) < 0.2, -1, 1))

@@ -23,6 +23,56 @@ def pictures(figure: Figure) -> list[Any]:
     return [axis.images[0].get_array() for axis in figure.axes]
 
 
+def test_slices_are_those_of_the_volume_and_of_the_maps_over_it() -> None:
+    volume, labels = torch.rand(1, 4, 6, 8), torch.randint(0, 3, (4, 6, 8))
+    heat = torch.rand(2, 3, 4)
+    figure = plot.slices(volume, {"heat": heat, "labels": labels}, at=(1, 2, 5), spacing=(3, 1, 0.5), alpha=1)
+    assert [axes.get_title() for axes in figure.axes] == ["z = 1", "y = 2", "x = 5", *[""] * 6]
+    assert [axes.get_ylabel() for axes in figure.axes[::3]] == ["volume", "heat", "labels"]
+    assert [axes.get_aspect() for axes in figure.axes[:3]] == [2, 6, 3]
+    large = torch.nn.functional.interpolate(heat[None, None], (4, 6, 8), mode="trilinear")[0, 0]
+    found = pictures(figure)
+    for number, place in enumerate((1, 2, 5)):
+        grey = volume[0].select(number, place)
+        expected = [grey.expand(3, *grey.shape)]
+        for values in (large.select(number, place), labels.select(number, place)):
+            expected.append(plot.overlay(expected[0], values, alpha=1))
+        for row, picture in enumerate(expected):
+            np.testing.assert_allclose(found[3 * row + number], picture.movedim(0, -1).numpy(), atol=1e-6)
+
+
+def test_slices_go_through_the_middle() -> None:
+    figure = plot.slices(torch.rand(3, 5, 6, 7, dtype=torch.float64))
+    assert [axes.get_title() for axes in figure.axes] == ["z = 2", "y = 3", "x = 3"]
+    np.testing.assert_array_equal(figure.axes[0].lines[0].get_ydata(), [3, 3])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (
+            {"volume": torch.rand(4, 6, 8)},
+            ValueError,
+            r"volume: expected \[1, D, H, W\] or \[3, D, H, W\], got \[4, 6, 8\]",
+        ),
+        ({"volume": torch.rand(2, 4, 6, 8)}, ValueError, r"volume: expected \[1, D, H, W\] or .* got \[2, 4, 6, 8\]"),
+        ({"volume": 900 * torch.ones(1, 4, 6, 8)}, ValueError, r"volume: expected values in \[0, 1\], got 900 to 900"),
+        ({"maps": torch.rand(4, 6, 8)}, TypeError, "maps: expected maps or labels by their titles, got Tensor"),
+        ({"maps": {"CAM": torch.rand(6, 8)}}, ValueError, r"maps\['CAM'\]: expected \[D, H, W\], got \[6, 8\]"),
+        ({"maps": {"a": torch.ones(2, 3, 4).long()}}, ValueError, r"maps\['a'\]: expected labels \[4, 6, 8\] .* got"),
+        ({"at": (4, 0, 0)}, ValueError, r"at: expected a voxel of \[4, 6, 8\], got \(4, 0, 0\) \(see volume\)"),
+        ({"at": (0, 0)}, TypeError, r"at: expected three numbers, along z, y and x, got \(0, 0\)"),
+        ({"at": (0, 0, 0.5)}, TypeError, "at: expected an int, got float"),
+        ({"spacing": (1, 1, 0)}, ValueError, "spacing: expected a finite number of at least 0.0001"),
+        ({"spacing": 2.0}, TypeError, "spacing: expected three numbers, along z, y and x, got 2.0"),
+        ({"alpha": 2}, ValueError, "alpha: expected a"),
+    ],
+)
+def test_errors_of_slices(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        plot.slices(**{"volume": torch.rand(1, 4, 6, 8), **arguments})
+
+
 def test_labels_are_in_the_colours_of_voc_label_images() -> None:
     labels = torch.arange(256).view(16, 16)
     coloured = plot.overlay(torch.rand(3, 16, 16), labels, alpha=1)
