@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from monai.data import MetaTensor
 from monai.networks.blocks.squeeze_and_excitation import SEResNetBottleneck
 from monai.networks.nets import DenseNet, ResNet, SENet
+from parts import torchvision_cpu  # noqa: F401  (before torchvision)
 from torch import Tensor, nn
 from torchvision.models.video.resnet import BasicBlock, BasicStem, Conv3DSimple, VideoResNet
 
