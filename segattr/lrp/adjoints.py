@@ -183,7 +183,7 @@ def convolution(
         shifts = {name: scale * shift for name, shift in shifts.items()}
         shifts.update({f"norm.{name}": shift for name, shift in normalised.shifts.items()})
 
-    to_image = count == 2 and x.shape[1] <= 4 and min(stride) > 1 and groups == 1 and dilation == (1, 1)
+    to_image = count > 1 and x.shape[1] <= 4 and min(stride) > 1 and groups == 1 and max(dilation) == 1
 
     def linear(x: Tensor, weight: Tensor) -> Tensor:
         return _CONVOLUTIONS[count](x, weight, None, stride, padding, dilation, groups)

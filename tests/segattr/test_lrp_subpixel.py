@@ -1,5 +1,6 @@
 """The transposed convolution at low resolution is the transposed convolution."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -10,9 +11,10 @@ from segattr.lrp.subpixel import SubPixel
 
 
 @st.composite
-def convolutions(draw: st.DrawFn) -> tuple[tuple[int, ...], ...]:
+def convolutions(draw: st.DrawFn, dims: int) -> tuple[tuple[int, ...], ...]:
     """Kernel, stride, padding, the sizes of an image that it fits into, and those of the map that it gives."""
-    kernel, stride = ((draw(st.integers(1, 7)), draw(st.integers(1, 7))) for _ in range(2))
+    most = {2: 7, 3: 4}[dims]
+    kernel, stride = (tuple(draw(st.integers(1, most)) for _ in range(dims)) for _ in range(2))
     padding = tuple(draw(st.integers(0, k // 2)) for k in kernel)
     size = tuple(draw(st.integers(k, 2 * k + 5)) for k in kernel)
     low = tuple((n + 2 * p - k) // s + 1 for n, p, k, s in zip(size, padding, kernel, stride, strict=True))
@@ -31,13 +33,16 @@ def tensors(kernel: tuple[int, ...], low: tuple[int, ...]) -> tuple[Tensor, Tens
 def both(case: tuple[tuple[int, ...], ...], gradient: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     kernel, stride, padding, size, low = case
     rest = [n - ((m - 1) * s - 2 * p + k) for n, m, s, p, k in zip(size, low, stride, padding, kernel, strict=True)]
-    expected = F.conv_transpose2d(gradient, weight, None, stride, padding, rest)
+    transposed = F.conv_transpose2d if len(kernel) == 2 else F.conv_transpose3d
+    expected = transposed(gradient, weight, None, stride, padding, rest)
     return SubPixel.apply(gradient, weight, stride, padding, size), expected
 
 
-@given(convolutions())
+@pytest.mark.parametrize("dims", [2, 3])
+@given(data=st.data())
 @settings(max_examples=60)
-def test_values_and_gradients_are_those_of_the_transposed_convolution(case: tuple[tuple[int, ...], ...]) -> None:
+def test_values_and_gradients_are_those_of_the_transposed_convolution(dims: int, data: st.DataObject) -> None:
+    case = data.draw(convolutions(dims))
     inputs = tensors(case[0], case[-1])
     actual, expected = both(case, *inputs)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
@@ -46,9 +51,18 @@ def test_values_and_gradients_are_those_of_the_transposed_convolution(case: tupl
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
-def test_it_can_be_differentiated_twice() -> None:
-    stride, padding, size = (2, 3), (1, 0), (8, 7)
-    inputs = tensors((3, 2), (4, 2))
+@pytest.mark.parametrize(
+    ("stride", "padding", "size", "kernel", "low"),
+    [((2, 3), (1, 0), (8, 7), (3, 2), (4, 2)), ((2, 3, 2), (1, 0, 0), (4, 5, 2), (3, 2, 2), (2, 2, 1))],
+)
+def test_it_can_be_differentiated_twice(
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    size: tuple[int, ...],
+    kernel: tuple[int, ...],
+    low: tuple[int, ...],
+) -> None:
+    inputs = tensors(kernel, low)
     assert torch.autograd.gradgradcheck(lambda g, w: SubPixel.apply(g, w, stride, padding, size), inputs)
 
 
