@@ -1,5 +1,6 @@
 """Classifiers of volumes: maps and heatmaps against their definitions in 3-D, and against those of images."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from monai.data import MetaTensor
 from monai.networks.blocks.squeeze_and_excitation import SEResNetBottleneck
 from monai.networks.nets import DenseNet, ResNet, SENet
+from monai.visualize import CAM, GradCAM
 from parts import torchvision_cpu  # noqa: F401  (before torchvision)
 from torch import Tensor, nn
 from torchvision.models.video.resnet import BasicBlock, BasicStem, Conv3DSimple, VideoResNet
@@ -232,6 +234,18 @@ def test_grad_cam_of_several_layers_and_of_a_segmentation_network() -> None:
     assert_close(grad_cam(dense, VOLUMES, pixels=pixels, norm="raw"), expected)
 
 
+def test_maps_of_monai_are_ours() -> None:
+    """Its CAM, which has the bias in it, and Grad-CAM, before they are turned round, stretched and resized."""
+    net = made(densenet)
+    clf = split(net, example=VOLUMES)
+    last = clf.linear
+    for c in range(CLASSES):
+        theirs = CAM(net, "class_layers.relu", "class_layers.out").compute_map(VOLUMES, class_idx=[c, c])
+        assert_close(cam(clf, VOLUMES, [c]) + last.bias[c], theirs)
+        theirs = GradCAM(net, "class_layers.relu").compute_map(VOLUMES, class_idx=c)
+        assert_close(grad_cam(clf, VOLUMES, [c]), theirs)
+
+
 def flattened(make: Callable[[int], nn.Module]) -> tuple[nn.Module, nn.Module]:
     """A network of images, and the same of volumes: kernels of depth 1."""
     image, volume = made(lambda: make(2)), made(lambda: make(3))
@@ -391,6 +405,17 @@ def test_training_through_heatmaps_of_volumes() -> None:
     classification = F.binary_cross_entropy_with_logits(own[:, 1:], tags[:, 1:], reduction="sum") / own.numel()
     for name, gradient in gradients(pixels + classification, net).items():
         assert_close(found[name], gradient)
+
+
+def test_statistics_of_a_batch_of_volumes() -> None:
+    net = made(plain).train()
+    unrolled = lrp.unroll(net, batch_norm="batch", example=VOLUMES)
+    expected = copy.deepcopy(net)
+    expected(VOLUMES)
+    scores, heat = unrolled(VOLUMES)
+    assert_close(net[1].running_var, expected[1].running_var)
+    assert_close(scores, net(VOLUMES))
+    assert conservation_error(scores, heat, unrolled.ledger(VOLUMES)) < 1e-12
 
 
 def test_a_decoder_with_weights_of_its_own() -> None:
