@@ -16,7 +16,7 @@ from segattr.networks.reader.record import attributes_kept
 from segattr.networks.spatial import layout_text
 from segloss.common.checks import check_finite, check_floating, shape_text
 
-ClassWeights: TypeAlias = nn.Linear | nn.Conv2d | nn.Conv3d
+ClassWeights: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 Features: TypeAlias = Callable[[Tensor], Any]
 Head: TypeAlias = Callable[..., Tensor]
 

@@ -445,7 +445,7 @@ def _is_average(graph: Graph, model: nn.Module, cut: Result, layout: Layout, lay
 
 def weights_of(head: nn.Module) -> tuple[str | None, str | None]:
     """The same of the head of a user."""
-    layers = (m for m in head.modules() if isinstance(m, (nn.Linear, *CONVOLUTIONS)))
+    layers = (m for m in head.modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.Conv3d)))
     first = next(layers, None)
     if first is None:
         return None, None

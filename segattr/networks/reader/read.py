@@ -96,7 +96,7 @@ class Reader:
         return self.graph(_noise(1, last.shapes[IMAGES][1:], torch.empty(0, dtype=last.dtype, device=last.device)))
 
     def _check_dims(self, images: Tensor) -> None:
-        """Layers of volumes would take a batch of images for one volume."""
+        """Layers of volumes would take a batch of images for a single volume."""
         dims = self.dims or (5 if _of_volumes(self.model) else images.dim())
         if images.dim() != dims:
             raise OtherDimensions(images, dims)
