@@ -2,33 +2,39 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import product
 
 from torch import Tensor
 
-Offset = tuple[int, int]  # (down, right), from the upper pixel of a pair to the lower one, or rightwards within a row
+Offset = tuple[int, ...]  # along each spatial axis, from the first pixel of a pair to the second: (down, right)
 
 
 def neighbours(tensors: Sequence[Tensor], offsets: Sequence[Offset]) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """For each offset (down, right) the views of every tensor ``[..., H, W]`` at both ends of all pairs that far apart.
+    """For each offset the views of every tensor ``[..., *spatial]`` at both ends of all pairs that far apart.
 
-    Offsets go down (or right within a row), so that each unordered pair is met once.
+    Of two opposite offsets only one is to be given, so that each unordered pair is met once.
     """
-    for down, right in offsets:
-        height, width = tensors[0].shape[-2:]
-        if down >= height or abs(right) >= width:
+    for offset in offsets:
+        size = tensors[0].shape[-len(offset) :]
+        if any(abs(step) >= length for step, length in zip(offset, size, strict=True)):
             continue
-        yield [(beside(t, (down, right), (0, 0)), beside(t, (down, right), (down, right))) for t in tensors]
+        yield [(beside(t, offset, (0,) * len(offset)), beside(t, offset, offset)) for t in tensors]
 
 
 def beside(tensor: Tensor, offset: Offset, step: Offset) -> Tensor:
-    """View of ``tensor [..., H, W]`` at this step from the upper pixel of every pair that is ``offset`` apart.
+    """View of ``tensor [..., *spatial]`` at this step from the first pixel of every pair that is ``offset`` apart.
 
     The step stays within the bounding box of the pair.
     """
-    (down, right), (i, j) = offset, step
-    height, width = tensor.shape[-2:]
-    column = max(0, -right) + j
-    return tensor[..., i : i + height - down, column : column + width - abs(right)]
+    for axis, (apart, along) in enumerate(zip(offset, step, strict=True), tensor.dim() - len(offset)):
+        tensor = tensor.narrow(axis, max(0, -apart) + along, tensor.shape[axis] - abs(apart))
+    return tensor
+
+
+def cube(radii: Sequence[int]) -> list[Offset]:
+    """One of each two opposite offsets that are at most so long along each axis, row by row."""
+    every = product(*(range(-radius, radius + 1) for radius in radii))
+    return [offset for offset in every if offset > (0,) * len(offset)]
 
 
 def disc(radius: float, height: int, width: int) -> list[Offset]:

@@ -1,4 +1,4 @@
-"""The bilateral kernel restricted to pairs of pixels within a square window: linear in the pixels, one walk a sum.
+"""The bilateral kernel restricted to pairs of pixels within a window, a square or cube: linear in the pixels.
 
 Each pair of neighbours is met once and counts for both its pixels; no map outlives its offset, so that memory does not
 grow with the radius.
@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segloss._pairs import neighbours
+from segloss._pairs import Offset, cube, neighbours
 from segloss.common.registration import fold, known, register
 
 _NEGLIGIBLE = -50.0  # exponents of weights that are as good as 0 beside a pixel's own of 1, and never denormal
 
 
 def window_filter(values: Tensor, features: Tensor, radius: int) -> Tensor:
-    """``values [B, K, H, W]`` times W_pq = exp(-|f_p - f_q|^2 / 2) of ``features [B, D, H, W]`` near the diagonal.
+    """``values [B, K, *spatial]`` times W_pq = exp(-|f_p - f_q|^2 / 2) of ``features [B, D, *spatial]``.
 
-    Only pairs count that are at most ``radius`` rows and columns apart; p = q does.
+    Only pairs count that are at most ``radius`` pixels apart along every axis; p = q does.
     """
     out = values.clone(memory_format=torch.contiguous_format)
     for (f, g), (v, w), (to_v, to_w) in neighbours((features, values, out), _offsets(values, radius)):
@@ -45,10 +45,9 @@ def _weight(apart: Tensor) -> Tensor:
     return torch.exp((apart.square().sum(1, keepdim=True) / -2).clamp(min=_NEGLIGIBLE))
 
 
-def _offsets(like: Tensor, radius: int) -> list[tuple[int, int]]:
-    """One of each two opposite offsets (down, right) within the window, and within the image."""
-    down, right = min(radius, like.shape[2] - 1), min(radius, like.shape[3] - 1)
-    return [(i, j) for i in range(down + 1) for j in range(-right if i else 1, right + 1)]
+def _offsets(like: Tensor, radius: int) -> list[Offset]:
+    """One of each two opposite offsets within the window, and within the image."""
+    return cube([min(radius, length - 1) for length in like.shape[2:]])
 
 
 def _window(values: Tensor, features: Tensor, radius: int) -> Tensor:
@@ -76,14 +75,14 @@ register(
 class WindowedEnergy(torch.autograd.Function):
     """Potts energy of each image, sum_k (m - v_k)' W v_k, within a window; the gradient comes from the filter's output.
 
-    ``values [B, K, H, W]`` are the probabilities times the mask ``mask [B, 1, H, W]``. Returns the energies ``[B]``
-    and, for the backward pass, W v and W m. A second derivative keeps maps of every offset.
+    ``values [B, K, *spatial]`` are the probabilities times the mask ``mask [B, 1, *spatial]``. Returns the energies
+    ``[B]`` and, for the backward pass, W v and W m. A second derivative keeps maps of every offset.
     """
 
     @staticmethod
     def forward(values: Tensor, mask: Tensor, features: Tensor, radius: int) -> tuple[Tensor, Tensor]:
         filtered = torch.ops.segloss.window(torch.cat([values, mask], 1), features, radius)
-        return ((mask - values) * filtered[:, :-1]).sum((1, 2, 3)), filtered
+        return ((mask - values) * filtered[:, :-1]).flatten(1).sum(1), filtered
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: tuple[Tensor, Tensor]) -> None:
@@ -94,7 +93,7 @@ class WindowedEnergy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
         values, mask, features, filtered = ctx.saved_tensors
-        grad = grad[:, None, None, None]
+        grad = grad.view(-1, *(1,) * (values.dim() - 1))
         to_values = to_features = None
         if ctx.needs_input_grad[0]:
             slope = known(_slope_of_filtered, partial(_slope, ctx.radius), (values, features), (mask, filtered))

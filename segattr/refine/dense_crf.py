@@ -1,14 +1,14 @@
 """Dense CRF inference: class probabilities that follow the edges of an image."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from segloss.bilateral import LatticeError, PreparedFilter, check_guide, make_plan
+from segloss.bilateral import LatticeError, PreparedFilter, check_guide, check_space, check_spacing, make_plan
 from segloss.common.checks import (
     check_bool,
     check_choice,
@@ -30,6 +30,7 @@ from segloss.common.checks import (
 )
 from segloss.common.precision import full_precision
 from segloss.common.reduction import LARGEST, wide_dtype, widen
+from segloss.common.resizing import resize_linear
 
 _METHODS = ("auto", "exact", "blocksparse", "lattice")
 _WORTH_A_LATTICE = 10000  # pixels; below, pairs of tiles are cheap enough
@@ -38,7 +39,7 @@ _ROUNDING = 1e-3  # above 1, of probabilities that come from half precision or a
 _NARROWEST = 1e-10  # smaller sigmas give the same kernel: no two different pixels meet
 _BLOCK = 32  # rows or columns of a band that are computed at a time
 
-Filter = Callable[[Tensor], Tensor]  # [B, K, H, W] to the same
+Filter = Callable[[Tensor], Tensor]  # [B, K, *spatial] to the same
 
 
 class CRFSettings(TypedDict):
@@ -90,6 +91,7 @@ def dense_crf(
     sigma_xy: float = 50.0,
     smooth_weight: float = 3.0,
     smooth_sigma_xy: float = 3.0,
+    spacing: Sequence[float] | None = None,
     own: bool = False,
     filled: bool = False,
     valid: Tensor | None = None,
@@ -117,9 +119,10 @@ def dense_crf(
     count, is found once for all iterations.
 
     Args:
-        probabilities: P, ``[B, K, H, W]``, in [0, 1], K >= 2. Only their ratios count: they need not sum to 1. In
-            :math:`\ln P` the share of a class is at least 1e-5. A pixel where all are 0 does not know its class.
-        image: guide, ``[B, C, H, W]``: RGB in [0, 1] (see :func:`~segloss.denormalize`), or any C >= 1 channels
+        probabilities: P, ``[B, K, *spatial]`` of 1 to 3 spatial dimensions, in [0, 1], K >= 2. Only their ratios count:
+            they need not sum to 1. In :math:`\ln P` the share of a class is at least 1e-5. A pixel where all are 0 does
+            not know its class.
+        image: guide, ``[B, C, *spatial]``: RGB in [0, 1] (see :func:`~segloss.denormalize`), or any C >= 1 channels
             in the unit of ``sigma_rgb``. One that is expanded along B, as by ``image.expand(B, -1, -1, -1)``, is looked
             at once for all.
         iterations: number of updates, at least 0.
@@ -127,13 +130,14 @@ def dense_crf(
         sigma_rgb: width of the bilateral kernel in colour, above 0, in the unit of ``image``; infinite: colour does not
             count. What pydensecrf calls ``srgb`` is 255 times as much. None: 5/255, for RGB in [0, 1]; three channels
             beyond that are refused.
-        sigma_xy: width of the bilateral kernel in space, above 0, in pixels of ``image``.
+        sigma_xy: width of the bilateral kernel in space, above 0, in pixels of ``image`` or the unit of ``spacing``.
         smooth_weight: of the kernel of position alone, at least 0; 0 leaves it out.
-        smooth_sigma_xy: its width, above 0, in pixels.
+        smooth_sigma_xy: its width, above 0, in pixels or the unit of ``spacing``.
+        spacing: physical size of a pixel or voxel along each spatial axis, (y, x) or (z, y, x), above 0. None: pixels.
         own: keep the message of a pixel to itself, q = p, as pydensecrf and the authors' released code do.
         filled: of the lattice: with vertices that no pixel has, but two of their neighbours have. On the photographs
             below, .5 to .8 times as many labels are wrong, in 1.1 to 1.9 times the time.
-        valid: pixels that count, bool, ``[B, H, W]``; all of them if None. The others send and receive no messages.
+        valid: pixels that count, bool, ``[B, *spatial]``; all of them if None. The others send and receive no messages.
         scale_factor: in (0, 1]: resolution of the bilateral kernel, image and messages averaged over cells, and results
             interpolated. It loses detail; the kernel of position alone and :math:`\ln P` keep their resolution.
         method: ``"exact"`` visits all pairs of pixels, ``"blocksparse"`` leaves out or approximates those that count
@@ -147,10 +151,10 @@ def dense_crf(
         backend: as in :func:`~segloss.bilateral_filter`.
 
     Returns:
-        Q, ``[B, K, H, W]``, a constant: no gradient flows. It sums to 1 over the classes, or is 0 for images in which
-        no class is present; P, made to sum to 1, at pixels that are not valid. float32 (float64 where probabilities or
-        image are float64). Of values that are not checked (see :func:`segloss.check_values`), negative ones count as
-        0, and NaN and infinity may spread over their image.
+        Q, ``[B, K, *spatial]``, a constant: no gradient flows. It sums to 1 over the classes, or is 0 for images in
+        which no class is present; P, made to sum to 1, at pixels that are not valid. float32 (float64 where
+        probabilities or image are float64). Of values that are not checked (see :func:`segloss.check_values`), negative
+        ones count as 0, and NaN and infinity may spread over their image.
 
     Raises:
         TypeError: ``probabilities`` or ``image`` that are not floating point, ``valid`` that is not bool, settings of
@@ -180,6 +184,7 @@ def dense_crf(
     _check_probabilities(probabilities)
     check_has_values("probabilities", probabilities)
     check_guide(image, probabilities, "probabilities")
+    check_spacing(spacing, image.dim() - 2)
     _check_valid(valid, probabilities)
     check_int("iterations", iterations)
     check_number("iterations", iterations, least=0)
@@ -213,12 +218,13 @@ def dense_crf(
             if weight > 0:
                 settings = {"tolerance": tolerance, "backend": backend, "filled": filled}
                 settings["method"] = method if planned == "auto" else planned
-                bilateral = _bilateral(image, mask, sigma_rgb, sigma_xy, scale_factor, settings)
+                settings |= {"sigma_rgb": sigma_rgb, "spacing": spacing}
+                bilateral = _bilateral(image, mask, sigma_xy, scale_factor, settings)
                 kernels.append((min(weight, LARGEST), _symmetric(bilateral, mask), bilateral))
             if smooth_weight > 0:
-                smooth = _smooth(mask, smooth_sigma_xy)
+                smooth = _smooth(mask, smooth_sigma_xy, spacing)
                 kernels.append((min(smooth_weight, LARGEST), _symmetric(smooth, mask), smooth))
-        index = slots[:, :, None, None].expand(-1, -1, *image.shape[2:])
+        index = _over(slots, probabilities).expand(-1, -1, *image.shape[2:])
         chosen = probabilities.gather(1, index).to(dtype)
         refined = _mean_field(chosen, present, kernels, iterations, own)
         return torch.zeros_like(probabilities, dtype=dtype).scatter_(1, index, refined)
@@ -231,14 +237,14 @@ def label_probabilities(labels: Tensor, tags: Tensor, *, confidence: float = 0.7
     Where there is no label, all classes of the image have the same.
 
     Args:
-        labels: class of each pixel, integer, ``[B, H, W]``.
+        labels: class of each pixel, integer, ``[B, *spatial]``.
         tags: 1 where a class may occur in the image, ``[B, K]``; the background is a class like others.
         confidence: in (0, 1).
         ignore_index: label of pixels without one.
 
     Returns:
-        ``[B, K, H, W]``, summing to 1 over the classes (0 in images without tags); 0 for classes without a tag. A class
-        that is alone in its image has 1. float32 (float64 for float64 tags).
+        ``[B, K, *spatial]``, summing to 1 over the classes (0 in images without tags); 0 for classes without a tag. A
+        class that is alone in its image has 1. float32 (float64 for float64 tags).
 
     Raises:
         TypeError: ``labels`` that are no integers, ``tags`` that are no real numbers, settings of the wrong type.
@@ -257,8 +263,8 @@ def label_probabilities(labels: Tensor, tags: Tensor, *, confidence: float = 0.7
                 [0.3000, 0.7000, 0.5000]])
     """
     check_integer("labels", labels)
-    if labels.dim() != 3:
-        raise ValueError(f"labels: expected [B, H, W], got {shape_text(labels.shape)}")
+    if labels.dim() < 2:
+        raise ValueError(f"labels: expected [B, *spatial], got {shape_text(labels.shape)}")
     check_real("tags", tags)
     if tags.dim() != 2:
         raise ValueError(f"tags: expected [B, K], got {shape_text(tags.shape)}")
@@ -268,9 +274,9 @@ def label_probabilities(labels: Tensor, tags: Tensor, *, confidence: float = 0.7
     labels = labels.long()
     check_labels(labels, tags.shape[1], ignore_index, "tags")
     dtype = wide_dtype(tags)
-    tagged = (tags != 0)[:, :, None, None]
     known = (labels != ignore_index)[:, None]
-    chosen = known & (labels[:, None] == torch.arange(tags.shape[1], device=labels.device)[:, None, None])
+    tagged = _over(tags != 0, known)
+    chosen = known & (labels[:, None] == _over(torch.arange(tags.shape[1], device=labels.device)[None], known))
     require(
         "labels",
         labels,
@@ -285,11 +291,16 @@ def label_probabilities(labels: Tensor, tags: Tensor, *, confidence: float = 0.7
 
 
 def _present_classes(probabilities: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers of the classes to carry, ``[B, C]``, and which of them the image has, ``[B, C, 1, 1]``."""
+    """Numbers of the classes to carry, ``[B, C]``, and which of them the image has, ``[B, C, *(1, ...)]``."""
     present = ((probabilities > 0) & (mask > 0)).flatten(2).any(2)
     most = max(1, int(present.sum(1).max()))
     slots = present.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
-    return slots, present.gather(1, slots)[:, :, None, None]
+    return slots, _over(present.gather(1, slots), probabilities)
+
+
+def _over(per_class: Tensor, maps: Tensor) -> Tensor:
+    """``[B, C]`` as maps of a single pixel, of as many dimensions as ``maps``."""
+    return per_class.unflatten(1, (-1, *(1,) * (maps.dim() - 2)))
 
 
 def _mean_field(
@@ -319,14 +330,14 @@ def _symmetric(kernel: Filter, mask: Tensor) -> Tensor:
     return mask * kernel(mask).clamp(min=1).rsqrt()
 
 
-def _smooth(mask: Tensor, sigma: float) -> Filter:
-    """The Gaussian kernel of position: a product of one of rows and one of columns."""
-    sigma = max(sigma, _NARROWEST)
-    reach = math.sqrt(-2 * math.log(torch.finfo(mask.dtype).eps)) * sigma  # beyond are less than rounding errors
+def _smooth(mask: Tensor, sigma: float, spacing: Sequence[float] | None) -> Filter:
+    """The Gaussian kernel of position: a product of one for each axis."""
 
-    def bands(length: int) -> list[tuple[slice, slice, Tensor]]:
-        """Stretches of a side, the stretches that they reach, and the weights between both."""
-        place = torch.arange(length, dtype=mask.dtype, device=mask.device) / sigma
+    def bands(length: int, step: float) -> list[tuple[slice, slice, Tensor]]:
+        """Stretches of an axis, the stretches that they reach, and the weights between both."""
+        narrow = max(sigma / step, _NARROWEST)
+        reach = math.sqrt(-2 * math.log(torch.finfo(mask.dtype).eps)) * narrow  # beyond are less than rounding errors
+        place = torch.arange(length, dtype=mask.dtype, device=mask.device) / narrow
         found = []
         for first in range(0, length, _BLOCK):
             inside = slice(first, min(first + _BLOCK, length))
@@ -334,23 +345,26 @@ def _smooth(mask: Tensor, sigma: float) -> Filter:
             found.append((inside, near, ((place[inside, None] - place[near]).square() / -2).exp()))
         return found
 
-    rows, columns = (bands(length) for length in mask.shape[2:])
+    size = mask.shape[2:]
+    steps = (1.0,) * len(size) if spacing is None else map(float, spacing)
+    *lead, last = (bands(length, step) for length, step in zip(size, steps, strict=True))
 
     def smooth(values: Tensor) -> Tensor:
-        maps = values.reshape(-1, *values.shape[2:])
-        across, smoothed = torch.empty_like(maps), torch.empty_like(maps)
-        for inside, near, weights in columns:
-            torch.matmul(maps[:, :, near], weights.t(), out=across[:, :, inside])
-        for inside, near, weights in rows:
-            torch.matmul(weights, across[:, near], out=smoothed[:, inside])
+        maps = values.reshape(-1, *size[-2:])
+        smoothed = torch.empty_like(maps)
+        for inside, near, weights in last:
+            torch.matmul(maps[..., near], weights.t(), out=smoothed[..., inside])
+        for axis in reversed(range(len(lead))):
+            across = smoothed.view(-1, size[axis], math.prod(size[axis + 1 :]))
+            smoothed = torch.empty_like(across)
+            for inside, near, weights in lead[axis]:
+                torch.matmul(weights, across[:, near], out=smoothed[:, inside])
         return smoothed.view_as(values)
 
     return smooth
 
 
-def _bilateral(
-    image: Tensor, mask: Tensor, sigma_rgb: float, sigma_xy: float, scale_factor: float, settings: dict[str, Any]
-) -> Filter:
+def _bilateral(image: Tensor, mask: Tensor, sigma_xy: float, scale_factor: float, settings: dict[str, Any]) -> Filter:
     """The kernel of colour and position; at a lower resolution, values are averaged over cells before it."""
     size = image.shape[2:]
     small = [round(length * scale_factor) for length in size]
@@ -359,20 +373,20 @@ def _bilateral(
         return F.interpolate(values, small, mode="area")
 
     def up(values: Tensor) -> Tensor:
-        return F.interpolate(values, size, mode="bilinear", align_corners=False)
+        return resize_linear(values, size)
 
     if small == list(size):
-        return _prepared(image, sigma_rgb, sigma_xy, settings)
+        return _prepared(image, sigma_xy, settings)
     cell = math.prod(size) / math.prod(small)  # pixels
     colour = down(image * mask) / down(mask).clamp(min=torch.finfo(mask.dtype).tiny)
-    kernel = _prepared(colour, sigma_rgb, sigma_xy / math.sqrt(cell), settings)
+    kernel = _prepared(colour, sigma_xy / cell ** (1 / len(size)), settings)
     return lambda values: up(kernel(down(values)) * cell)
 
 
-def _prepared(image: Tensor, sigma_rgb: float, sigma_xy: float, settings: dict[str, Any]) -> Filter:
+def _prepared(image: Tensor, sigma_xy: float, settings: dict[str, Any]) -> Filter:
     def prepared(method: str) -> Filter:
         options = {**settings, "method": method, "alternate": True}
-        return PreparedFilter(image, sigma_rgb=sigma_rgb, sigma_xy=sigma_xy, **options)
+        return PreparedFilter(image, sigma_xy=sigma_xy, **options)
 
     if settings["method"] != "auto":
         return prepared(settings["method"])
@@ -384,8 +398,7 @@ def _prepared(image: Tensor, sigma_rgb: float, sigma_xy: float, settings: dict[s
 
 def _check_probabilities(probabilities: Tensor) -> None:
     check_floating("probabilities", probabilities)
-    if probabilities.dim() != 4:
-        raise ValueError(f"probabilities: expected [B, K, H, W], got {shape_text(probabilities.shape)}")
+    check_space("probabilities", probabilities, "[B, K, *spatial]")
     problem = "a single class is certain everywhere; add a background class"
     check_two_classes("probabilities", probabilities, problem)
     check_fractions("probabilities", probabilities, "probabilities", _ROUNDING)

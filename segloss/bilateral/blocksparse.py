@@ -24,7 +24,7 @@ _CHUNK = 1 << 19  # pixel pairs at a time: the weights stay in cache
 _NEGLIGIBLE = 1 / 16  # share of the tolerance for pairs of which only the mean weight counts
 # Largest squared extent of a tile, in units of sigma, for which |a|^2 + |b|^2 - 2ab is accurate enough in place of
 # |a - b|^2: rounding errors are this times the machine precision.
-_COMPACT = {torch.float32: 64.0, torch.float64: 1e6}
+_COMPACT = {torch.float32: 64.0, torch.float64: 1e3}
 
 
 class Tiles(NamedTuple):

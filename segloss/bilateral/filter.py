@@ -1,16 +1,17 @@
 """The bilateral filter: a Gaussian kernel of colour and position, applied to any number of channels."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from segloss.bilateral.guide import check_guide, colour_sigma, guide_features
+from segloss.bilateral.guide import check_guide, check_space, check_spacing, colour_sigma, guide_features
 from segloss.bilateral.operator import Bilateral
 from segloss.bilateral.plan import make_plan
 from segloss.common.checks import (
     check_finite,
     check_floating,
     check_like,
-    shape_text,
 )
 from segloss.common.reduction import LARGEST, wide_dtype
 
@@ -23,6 +24,7 @@ def bilateral_filter(
     *,
     sigma_rgb: float | Tensor | None = None,
     sigma_xy: float | Tensor = 100.0,
+    spacing: Sequence[float] | None = None,
     method: str = "auto",
     tolerance: float = 1e-2,
     backend: str = "auto",
@@ -33,16 +35,18 @@ def bilateral_filter(
     .. math:: (W v)_p = \sum_q W_{pq} v_q, \qquad
         W_{pq} = \exp\Big(-\frac{\|I_p - I_q\|^2}{2 \sigma_{rgb}^2} - \frac{\|x_p - x_q\|^2}{2 \sigma_{xy}^2}\Big)
 
-    over all pairs of pixels, p = q included, not normalised. Differentiable with respect to the values, the image and
-    both sigmas; twice in eager mode (with respect to image and sigmas by dense matrices, quadratic in the pixels).
-    Forward mode (``jvp``, ``torch.func.hessian``) is not supported.
+    over all pairs of pixels of a signal, an image or a volume, p = q included, not normalised. Differentiable with
+    respect to the values, the image and both sigmas; twice in eager mode (with respect to image and sigmas by dense
+    matrices, quadratic in the pixels). Forward mode (``jvp``, ``torch.func.hessian``) is not supported.
 
     Args:
-        values: channels to filter, ``[B, K, H, W]``, within ±1e30 (float64: ±1e130).
-        image: guide, ``[B, C, H, W]``: RGB in [0, 1], or any C >= 1 channels in the unit of ``sigma_rgb``.
+        values: channels to filter, ``[B, K, *spatial]`` of 1 to 3 spatial dimensions, within ±1e30 (float64: ±1e130).
+        image: guide, ``[B, C, *spatial]``: RGB in [0, 1], or any C >= 1 channels in the unit of ``sigma_rgb``.
         sigma_rgb: width of the kernel in colour, above 0, in the unit of ``image``; a number or a scalar tensor.
             Infinite: colour does not count. None: 15/255, for RGB in [0, 1]; three channels beyond that are refused.
-        sigma_xy: width of the kernel in space, in pixels, likewise.
+        sigma_xy: width of the kernel in space, in pixels or the unit of ``spacing``, likewise.
+        spacing: physical size of a pixel or voxel along each spatial axis, (y, x) or (z, y, x), above 0; ``sigma_xy``
+            is in that unit then. None: pixels.
         method: ``"exact"`` visits all pairs of pixels; ``"blocksparse"`` leaves out pairs of pixel tiles that do not
             count, and expands the weights of others; ``"lowrank"`` replaces W by a symmetric positive semi-definite
             matrix of low rank, far faster on photographs and wide kernels; ``"lattice"`` replaces it by a symmetric one
@@ -65,18 +69,18 @@ def bilateral_filter(
             tolerance is 5e-3 or more; ``"float32"`` does not.
 
     Returns:
-        ``[B, K, H, W]``, float32 (float64 where values or image are float64); :func:`bilateral_error` tells its error.
-        Gradients of the values are those of the approximate W, the gradients of image and sigmas those of the exact one
-        up to the tolerance, by pairs of tiles: with the lattice they take most of the time of a training step. Where
-        values are not checked, on CUDA and under ``torch.compile`` (see :func:`~segloss.check_values`), NaN, infinity
-        and values beyond the limit may give NaN and infinity anywhere in their image.
+        ``[B, K, *spatial]``, float32 (float64 where values or image are float64); :func:`bilateral_error` tells its
+        error. Gradients of the values are those of the approximate W, the gradients of image and sigmas those of the
+        exact one up to the tolerance, by pairs of tiles: with the lattice they take most of the time of a training
+        step. Where values are not checked, on CUDA and under ``torch.compile`` (see :func:`~segloss.check_values`),
+        NaN, infinity and values beyond the limit may give NaN and infinity anywhere in their image.
 
     Raises:
         TypeError: ``values`` or ``image`` that are not floating point, sigmas that are not numbers.
         ValueError: shapes or devices that do not fit each other, NaN, infinity or values beyond their limit, sigmas
-            that are not above 0, an image of three channels outside [0, 1] by more than 0.01 without a ``sigma_rgb``,
-            ``tolerance`` outside (0, 1), an unknown ``method``, ``backend`` or ``precision``, a ``backend`` that cannot
-            run.
+            that are not above 0, a ``spacing`` of another length or not above 0, an image of three channels outside [0,
+            1] by more than 0.01 without a ``sigma_rgb``, ``tolerance`` outside (0, 1), an unknown ``method``,
+            ``backend`` or ``precision``, a ``backend`` that cannot run.
         ToleranceError: a ValueError; ``method="lowrank"`` and an image on which its error is above the tolerance, as
             on noise and strongly textured images.
         ValueError: ``method="lattice"`` and sigmas that are too small for it, with
@@ -96,10 +100,11 @@ def bilateral_filter(
     """
     _check_values(values)
     check_guide(image, values, "values")
+    check_spacing(spacing, values.dim() - 2)
     sigma_rgb = colour_sigma(image, sigma_rgb)
     plan = make_plan(method, tolerance, backend, precision, image)
     dtype = torch.promote_types(wide_dtype(values), wide_dtype(image))
-    features = guide_features(image.to(dtype), sigma_rgb, sigma_xy)
+    features = guide_features(image.to(dtype), sigma_rgb, sigma_xy, spacing)
     filtered = Bilateral.apply(values.flatten(2).to(dtype), features, plan)[0]
     return filtered.view_as(values)
 
@@ -111,6 +116,7 @@ def bilateral_error(
     *,
     sigma_rgb: float | Tensor | None = None,
     sigma_xy: float | Tensor = 100.0,
+    spacing: Sequence[float] | None = None,
 ) -> Tensor:
     r"""Relative error of filtered values, measured on some pixels of each image.
 
@@ -121,9 +127,9 @@ def bilateral_error(
     the rounding of float32, and for values that are 0 at most pixels.
 
     Args:
-        values: channels that were filtered, ``[B, K, H, W]``.
-        image, sigma_rgb, sigma_xy: as in :func:`bilateral_filter`.
-        filtered: what came out, ``[B, K, H, W]``, by whatever method.
+        values: channels that were filtered, ``[B, K, *spatial]``.
+        image, sigma_rgb, sigma_xy, spacing: as in :func:`bilateral_filter`.
+        filtered: what came out, ``[B, K, *spatial]``, by whatever method.
 
     Returns:
         ``[B]``, a constant, at most 1e30; float32 (float64 where values or image are float64).
@@ -144,15 +150,15 @@ def bilateral_error(
     check_like("filtered", filtered, values.shape, "values", values)
     check_finite("filtered", filtered)
     check_guide(image, values, "values")
+    check_spacing(spacing, values.dim() - 2)
     sigma_rgb = colour_sigma(image, sigma_rgb)
     dtype = torch.promote_types(wide_dtype(values), wide_dtype(image))
-    features = guide_features(image.to(dtype), sigma_rgb, sigma_xy).detach()
+    features = guide_features(image.to(dtype), sigma_rgb, sigma_xy, spacing).detach()
     flat, result = (t.detach().flatten(2).to(dtype) for t in (values, filtered))
     return torch.ops.segloss.bilateral_error(flat, features, result)
 
 
 def _check_values(values: Tensor) -> None:
     check_floating("values", values)
-    if values.dim() != 4:
-        raise ValueError(f"values: expected [B, K, H, W], got {shape_text(values.shape)}")
+    check_space("values", values, "[B, K, *spatial]")
     check_finite("values", values, _LARGEST_WIDE if values.dtype == torch.float64 else LARGEST)

@@ -13,7 +13,9 @@ so bfloat16 is accurate enough for the large products. The diagonal D gives pixe
 landmark, their own weight of 1 back; since A C A' is never above W, D is never below 0.
 """
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from segloss.bilateral.error import sample_pixels, sampled_error
 from segloss.bilateral.gaussian import gaussian, is_compact, squared_distances
+from segloss.bilateral.guide import MOST_AXES
 from segloss.bilateral.landmarks import choose_landmarks
 
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 4, 32  # pixels a side, in "auto" and always
@@ -32,12 +35,15 @@ MOST_LANDMARKS = 512
 _SAFE = 0.8  # of the tolerance, for what the estimate of the error may miss
 _SHARES = (0.35, 0.04)  # error of filtered probabilities / squared residual and / residual, on photographs
 _HOPELESS = 0.03  # error / residual is never less
-_EXHAUSTED = 0.1  # residual / the one asked for: that far below, landmarks are not what is missing
+# Residual / the one asked for, by spatial dimensions: that far below, landmarks are not what is missing. The kernels of
+# volumes are narrow, and there rare colours count as much as others.
+_EXHAUSTED = {1: 0.1, 2: 0.1, 3: 1e-3}
 _PIXELS_A_LANDMARK = 64  # with fewer, visiting pairs of tiles is faster
 _LEAST_FOR_BFLOAT16 = 5e-3  # tolerance
 _RIDGES = {torch.float32: (1e-4, 1e-3), torch.float64: (1e-9, 1e-3)}  # least and largest; a tenth of the tolerance
 _RARE = 0.5  # pixels with less weight to every landmark get the rest of their own weight back
 _NARROW = 4096  # pixels beyond which blocks of a single pixel are refused
+_MOST_FUNCTIONS = 0.3  # of space, to a pixel of a volume; with more, pairs of tiles are as fast
 
 
 class Axis(NamedTuple):
@@ -75,21 +81,24 @@ def block_side(step: float, tolerance: float) -> float:
 class LowRank:
     """W^ of one image; ``dtype`` is that of the large products."""
 
-    def __init__(self, features: Tensor, width: int, landmarks: Tensor, tolerance: float, dtype: torch.dtype) -> None:
-        """``features [C + 2, N]`` are colour and position as of :func:`guide_features`, ``landmarks`` ``[M, C]``."""
-        colour, self.width, self.height = features[:-2], width, features.shape[1] // width
+    def __init__(
+        self, features: Tensor, size: tuple[int, ...], landmarks: Tensor, tolerance: float, dtype: torch.dtype
+    ) -> None:
+        """``features [C + d, N]`` are colour and position as of :func:`guide_features`, ``landmarks`` ``[M, C]``."""
+        colour, self.size = features[: -len(size)], size
         self.landmarks, self.dtype = landmarks, dtype
-        step = spacing(features, width)
-        side = block_side(step, tolerance)
-        down, right = (_axis(n, side, step, tolerance / 10) for n in (self.height, self.width))
-        self.block = down.functions.shape[1], right.functions.shape[1]
+        axes = [
+            _axis(length, block_side(step, tolerance), step, tolerance / 10)
+            for length, step in zip(size, spacing(features, size), strict=True)
+        ]
+        self.block = tuple(axis.functions.shape[1] for axis in axes)
         self.area = math.prod(self.block)  # of a block, in pixels
-        self.rows, self.columns = len(down.vectors), len(right.vectors)
+        self.grid = tuple(len(axis.vectors) for axis in axes)  # of blocks
         self.points, self.compact = colour, is_compact(colour)
         self.inverse = self._inverse(tolerance)
-        self._set_functions(down, right)
-        self.colour = self._blocks(colour).permute(1, 3, 2, 4, 0).reshape(self.rows, self.columns, self.area, -1)
-        self.near = torch.empty(self.colour.shape[:3], dtype=dtype, device=colour.device)
+        self._set_functions(axes)
+        self.colour = self._blocks(colour).movedim(0, -1).reshape(*self.grid, self.area, -1)
+        self.near = torch.empty(self.colour.shape[:-1], dtype=dtype, device=colour.device)
 
     def _inverse(self, tolerance: float) -> Tensor:
         """(K + ridge)^-1 in float64."""
@@ -99,146 +108,201 @@ class LowRank:
         kernel.diagonal().add_(min(max(least, tolerance / 10), largest))
         return torch.cholesky_inverse(torch.linalg.cholesky(kernel))
 
-    def _set_functions(self, down: Axis, right: Axis) -> None:
+    def _set_functions(self, axes: list[Axis]) -> None:
         """The functions of a block are products of total degree below 2: constant, and linear in one direction."""
-        degree = len(down.functions)
-        self.powers = [(i, j) for i in range(degree) for j in range(len(right.functions)) if i + j < 2]
-        products = [torch.outer(down.functions[i], right.functions[j]).flatten() for i, j in self.powers]
+        self.powers = _powers(axes)
+        products = []
+        for powers in self.powers:
+            product = axes[0].functions[powers[0]]
+            for axis, power in zip(axes[1:], powers[1:], strict=True):
+                product = torch.outer(product, axis.functions[power]).flatten()
+            products.append(product)
         self.functions = torch.stack(products).to(self.landmarks)  # [F, area]
-        across = right.vectors.new_zeros(self.columns, len(self.powers), degree, right.vectors.shape[2])
-        for f, (i, j) in enumerate(self.powers):
-            across[:, f, i] = right.vectors[:, j]
-        self.across = across.flatten(2).flatten(0, 1).to(self.landmarks)  # [columns F, degree R_x]
-        self.down = down.vectors.to(self.landmarks)  # [rows, degree, R_y]
-        self.right = right.vectors.to(self.landmarks)
+        self.vectors = [axis.vectors.to(self.landmarks) for axis in axes]  # [blocks, degree, R] of each axis
+        # Of each axis: from the functions of blocks along it to R times the functions of the axes before it.
+        self.across = []
+        for a, axis in enumerate(axes):
+            before, here = _powers(axes[:a]), _powers(axes[: a + 1])
+            across = axis.vectors.new_zeros(self.grid[a], len(here), len(before), axis.vectors.shape[2])
+            for f, powers in enumerate(here):
+                across[:, f, before.index(powers[:-1])] = axis.vectors[:, powers[-1]]
+            self.across.append(across.flatten(2).flatten(0, 1).to(self.landmarks))
 
     def _blocks(self, maps: Tensor) -> Tensor:
-        """``[K, N]`` to ``[K, rows, height, columns, width]`` of blocks, with zeros beyond the image."""
-        down, right = self.block
-        beyond = (0, self.columns * right - self.width, 0, self.rows * down - self.height)
-        image = maps.view(len(maps), self.height, self.width)
-        padded = F.pad(image, beyond) if any(beyond) else image
-        return padded.view(len(maps), self.rows, down, self.columns, right)
+        """``[K, N]`` to ``[K, *grid, *block]``, with zeros beyond the image."""
+        beyond = [n * b - side for n, b, side in zip(self.grid, self.block, self.size, strict=True)]
+        image = maps.view(-1, *self.size)
+        padded = F.pad(image, [pad for n in reversed(beyond) for pad in (0, n)]) if any(beyond) else image
+        return self._cut(padded)
 
-    def _place(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Row and column of the block of each pixel, and the place inside it."""
-        (y, x), (down, right) = (pixels // self.width, pixels % self.width), self.block
-        return y // down, x // right, y % down * right + x % right
+    def _cut(self, padded: Tensor) -> Tensor:
+        """View of maps of whole blocks as ``[K, *grid, *block]``."""
+        cut = padded.view(-1, *(n for pair in zip(self.grid, self.block, strict=True) for n in pair))
+        return cut.permute(0, *range(1, cut.dim(), 2), *range(2, cut.dim(), 2))
 
-    def _chunks(self) -> list[tuple[slice, list[slice]]]:
-        """Rows of blocks that are handled at a time, and blocks of each of them."""
+    def _pixels(self, blocks: Tensor) -> Tensor:
+        """``[K, *grid, *block]`` to ``[K, N]``, without what is beyond the image."""
+        axes = len(self.size)
+        whole = blocks.permute(0, *(i for a in range(1, axes + 1) for i in (a, a + axes)))
+        image = whole.reshape(-1, *(n * b for n, b in zip(self.grid, self.block, strict=True)))
+        return image[(slice(None), *map(slice, self.size))].flatten(1)
+
+    def _place(self, pixels: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Numbers along each axis of the block of each pixel, and the place inside it."""
+        blocks: list[Tensor] = []
+        inside, area = torch.zeros_like(pixels), 1
+        for n, block in zip(reversed(self.size), reversed(self.block), strict=True):
+            place, pixels = pixels % n, pixels // n
+            blocks.insert(0, place // block)
+            inside = inside + area * (place % block)
+            area *= block
+        return blocks, inside
+
+    def _space(self, pixels: Tensor) -> Tensor:
+        """P of some pixels ``[P]`` in the eigenvectors of the spatial kernel, ``[P, R]``."""
+        blocks, inside = self._place(pixels)
+        space = self.points.new_zeros(len(pixels), math.prod(vectors.shape[2] for vectors in self.vectors))
+        for function, powers in zip(self.functions, self.powers, strict=True):
+            product = function[inside, None]
+            for vectors, block, power in zip(self.vectors, blocks, powers, strict=True):
+                product = (product[:, :, None] * vectors[block, power][:, None]).flatten(1)
+            space += product
+        return space
+
+    def _chunks(self) -> list[tuple[tuple[slice, ...], list[slice]]]:
+        """Lines of blocks along the last axis that are handled at a time, and blocks of each of them."""
         chunk = _CHUNK.get(self.landmarks.device.type, _CHUNK_ELSEWHERE)
         blocks = max(1, chunk // (self.area * len(self.landmarks)))
-        rows = max(1, blocks // self.columns)
-        parts = [slice(first, first + blocks) for first in range(0, self.columns, blocks)]
-        return [(slice(first, first + rows), parts) for first in range(0, self.rows, rows)]
+        spans = [max(1, blocks // math.prod(self.grid[a + 1 :])) for a in range(len(self.grid))]
+        *lines, parts = (
+            [slice(first, first + span) for first in range(0, count, span)]
+            for count, span in zip(self.grid, spans, strict=True)
+        )
+        return [(some, parts) for some in itertools.product(*lines)]
 
-    def _exponentials(self, rows: slice, part: slice) -> Tensor:
-        """B of some blocks, ``[rows, blocks, area, M]``."""
-        x = self.colour[rows, part]
-        weights = gaussian(x.flatten(0, 2), self.landmarks, compact=self.compact)
-        return weights.view(*x.shape[:3], -1).to(self.dtype)
+    def _exponentials(self, blocks: tuple[slice, ...]) -> Tensor:
+        """B of some blocks, ``[*blocks, area, M]``."""
+        x = self.colour[blocks]
+        weights = gaussian(x.flatten(0, -2), self.landmarks, compact=self.compact)
+        return weights.view(*x.shape[:-1], -1).to(self.dtype)
 
     def missing(self) -> Tensor:
         """D, ``[N]``: 1 - W^_pp at pixels far from every landmark, 0 elsewhere. After :meth:`gather`."""
-        blocks = self.near.unflatten(2, self.block).transpose(1, 2).flatten(2).flatten(0, 1)
-        rare = (blocks[: self.height, : self.width] < _RARE).flatten().nonzero()[:, 0]
-        row, column, inside = self._place(rare)
-        squares_down, squares_right = self.down @ self.down.transpose(1, 2), self.right @ self.right.transpose(1, 2)
+        near = self._pixels(self.near.unflatten(-1, self.block)[None])[0]
+        rare = (near < _RARE).nonzero()[:, 0]
+        blocks, inside = self._place(rare)
+        squares = [vectors @ vectors.transpose(1, 2) for vectors in self.vectors]
         space = self.points.new_zeros(len(rare))
-        for f, (i, j) in zip(self.functions, self.powers, strict=True):
-            for g, (k, m) in zip(self.functions, self.powers, strict=True):
-                space += f[inside] * g[inside] * squares_down[row, i, k] * squares_right[column, j, m]
+        for f, here in zip(self.functions, self.powers, strict=True):
+            for g, there in zip(self.functions, self.powers, strict=True):
+                product = f[inside] * g[inside]
+                for square, block, i, j in zip(squares, blocks, here, there, strict=True):
+                    product = product * square[block, i, j]
+                space += product
         weights = gaussian(self.points[:, rare].t(), self.landmarks, compact=self.compact)
         colour = ((weights @ self.inverse.to(weights.dtype)) * weights).sum(1)
         return torch.zeros_like(self.points[0]).index_copy_(0, rare, (1 - space * colour).clamp_(0, 1))
 
     def parts(self, tensor: Tensor, dim: int) -> tuple[Tensor, ...]:
         """The channels that are handled at a time."""
-        each = self.rows * self.across.shape[1] * len(self.landmarks)
+        each = math.prod(self.grid[:-1]) * self.across[-1].shape[1] * len(self.landmarks)
         return tensor.split(max(1, _LARGEST_CORE // each), dim)
 
     def gather(self, values: Tensor) -> Tensor:
-        """A' v, ``[K, N]`` to ``[R_y, R_x, K, M]``; notes how near each pixel is to a landmark."""
+        """A' v, ``[K, N]`` to ``[R, K, M]``; notes how near each pixel is to a landmark."""
         classes, most = len(values), len(self.landmarks)
+        *lead, last = self.across
         blocks = self._blocks(values)
-        sums = values.new_empty(self.rows, self.across.shape[1], classes * most)
-        for rows, parts in self._chunks():
+        sums = values.new_empty(*self.grid[:-1], last.shape[1], classes * most)
+        for lines, parts in self._chunks():
             products = []
             for part in parts:
-                v = blocks[:, rows, :, part].permute(1, 3, 0, 2, 4)
-                v = v.reshape(*v.shape[:2], 1, classes, self.area) * self.functions[:, None]
-                weights = self._exponentials(rows, part)
-                torch.amax(weights, 3, out=self.near[rows, part])
-                products.append(v.flatten(2, 3).to(self.dtype) @ weights)
-            along = torch.cat(products, 1).to(sums.dtype).view(-1, len(self.across), classes * most)
-            torch.matmul(self.across.t(), along, out=sums[rows])
-        core = self.down.flatten(0, 1).t() @ sums.view(self.rows * self.down.shape[1], -1)
-        return core.view(len(core), -1, classes, most)
+                v = blocks[(slice(None), *lines, part)].movedim(0, len(self.grid))
+                v = v.reshape(*v.shape[: len(self.grid)], 1, classes, self.area) * self.functions[:, None]
+                weights = self._exponentials((*lines, part))
+                torch.amax(weights, -1, out=self.near[(*lines, part)])
+                products.append(v.flatten(-3, -2).to(self.dtype) @ weights)
+            along = torch.cat(products, len(lines)).to(sums.dtype)
+            along = along.view(*along.shape[: len(lines)], len(last), classes * most)
+            torch.matmul(last.t(), along, out=sums[lines])
+        for a in reversed(range(len(lead))):
+            sums = lead[a].t() @ sums.view(*self.grid[:a], len(lead[a]), -1)
+        return sums.view(-1, classes, most)
 
     def solve(self, core: Tensor) -> Tensor:
         """(K + ridge)^-1 from the right, in float64."""
         return (core.double() @ self.inverse).to(core.dtype)
 
     def expand(self, core: Tensor) -> Tensor:
-        """A c, ``[R_y, R_x, K, M]`` to ``[K, N]``."""
-        classes, most = core.shape[2:]
-        down, right = self.block
-        sums = (self.down.flatten(0, 1) @ core.flatten(1)).view(self.rows, -1, classes * most)
-        out = core.new_empty(classes, self.rows, down, self.columns, right)
-        for rows, parts in self._chunks():
-            along = (self.across @ sums[rows]).view(-1, self.columns, len(self.functions) * classes, most)
+        """A c, ``[R, K, M]`` to ``[K, N]``."""
+        classes, most = core.shape[1:]
+        *lead, last = self.across
+        sums = core.reshape(self.across[0].shape[1], -1)
+        for a, across in enumerate(lead):
+            sums = (across @ sums).view(*self.grid[: a + 1], self.across[a + 1].shape[1], -1)
+        sides = (n for pair in zip(self.grid, self.block, strict=True) for n in pair)
+        out = self._cut(core.new_empty(classes, *sides))
+        for lines, parts in self._chunks():
+            along = last @ sums[lines]
+            along = along.view(*along.shape[: len(lines)], self.grid[-1], len(self.functions) * classes, most)
             for part in parts:
-                filtered = along[:, part].to(self.dtype) @ self._exponentials(rows, part).transpose(2, 3)
-                filtered = filtered.unflatten(2, (-1, classes)) * self.functions[:, None]
-                out[:, rows, :, part] = filtered.sum(2).unflatten(3, self.block).permute(2, 0, 3, 1, 4)
-        image = out.view(classes, self.rows * down, -1)[:, : self.height, : self.width]
-        return image.reshape(classes, -1)
+                blocks = (*lines, part)
+                filtered = along[(..., part, slice(None), slice(None))].to(self.dtype)
+                filtered = filtered @ self._exponentials(blocks).transpose(-2, -1)
+                filtered = filtered.unflatten(-2, (-1, classes)) * self.functions[:, None]
+                of_channels = filtered.sum(-3).movedim(-2, 0).unflatten(-1, self.block)
+                out[(slice(None), *blocks)] = of_channels
+        return self._pixels(out)
 
     def expand_at(self, core: Tensor, pixels: Tensor) -> Tensor:
         """The same at some pixels ``[P]`` only, ``[K, P]``."""
-        row, column, inside = self._place(pixels)
-        space = core.new_zeros(len(pixels), core.shape[0], core.shape[1])
-        for function, (i, j) in zip(self.functions, self.powers, strict=True):
-            space += function[inside, None, None] * self.down[row, i, :, None] * self.right[column, j, None]
-        weights = gaussian(self.colour[row, column, inside], self.landmarks, compact=self.compact)
-        products = (space.flatten(1) @ core.flatten(2).flatten(0, 1)).view(len(pixels), *core.shape[2:])
+        products = (self._space(pixels) @ core.flatten(1)).view(len(pixels), *core.shape[1:])
+        weights = gaussian(self.points[:, pixels].t(), self.landmarks, compact=self.compact)
         return torch.einsum("pkm,pm->kp", products, weights)
 
 
-def spacing(features: Tensor, width: int) -> float:
-    """Distance between neighbouring pixels in units of sigma_xy; 0 for a single pixel."""
-    if features.shape[1] == 1:
-        return 0.0
-    return (features[-1, 1] - features[-1, 0] if width > 1 else features[-2, 1] - features[-2, 0]).item()
+def _powers(axes: Sequence[Axis]) -> list[tuple[int, ...]]:
+    """Degrees along each axis of the functions of a block."""
+    degrees = itertools.product(*(range(len(axis.functions)) for axis in axes))
+    return [powers for powers in degrees if sum(powers) < 2]
+
+
+def spacing(features: Tensor, size: tuple[int, ...]) -> list[float]:
+    """Distance between neighbouring pixels along each axis, in units of sigma_xy; 0 for axes of a single pixel."""
+    places = features[-len(size) :].unflatten(1, size)
+    steps = []
+    for a, length in enumerate(size):
+        step = places[a].select(a, 1) - places[a].select(a, 0) if length > 1 else places.new_zeros(1)
+        steps.append(step.flatten()[0].item())
+    return steps
 
 
 class Product(NamedTuple):
     """W^ v, on its way between core and pixels."""
 
     kernel: LowRank
-    gathered: Tensor  # A' v, [R_y, R_x, K, M]
+    gathered: Tensor  # A' v, [R, K, M]
     solved: Tensor  # C A' v in the same basis
     own: Tensor  # D v, [K, N]
 
     def filtered(self) -> Tensor:
         """``[K, N]``."""
-        return torch.cat([self.kernel.expand(part) for part in self.kernel.parts(self.solved, 2)]) + self.own
+        return torch.cat([self.kernel.expand(part) for part in self.kernel.parts(self.solved, 1)]) + self.own
 
     def at(self, pixels: Tensor) -> Tensor:
         """``[K, P]``."""
-        parts = self.kernel.parts(self.solved, 2)
+        parts = self.kernel.parts(self.solved, 1)
         return torch.cat([self.kernel.expand_at(part, pixels) for part in parts]) + self.own[:, pixels]
 
 
 def multiply(kernel: LowRank, values: Tensor) -> Product:
     """``values [K, N]`` times W^."""
-    gathered = torch.cat([kernel.gather(part) for part in kernel.parts(values, 0)], 2)
+    gathered = torch.cat([kernel.gather(part) for part in kernel.parts(values, 0)], 1)
     return Product(kernel, gathered, kernel.solve(gathered), kernel.missing() * values)
 
 
 def choose(
-    values: Tensor, features: Tensor, width: int, tolerance: float, full: bool, *, quick: bool
+    values: Tensor, features: Tensor, size: tuple[int, ...], tolerance: float, full: bool, *, quick: bool
 ) -> tuple[Product | None, float]:
     """``values [K, N]`` times W^, with as few landmarks as the tolerance allows.
 
@@ -254,15 +318,15 @@ def choose(
     residual, dtype = _residual_for(_SAFE * tolerance), _product_dtype(values, tolerance, full)
     pixels = sample_pixels(features.shape[1]).to(features.device)
     while True:
-        landmarks, left = choose_landmarks(features[:-2], residual, most)
+        landmarks, left = choose_landmarks(features[: -len(size)], residual, most)
         reached = left[-1].item()
         if quick and (reached > residual or reached * _HOPELESS > tolerance):
             return None, math.inf
-        product = multiply(LowRank(features, width, landmarks, tolerance, dtype), values)
+        product = multiply(LowRank(features, size, landmarks, tolerance, dtype), values)
         error = sampled_error(values, features, product.at(pixels), pixels)
         if error <= _SAFE * tolerance:
             return product, error
-        if reached > residual or reached < _EXHAUSTED * residual or not math.isfinite(error):
+        if reached > residual or reached < _EXHAUSTED[len(size)] * residual or not math.isfinite(error):
             return None, error / _SAFE
         residual = min(residual, reached) * min(0.7, 0.7 * tolerance / error)
 
@@ -274,21 +338,28 @@ def _residual_for(error: float) -> float:
 
 
 def filter_with(
-    values: Tensor, features: Tensor, width: int, landmarks: Tensor, tolerance: float, full: bool
+    values: Tensor, features: Tensor, size: tuple[int, ...], landmarks: Tensor, tolerance: float, full: bool
 ) -> Tensor:
     """``values [K, N]`` times the W^ of given landmarks."""
     dtype = _product_dtype(values, tolerance, full)
-    return multiply(LowRank(features, width, landmarks, tolerance, dtype), values).filtered()
+    return multiply(LowRank(features, size, landmarks, tolerance, dtype), values).filtered()
 
 
-def is_worth_trying(features: Tensor, width: int, tolerance: float) -> bool:
-    """Whether the blocks are large enough to make the method faster than visiting pairs of pixels."""
-    return block_side(spacing(features, width), tolerance) >= _SMALLEST_BLOCK
+def is_worth_trying(features: Tensor, size: tuple[int, ...], tolerance: float) -> bool:
+    """Whether the blocks are large enough to make the method faster than visiting pairs of pixels, or functions few."""
+    steps = spacing(features, size)
+    return block_side(max(steps), tolerance) >= _SMALLEST_BLOCK or _are_few(steps)
 
 
-def is_too_narrow(features: Tensor, width: int, tolerance: float) -> bool:
+def is_too_narrow(features: Tensor, size: tuple[int, ...], tolerance: float) -> bool:
     """Whether there would be nearly as many spatial functions as pixels, in an image of some size."""
-    return features.shape[1] > _NARROW and block_side(spacing(features, width), tolerance) < 2
+    steps = spacing(features, size)
+    return features.shape[1] > _NARROW and block_side(max(steps), tolerance) < 2 and not _are_few(steps)
+
+
+def _are_few(steps: list[float]) -> bool:
+    """Whether a volume has few spatial functions for its pixels, and the kernel of each pixel many pixels."""
+    return len(steps) == MOST_AXES and math.prod(min(1.0, step) for step in steps) <= _MOST_FUNCTIONS
 
 
 def _product_dtype(values: Tensor, tolerance: float, full: bool) -> torch.dtype:

@@ -24,7 +24,7 @@ class ToleranceError(ValueError):
 
 def _bilateral(values: Tensor, features: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
     plan = Plan(*settings)
-    landmarks = _no_landmarks(features)
+    landmarks = _no_landmarks(features, plan)
     with torch.autocast(values.device.type, enabled=False), full_precision():
         if plan.method in _LOW_RANK and values.numel() > 0:
             return _choose(values, features, landmarks, plan)
@@ -39,9 +39,9 @@ def _bilateral_with(values: Tensor, features: Tensor, landmarks: Tensor, *settin
         return _directly(values, features, plan)
 
 
-def _no_landmarks(features: Tensor) -> Tensor:
+def _no_landmarks(features: Tensor, plan: Plan) -> Tensor:
     batch, dims = features.shape[:2]
-    return features.new_full((batch, lowrank.MOST_LANDMARKS, dims - 2), torch.inf)
+    return features.new_full((batch, lowrank.MOST_LANDMARKS, dims - len(plan.size)), torch.inf)
 
 
 def _choose(values: Tensor, features: Tensor, landmarks: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -60,14 +60,14 @@ def _choose(values: Tensor, features: Tensor, landmarks: Tensor, plan: Plan) -> 
 def _low_rank(values: Tensor, features: Tensor, b: int, plan: Plan) -> lowrank.Product | None:
     """The product for image b, or None where pairs of tiles should do: in ``"auto"``, and for values not finite."""
     asked = plan.method == "lowrank"
-    if not asked and not lowrank.is_worth_trying(features[b], plan.width, plan.tolerance):
+    if not asked and not lowrank.is_worth_trying(features[b], plan.size, plan.tolerance):
         return None
-    if asked and lowrank.is_too_narrow(features[b], plan.width, plan.tolerance):
+    if asked and lowrank.is_too_narrow(features[b], plan.size, plan.tolerance):
         raise ToleranceError(
             f"sigma_xy: expected a wider kernel for method='lowrank' and tolerance={plan.tolerance:g} on image {b}, "
             "or another method: there would be as many spatial functions as pixels"
         )
-    product, reached = lowrank.choose(values[b], features[b], plan.width, plan.tolerance, plan.full, quick=not asked)
+    product, reached = lowrank.choose(values[b], features[b], plan.size, plan.tolerance, plan.full, quick=not asked)
     if product is None and asked and math.isfinite(reached):
         raise ToleranceError(
             f"method: 'lowrank' cannot reach tolerance={plan.tolerance:g} on image {b}, its error is about "
@@ -93,8 +93,8 @@ def _bilateral_energy(
                 energies.append((partner * _by_tiles(values[one], features[one], plan)).sum())
                 continue
             classes = values.shape[1]
-            v, solved = product.gathered[:, :, :classes], product.solved[:, :, :classes]
-            m = v.sum(2, keepdim=True) if complete else product.gathered[:, :, classes:]
+            v, solved = product.gathered[:, :classes], product.solved[:, :classes]
+            m = v.sum(1, keepdim=True) if complete else product.gathered[:, classes:]
             energies.append((_partner(v, m, quadratic) * solved).sum() + (partner * product.own[:classes]).sum())
         return torch.stack(energies)
 
@@ -110,7 +110,7 @@ def _filter(values: Tensor, features: Tensor, landmarks: Tensor, plan: Plan) -> 
     for b, image in enumerate(features):
         one, chosen = slice(b, b + 1), landmarks[b][landmarks[b, :, 0].isfinite()]
         if len(chosen):
-            filtered[b] = lowrank.filter_with(values[b], image, plan.width, chosen, plan.tolerance, plan.full)
+            filtered[b] = lowrank.filter_with(values[b], image, plan.size, chosen, plan.tolerance, plan.full)
         else:
             filtered[b] = _by_tiles(values[one], features[one], plan)[0]
     return filtered
@@ -187,11 +187,11 @@ def _like(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-_PLAN = "SymInt width, str method, float tolerance, bool full, bool triton"
+_PLAN = "SymInt[] size, str method, float tolerance, bool full, bool triton"
 register(
     f"bilateral(Tensor values, Tensor features, {_PLAN}) -> (Tensor, Tensor)",
     _bilateral,
-    fake=lambda values, features, *_: (_like(values), torch.empty_like(_no_landmarks(features))),
+    fake=lambda values, features, *plan: (_like(values), torch.empty_like(_no_landmarks(features, Plan(*plan)))),
 )
 register(
     f"bilateral_with(Tensor values, Tensor features, Tensor landmarks, {_PLAN}) -> Tensor",

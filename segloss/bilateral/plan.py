@@ -1,5 +1,6 @@
 """How to filter: the settings of a call, checked, and what ``"auto"`` means for an image."""
 
+import math
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ _WORTH_LANDMARKS = 10000  # pixels; below, pairs are cheaper than landmarks
 class Plan(NamedTuple):
     """How to filter."""
 
-    width: int  # of the image
+    size: tuple[int, ...]  # of the image, along each spatial axis
     method: str  # "auto" prefers low rank and takes block-sparse where that misses the tolerance
     tolerance: float
     full: bool  # keep the large products of the low-rank method out of bfloat16
@@ -36,13 +37,14 @@ def check_plan(method: str, tolerance: float, backend: str, precision: str) -> N
 def make_plan(method: str, tolerance: float, backend: str, precision: str, image: Tensor) -> Plan:
     """The settings of :func:`bilateral_filter` for an image, checked; ``"auto"`` as far as the shape decides it."""
     check_plan(method, tolerance, backend, precision)
-    height, width = image.shape[2:]
+    size = tuple(image.shape[2:])
+    pixels = math.prod(size)
     triton = image.is_cuda and backend != "torch" and _HAS_TRITON
     if backend == "triton" and not triton:
         lacks = "the package triton" if image.is_cuda else "a CUDA device"
         raise ValueError(f"backend: expected {lacks} for 'triton', got an image on {image.device}")
-    if method == "auto" and height * width < _WORTH_SORTING:
+    if method == "auto" and pixels < _WORTH_SORTING:
         method = "exact"
-    elif method == "auto" and (triton or height * width < _WORTH_LANDMARKS):
+    elif method == "auto" and (triton or pixels < _WORTH_LANDMARKS):
         method = "blocksparse"
-    return Plan(width, method, float(tolerance), precision == "float32", triton)
+    return Plan(size, method, float(tolerance), precision == "float32", triton)

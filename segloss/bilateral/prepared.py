@@ -1,9 +1,11 @@
 """The filter of one image for many values: what depends on the image alone is done once."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from segloss.bilateral.guide import check_guide, colour_sigma, guide_features
+from segloss.bilateral.guide import check_guide, check_space, check_spacing, colour_sigma, guide_features
 from segloss.bilateral.operator import prepare
 from segloss.bilateral.plan import make_plan
 from segloss.common.checks import check_choice, check_finite, check_floating, check_like, shape_text
@@ -18,9 +20,9 @@ class PreparedFilter:
     of a dense CRF, pay for the products only.
 
     Args:
-        image: guide, ``[B, C, H, W]``, at least one pixel, in the unit of ``sigma_rgb``; the results have its dtype
+        image: guide, ``[B, C, *spatial]``, at least one pixel, in the unit of ``sigma_rgb``; the results have its dtype
             (float32 for anything narrower).
-        sigma_rgb, sigma_xy, tolerance, backend: as of :func:`segloss.bilateral_filter`.
+        sigma_rgb, sigma_xy, spacing, tolerance, backend: as of :func:`segloss.bilateral_filter`.
         method: ``"exact"``, ``"blocksparse"``, ``"lattice"``, or ``"auto"``: exact below 2,500 pixels, then
             block-sparse.
         alternate: of the lattice, whose kernel is the mean of two that are not symmetric: take one of them in a call,
@@ -48,6 +50,7 @@ class PreparedFilter:
         *,
         sigma_rgb: float | Tensor | None = None,
         sigma_xy: float | Tensor = 100.0,
+        spacing: Sequence[float] | None = None,
         method: str = "auto",
         tolerance: float = 1e-2,
         backend: str = "auto",
@@ -57,25 +60,25 @@ class PreparedFilter:
         check_guide(image, image, "image")
         if image.numel() == 0:
             raise ValueError(f"image: expected at least one pixel, got {shape_text(image.shape)}")
+        check_spacing(spacing, image.dim() - 2)
         check_choice("method", method, _METHODS)
         sigma_rgb = colour_sigma(image, sigma_rgb)
         plan = make_plan(method, tolerance, backend, "float32", image)
         with torch.no_grad():
-            features = guide_features(image, sigma_rgb, sigma_xy)
+            features = guide_features(image, sigma_rgb, sigma_xy, spacing)
         self._image = image
         self._dtype = features.dtype
         self._run = prepare(features, plan, alternate=alternate, filled=filled)
 
     def __call__(self, values: Tensor) -> Tensor:
-        """``[B, K, H, W]`` to the same shape, for any K, and for any B where there is one image.
+        """``[B, K, *spatial]`` to the same shape, for any K, and for any B where there is one image.
 
         Raises:
             TypeError: ``values`` that are not floating point.
             ValueError: another shape or device than that of the image, NaN or infinity.
         """
         check_floating("values", values)
-        if values.dim() != 4:
-            raise ValueError(f"values: expected [B, K, H, W], got {shape_text(values.shape)}")
+        check_space("values", values, "[B, K, *spatial]")
         images, _, *size = self._image.shape
         batch = values.shape[0] if images == 1 else images
         check_like("values", values, (batch, values.shape[1], *size), "image", self._image)

@@ -204,13 +204,12 @@ def check_two_classes(name: str, maps: Tensor, problem: str, *, background: bool
         raise ValueError(f"{name}: expected at least 2 {classes}, got {shape_text(maps.shape)}: {problem}")
 
 
-def check_logits(logits: object, *, flat: bool = False) -> None:
-    """Finite, floating point, at least 2 classes: ``[B, K, *spatial]``, or ``[B, K, H, W]`` if they must be flat."""
+def check_logits(logits: object) -> None:
+    """Finite, floating point, at least 2 classes: ``[B, K, *spatial]``."""
     check_floating("logits", logits)
     assert isinstance(logits, Tensor)
-    if not (logits.dim() == 4 if flat else logits.dim() >= 3):
-        expected = "[B, K, H, W]" if flat else "[B, K, *spatial]"
-        raise ValueError(f"logits: expected {expected}, got {shape_text(logits.shape)}")
+    if logits.dim() < 3:
+        raise ValueError(f"logits: expected [B, K, *spatial], got {shape_text(logits.shape)}")
     check_two_classes("logits", logits, "the softmax of a single class is constant; add a background class")
     check_finite("logits", logits)
 

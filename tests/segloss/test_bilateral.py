@@ -108,7 +108,7 @@ def test_exact_filter_and_gradients_equal_the_definition(
     expected = gaussian_filter_reference(values, features)
     expected_grads = torch.autograd.grad(expected, (values, features), grad)
     cast = [t.detach().to(dtype).requires_grad_() for t in (values, features)]
-    filtered = Bilateral.apply(*cast, Plan(width, "exact", 0.5, False, False))[0]
+    filtered = Bilateral.apply(*cast, Plan((height, width), "exact", 0.5, False, False))[0]
     grads = torch.autograd.grad(filtered, cast, grad.to(dtype))
     # Rounded features shift every distance d by about d eps |f|, which no filter of them can undo.
     rounding = torch.finfo(dtype).eps * (1 + features.detach().abs().max().item())
@@ -353,7 +353,7 @@ def test_half_precision_and_autocast_are_computed_in_float32() -> None:
 def test_operators_are_registered_correctly() -> None:
     values, features = torch.randn(2, 3, 10, dtype=torch.float64), torch.randn(2, 5, 10, dtype=torch.float64)
     for method in ("exact", "blocksparse", "auto"):
-        plan = Plan(5, method, 1e-2, False, False)
+        plan = Plan((2, 5), method, 1e-2, False, False)
         torch.library.opcheck(torch.ops.segloss.bilateral.default, (values, features, *plan))
         _, landmarks = torch.ops.segloss.bilateral(values, features, *plan)
         torch.library.opcheck(torch.ops.segloss.bilateral_with.default, (values, features, landmarks, *plan))
@@ -399,7 +399,11 @@ def test_threads_and_random_numbers_stay_as_they_were() -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"values": torch.zeros(2, 3, 4)}, ValueError, r"values: expected \[B, K, H, W\], got \[2, 3, 4\]"),
+        (
+            {"values": torch.zeros(2, 3)},
+            ValueError,
+            r"values: expected \[B, K, \*spatial\] of 1 to 3 dimensions, got \[2, 3\]",
+        ),
         ({"values": torch.zeros(1, 2, 4, 4).long()}, TypeError, "values: expected a floating-point tensor"),
         ({"values": torch.full((1, 2, 4, 4), torch.inf)}, ValueError, "values: expected finite values"),
         (
@@ -407,7 +411,7 @@ def test_threads_and_random_numbers_stay_as_they_were() -> None:
             ValueError,
             r"image: expected \[1, 3, 4, 4\] to go with values \[1, 2, 4, 4\]",
         ),
-        ({"image": torch.zeros(1, 0, 4, 4)}, ValueError, r"image: expected \[B, C, H, W\] with C >= 1"),
+        ({"image": torch.zeros(1, 0, 4, 4)}, ValueError, r"image: expected \[B, C, \*spatial\] with C >= 1"),
         (
             {"image": torch.zeros(1, 3, 4, 4).byte()},
             TypeError,

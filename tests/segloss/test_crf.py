@@ -240,7 +240,11 @@ def test_masks_reach_the_gradient_of_the_image() -> None:
     ("changes", "error", "message"),
     [
         ({"image": torch.zeros(2, 3, 8, 8)}, ValueError, r"image: expected \[2, 3, 6, 5\] to go with logits \[2, 3, 6"),
-        ({"image": torch.zeros(2, 6, 5)}, ValueError, r"image: expected \[B, C, H, W\] with C >= 1, got \[2, 6, 5\]"),
+        (
+            {"image": torch.zeros(2, 6, 5)},
+            ValueError,
+            r"image: expected \[2, 6, 6, 5\] to go with logits \[2, 3, 6, 5\]",
+        ),
         ({"from_logits": False}, ValueError, "logits: expected probabilities from 0 to 1 with from_logits=False"),
         ({"form": "cubic"}, ValueError, "form: expected one of 'potts', 'quadratic', got 'cubic'"),
         ({"normalize": "images"}, ValueError, "normalize: expected one of None, 'pixels', 'pairs', got 'images'"),
@@ -272,7 +276,7 @@ def test_modules_refuse_their_settings_when_they_are_made() -> None:
         lambda: segloss.PottsCRF(tolerance=0.0),
         lambda: segloss.PottsCRF(scale_factor=7),
         lambda: segloss.PottsCRF(sigma_rgb=-1),
-        lambda: segloss.GridPotts(connectivity=6),
+        lambda: segloss.GridPotts(connectivity=5),
         lambda: segloss.GridPotts(sigma_rgb=0),
     ):
         with pytest.raises(ValueError, match="expected"):

@@ -223,7 +223,7 @@ def test_nothing_to_filter(shape: tuple[int, ...]) -> None:
 
 def test_operators_compile_and_map() -> None:
     values, features = torch.randn(2, 3, 10, dtype=torch.float64), torch.randn(2, 5, 10, dtype=torch.float64)
-    plan = Plan(5, "lattice", 1e-2, False, False)
+    plan = Plan((2, 5), "lattice", 1e-2, False, False)
     torch.library.opcheck(torch.ops.segloss.bilateral.default, (values, features, *plan))
     stack, images = torch.rand(3, 2, 2, 6, 5), torch.rand(3, 2, 3, 6, 5)
 

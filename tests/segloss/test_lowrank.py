@@ -31,11 +31,11 @@ def photograph(name: str, side: int) -> Tensor:
 def kernel_of(image: Tensor, tolerance: float, sigma_rgb: float, sigma_xy: float, most: int = 64) -> lowrank.LowRank:
     features = guide_features(image, sigma_rgb, sigma_xy)[0]
     landmarks, _ = choose_landmarks(features[:-2], 1e-3, most)
-    return lowrank.LowRank(features, image.shape[3], landmarks, tolerance, features.dtype)
+    return lowrank.LowRank(features, tuple(image.shape[2:]), landmarks, tolerance, features.dtype)
 
 
 def matrix(kernel: lowrank.LowRank) -> Tensor:
-    identity = torch.eye(kernel.height * kernel.width, dtype=torch.float64)
+    identity = torch.eye(math.prod(kernel.size), dtype=torch.float64)
     return lowrank.multiply(kernel, identity).filtered()
 
 
@@ -265,7 +265,11 @@ def test_chunks_of_any_size_give_the_same(monkeypatch: pytest.MonkeyPatch) -> No
     kernel = kernel_of(photograph("rocket", 37)[:, :, :, :29], 0.05, 0.1, 9.0)
     values = torch.randn(3, 37 * 29, dtype=torch.float64)
     whole = kernel.expand(kernel.gather(values))
-    for chunk in (1, 3 * kernel.area * len(kernel.landmarks), 2 * kernel.area * kernel.columns * len(kernel.landmarks)):
+    for chunk in (
+        1,
+        3 * kernel.area * len(kernel.landmarks),
+        2 * kernel.area * kernel.grid[-1] * len(kernel.landmarks),
+    ):
         monkeypatch.setitem(lowrank._CHUNK, "cpu", chunk)
         torch.testing.assert_close(kernel.expand(kernel.gather(values)), whole)
 
@@ -428,6 +432,6 @@ def test_threads_and_random_numbers_stay_as_they_were() -> None:
 def test_the_operator_for_the_value_is_registered_correctly(method: str) -> None:
     features = guide_features(photograph("coffee", 12), 0.2, 9.0)
     values, mask = torch.rand(1, 3, 144, dtype=torch.float64), torch.ones(1, 1, 144, dtype=torch.float64)
-    plan = Plan(12, method, 0.2, False, False)
+    plan = Plan((12, 12), method, 0.2, False, False)
     torch.library.opcheck(torch.ops.segloss.bilateral.default, (values, features, *plan))
     torch.library.opcheck(torch.ops.segloss.bilateral_energy.default, (values, mask, features, False, True, *plan))
