@@ -169,16 +169,13 @@ class LowRank:
             space += product
         return space
 
-    def _chunks(self) -> list[tuple[tuple[slice, ...], list[slice]]]:
-        """Lines of blocks along the last axis that are handled at a time, and blocks of each of them."""
+    def _spans(self, axis: int) -> list[slice]:
+        """The blocks along an axis that are handled at a time: whole lines, planes and so on, where they are few."""
         chunk = _CHUNK.get(self.landmarks.device.type, _CHUNK_ELSEWHERE)
         blocks = max(1, chunk // (self.area * len(self.landmarks)))
-        spans = [max(1, blocks // math.prod(self.grid[a + 1 :])) for a in range(len(self.grid))]
-        *lines, parts = (
-            [slice(first, first + span) for first in range(0, count, span)]
-            for count, span in zip(self.grid, spans, strict=True)
-        )
-        return [(some, parts) for some in itertools.product(*lines)]
+        span = max(1, blocks // math.prod(self.grid[axis + 1 :]))
+        whole = self.grid[axis]
+        return [slice(first, min(first + span, whole)) for first in range(0, whole, span)]
 
     def _exponentials(self, blocks: tuple[slice, ...]) -> Tensor:
         """B of some blocks, ``[*blocks, area, M]``."""
@@ -205,29 +202,39 @@ class LowRank:
 
     def parts(self, tensor: Tensor, dim: int) -> tuple[Tensor, ...]:
         """The channels that are handled at a time."""
-        each = math.prod(self.grid[:-1]) * self.across[-1].shape[1] * len(self.landmarks)
+        first, *others = self.vectors
+        each = math.prod(first.shape[:2]) * math.prod(vectors.shape[2] for vectors in others) * len(self.landmarks)
         return tensor.split(max(1, _LARGEST_CORE // each), dim)
 
     def gather(self, values: Tensor) -> Tensor:
         """A' v, ``[K, N]`` to ``[R, K, M]``; notes how near each pixel is to a landmark."""
-        classes, most = len(values), len(self.landmarks)
-        *lead, last = self.across
-        blocks = self._blocks(values)
-        sums = values.new_empty(*self.grid[:-1], last.shape[1], classes * most)
-        for lines, parts in self._chunks():
+        core = values.new_empty(self.across[0].shape[1], self._beyond(0) * len(values) * len(self.landmarks))
+        self._gather(self._blocks(values), (), core)
+        return core.view(-1, len(values), len(self.landmarks))
+
+    def _gather(self, blocks: Tensor, lines: tuple[slice, ...], out: Tensor) -> None:
+        """Sums over some lines of ``blocks [K, *grid, *block]``, along the axes beyond those of the lines."""
+        axis, classes, most = len(lines), len(blocks), len(self.landmarks)
+        lengths = out.shape[:-2]
+        if axis == len(self.grid) - 1:
             products = []
-            for part in parts:
+            for part in self._spans(axis):
                 v = blocks[(slice(None), *lines, part)].movedim(0, len(self.grid))
                 v = v.reshape(*v.shape[: len(self.grid)], 1, classes, self.area) * self.functions[:, None]
                 weights = self._exponentials((*lines, part))
                 torch.amax(weights, -1, out=self.near[(*lines, part)])
                 products.append(v.flatten(-3, -2).to(self.dtype) @ weights)
-            along = torch.cat(products, len(lines)).to(sums.dtype)
-            along = along.view(*along.shape[: len(lines)], len(last), classes * most)
-            torch.matmul(last.t(), along, out=sums[lines])
-        for a in reversed(range(len(lead))):
-            sums = lead[a].t() @ sums.view(*self.grid[:a], len(lead[a]), -1)
-        return sums.view(-1, classes, most)
+            along = torch.cat(products, axis).to(out.dtype)
+        else:
+            columns = self._beyond(axis + 1) * classes * most
+            along = out.new_empty(*lengths, self.grid[axis], self.across[axis + 1].shape[1], columns)
+            for span in self._spans(axis):
+                self._gather(blocks, (*lines, span), along.narrow(axis, span.start, span.stop - span.start))
+        torch.matmul(self.across[axis].t(), along.view(*lengths, len(self.across[axis]), -1), out=out)
+
+    def _beyond(self, axis: int) -> int:
+        """Number of eigenvectors of the axes after this one, taken together."""
+        return math.prod(vectors.shape[2] for vectors in self.vectors[axis + 1 :])
 
     def solve(self, core: Tensor) -> Tensor:
         """(K + ridge)^-1 from the right, in float64."""
@@ -235,24 +242,27 @@ class LowRank:
 
     def expand(self, core: Tensor) -> Tensor:
         """A c, ``[R, K, M]`` to ``[K, N]``."""
-        classes, most = core.shape[1:]
-        *lead, last = self.across
-        sums = core.reshape(self.across[0].shape[1], -1)
-        for a, across in enumerate(lead):
-            sums = (across @ sums).view(*self.grid[: a + 1], self.across[a + 1].shape[1], -1)
         sides = (n for pair in zip(self.grid, self.block, strict=True) for n in pair)
-        out = self._cut(core.new_empty(classes, *sides))
-        for lines, parts in self._chunks():
-            along = last @ sums[lines]
-            along = along.view(*along.shape[: len(lines)], self.grid[-1], len(self.functions) * classes, most)
-            for part in parts:
-                blocks = (*lines, part)
-                filtered = along[(..., part, slice(None), slice(None))].to(self.dtype)
-                filtered = filtered @ self._exponentials(blocks).transpose(-2, -1)
-                filtered = filtered.unflatten(-2, (-1, classes)) * self.functions[:, None]
-                of_channels = filtered.sum(-3).movedim(-2, 0).unflatten(-1, self.block)
-                out[(slice(None), *blocks)] = of_channels
+        out = self._cut(core.new_empty(core.shape[1], *sides))
+        self._expand(core.reshape(self.across[0].shape[1], -1), (), out)
         return self._pixels(out)
+
+    def _expand(self, sums: Tensor, lines: tuple[slice, ...], out: Tensor) -> None:
+        """The way back of :meth:`_gather`, to the blocks of ``out [K, *grid, *block]``."""
+        axis, classes, most = len(lines), len(out), len(self.landmarks)
+        along = self.across[axis] @ sums
+        if axis < len(self.grid) - 1:
+            along = along.view(*sums.shape[:-2], self.grid[axis], self.across[axis + 1].shape[1], -1)
+            for span in self._spans(axis):
+                self._expand(along.narrow(axis, span.start, span.stop - span.start), (*lines, span), out)
+            return
+        along = along.view(*sums.shape[:-2], self.grid[axis], len(self.functions) * classes, most)
+        for part in self._spans(axis):
+            blocks = (*lines, part)
+            few = along.narrow(axis, part.start, part.stop - part.start).to(self.dtype)
+            filtered = few @ self._exponentials(blocks).transpose(-2, -1)
+            filtered = filtered.unflatten(-2, (-1, classes)) * self.functions[:, None]
+            out[(slice(None), *blocks)] = filtered.sum(-3).movedim(-2, 0).unflatten(-1, self.block)
 
     def expand_at(self, core: Tensor, pixels: Tensor) -> Tensor:
         """The same at some pixels ``[P]`` only, ``[K, P]``."""

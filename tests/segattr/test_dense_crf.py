@@ -24,16 +24,18 @@ def brute_force(
     sigma_xy: float = 50.0,
     smooth_weight: float = 3.0,
     smooth_sigma_xy: float = 3.0,
+    spacing: tuple[float, ...] | None = None,
     valid: Tensor | None = None,
 ) -> Tensor:
     """The definition, one image after the other, with matrices of all pairs of pixels."""
-    batch, classes, height, width = probabilities.shape
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    place = torch.stack([rows.flatten(), columns.flatten()], 1).double()
+    batch, classes, *size = probabilities.shape
+    place = torch.stack(torch.meshgrid(*map(torch.arange, size), indexing="ij")).flatten(1).t().double()
+    place *= torch.tensor(spacing or [1.0] * len(size), dtype=torch.float64)
     far = torch.cdist(place, place).square()
-    refined = torch.zeros(batch, classes, height * width, dtype=torch.float64)
+    pixels = math.prod(size)
+    refined = torch.zeros(batch, classes, pixels, dtype=torch.float64)
     for b in range(batch):
-        counts = torch.ones(height * width, dtype=torch.bool) if valid is None else valid[b].flatten()
+        counts = torch.ones(pixels, dtype=torch.bool) if valid is None else valid[b].flatten()
         colour = image[b].flatten(1).double()
         apart = (colour[:, :, None] - colour[:, None]).square().sum(0)
         messages = []
@@ -352,9 +354,9 @@ def test_no_images_and_no_pixels() -> None:
         ({"probabilities": [[0.5]]}, TypeError, "probabilities: expected a tensor, got list"),
         ({"probabilities": torch.ones(1, 2, 4, 5).long()}, TypeError, "probabilities: expected a floating-point"),
         (
-            {"probabilities": torch.ones(2, 4, 5)},
+            {"probabilities": torch.ones(4, 5)},
             ValueError,
-            r"probabilities: expected \[B, K, H, W\], got \[2, 4, 5\]",
+            r"probabilities: expected \[B, K, \*spatial\] of 1 to 3 dimensions, got \[4, 5\]",
         ),
         ({"probabilities": torch.ones(1, 1, 4, 5)}, ValueError, "probabilities: expected at least 2 classes"),
         ({"probabilities": -torch.ones(1, 2, 4, 5)}, ValueError, "probabilities: expected probabilities from 0 to 1"),
@@ -416,7 +418,7 @@ def test_label_probabilities_without_tags_or_pixels() -> None:
     ("changes", "error", "message"),
     [
         ({"labels": torch.zeros(1, 2, 2)}, TypeError, "labels: expected an integer tensor, got torch.float32"),
-        ({"labels": torch.zeros(2, 2).long()}, ValueError, r"labels: expected \[B, H, W\], got \[2, 2\]"),
+        ({"labels": torch.zeros(2).long()}, ValueError, r"labels: expected \[B, \*spatial\], got \[2\]"),
         ({"labels": torch.full((1, 2, 2), 7)}, ValueError, "labels: expected classes 0 to 2 or 255 to ignore, got 7"),
         ({"labels": torch.full((1, 2, 2), 1)}, ValueError, "labels: expected classes with a tag, got 1 without"),
         ({"tags": [1, 0, 1]}, TypeError, "tags: expected a tensor, got list"),
@@ -528,8 +530,73 @@ def test_pixels_that_are_not_valid_do_not_count_on_the_lattice_either() -> None:
 @pytest.mark.parametrize("size", [(1, 1), (31, 33), (64, 97)])
 def test_the_kernel_of_position_is_exact_to_rounding(sigma: float, size: tuple[int, int]) -> None:
     probabilities, _ = scene(2, 3, *size)
-    found = _smooth(probabilities[:, :1], sigma)(probabilities)
+    found = _smooth(probabilities[:, :1], sigma, None)(probabilities)
     rows, columns = (
         torch.exp(-((torch.arange(n)[:, None] - torch.arange(n)).double() / sigma).square() / 2) for n in size
     )
     torch.testing.assert_close(found, rows @ probabilities @ columns)
+
+
+def spatial_scene(shape: tuple[int, ...], *, channels: int = 1, batch: int = 2) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(batch, 3, *shape, generator=generator, dtype=torch.float64)
+    return logits.softmax(1), torch.rand(batch, channels, *shape, generator=generator, dtype=torch.float64)
+
+
+@given(
+    shape=st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple),
+    spacing=st.lists(st.sampled_from([0.4, 1.0, 3.0]), min_size=3, max_size=3),
+    masked=st.booleans(),
+    channels=st.integers(1, 3),
+)
+def test_signals_and_volumes_equal_the_dense_definition(
+    shape: tuple[int, ...], spacing: list[float], masked: bool, channels: int
+) -> None:
+    probabilities, image = spatial_scene(shape, channels=channels)
+    valid = torch.rand(2, *shape, generator=torch.Generator().manual_seed(1)) < 0.7 if masked else None
+    options = {"iterations": 4, "sigma_rgb": 0.3, "sigma_xy": 3.0, "smooth_sigma_xy": 1.5, "valid": valid}
+    options |= {"spacing": tuple(spacing[: len(shape)])}
+    refined = dense_crf(probabilities, image, **options)
+    counts = slice(None) if valid is None else valid[:, None].expand_as(refined)
+    torch.testing.assert_close(refined[counts], brute_force(probabilities, image, **options)[counts])
+
+
+@pytest.mark.parametrize("sigma", [0.3, 3.0, math.inf])
+@pytest.mark.parametrize("shape", [(70,), (40, 9), (35, 3, 40)])
+def test_the_kernel_of_position_is_a_product_over_all_axes(sigma: float, shape: tuple[int, ...]) -> None:
+    probabilities, _ = spatial_scene(shape)
+    spacing = (2.0, 0.5, 1.0)[: len(shape)]
+    expected = probabilities
+    for axis, (length, step) in enumerate(zip(shape, spacing, strict=True), 2):
+        apart = step * (torch.arange(length)[:, None] - torch.arange(length)).double()
+        weights = (apart / sigma).square().div(-2).exp()
+        expected = (expected.movedim(axis, -1) @ weights).movedim(-1, axis)
+    torch.testing.assert_close(_smooth(probabilities[:, :1], sigma, spacing)(probabilities), expected)
+
+
+@pytest.mark.parametrize("shape", [(12000,), (24, 22, 20)])
+def test_the_lattice_refines_signals_and_volumes(shape: tuple[int, ...]) -> None:
+    truth = torch.zeros(shape, dtype=torch.int64)
+    truth[tuple(slice(length // 4, 3 * length // 4) for length in shape)] = 1
+    generator = torch.Generator().manual_seed(0)
+    image = (0.3 + 0.3 * truth + 0.02 * torch.randn(shape, generator=generator))[None, None]
+    noisy = torch.where(torch.rand(shape, generator=generator) < 0.25, 1 - truth, truth)
+    probabilities = label_probabilities(noisy[None], torch.ones(1, 2), confidence=0.6)
+    spacing = (2.0, 1.0, 1.0)[: len(shape)]
+    refined = dense_crf(probabilities, image, sigma_rgb=0.1, sigma_xy=10.0, weight=4.0, spacing=spacing)
+    assert (refined[0].argmax(0) != truth).double().mean() < 0.02
+
+
+@pytest.mark.parametrize("shape", [(40,), (10, 12, 16)])
+def test_volumes_may_be_refined_at_half_the_resolution(shape: tuple[int, ...]) -> None:
+    probabilities, image = spatial_scene(shape)
+    options = {"sigma_rgb": 0.5, "sigma_xy": 4.0, "weight": 1.0}
+    whole, half = (dense_crf(probabilities, image, scale_factor=s, **options) for s in (1.0, 0.5))
+    torch.testing.assert_close(half.sum(1), torch.ones_like(half[:, 0]))
+    assert 0 < (half - whole).abs().mean() < 0.2
+
+
+@pytest.mark.parametrize("spacing", [(1.0,), (1.0, 0.0), (1.0, math.nan), (1.0, -1.0)])
+def test_spacings_that_make_no_sense_are_refused(spacing: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="spacing: expected"):
+        dense_crf(*spatial_scene((4, 5)), spacing=spacing)
