@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import segattr
-from benchmarks import losses
+from benchmarks import losses, volumes
 from benchmarks.__main__ import collect, markdown
 from benchmarks.baselines import (
     batched_heatmaps,
@@ -140,6 +140,13 @@ def test_losses_are_measured_with_and_without_checks() -> None:
     assert f"| `size_kl` | {row['ratio']:.2f} ({row['unchecked']:.2f}) |" in losses.markdown([row], where)
 
 
+def test_the_brute_force_of_volumes_is_what_the_loss_approximates() -> None:
+    for figure in volumes.errors((20, 24, 26), "lowrank, tolerance 2e-2").values():
+        assert 0 < figure < 2e-2
+    assert volumes.errors((8, 9, 10), "auto")["error"] < 1e-5
+    assert volumes.brute_force_seconds((8, 9, 10)) > 0
+
+
 @pytest.mark.slow
 def test_the_command_writes_results_with_their_environment(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks", "-k", "2x21x64x64", "--out", str(tmp_path / "new")]
@@ -158,7 +165,7 @@ def test_the_command_writes_results_with_their_environment(tmp_path: Path) -> No
     assert (tmp_path / "new" / "cpu.md").read_text() in done.stdout
 
 
-@pytest.mark.parametrize("module", ["benchmarks", "benchmarks.losses", "benchmarks.dense_crf"])
+@pytest.mark.parametrize("module", ["benchmarks", "benchmarks.losses", "benchmarks.dense_crf", "benchmarks.volumes"])
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, module: str) -> None:
     (tmp_path / "file").touch()
     done = run("-m", module, "--out", tmp_path / "file" / "folder")

@@ -79,14 +79,15 @@ def test_names_are_the_published_ones() -> None:
         "centroids_from_labels": "(labels, num_classes, *, spacing, ignore_index)",
         "boundary_loss": "(logits, distances, *, valid, reduction)",
         "signed_distances": "(labels, num_classes, *, spacing, ignore_index)",
-        "potts_crf": "(logits, image, *, sigma_rgb, sigma_xy, valid, gate, from_logits, form, scale_factor, centred, "
-        "normalize, method, tolerance, backend, precision, reduction)",
-        "grid_potts": "(logits, image, *, sigma_rgb, connectivity, valid, from_logits, reduction)",
-        "windowed_potts": "(logits, image, *, sigma_rgb, sigma_xy, radius, valid, from_logits, normalize, reduction)",
-        "window_mass": "(image, *, sigma_rgb, sigma_xy, radius)",
+        "potts_crf": "(logits, image, *, sigma_rgb, sigma_xy, spacing, valid, gate, from_logits, form, scale_factor, "
+        "centred, normalize, method, tolerance, backend, precision, reduction)",
+        "grid_potts": "(logits, image, *, sigma_rgb, connectivity, spacing, valid, from_logits, reduction)",
+        "windowed_potts": "(logits, image, *, sigma_rgb, sigma_xy, spacing, radius, valid, from_logits, normalize, "
+        "reduction)",
+        "window_mass": "(image, *, sigma_rgb, sigma_xy, spacing, radius)",
         "confidence_gate": "(logits, labels, *, ignore_index, from_logits)",
-        "bilateral_filter": "(values, image, *, sigma_rgb, sigma_xy, method, tolerance, backend, precision)",
-        "bilateral_error": "(values, image, filtered, *, sigma_rgb, sigma_xy)",
+        "bilateral_filter": "(values, image, *, sigma_rgb, sigma_xy, spacing, method, tolerance, backend, precision)",
+        "bilateral_error": "(values, image, filtered, *, sigma_rgb, sigma_xy, spacing)",
         "sample_pixels": "(scores, samples, *, posterior, generator)",
         "importance_sampling": "(scores, tags, *, samples, indices, mode, posterior, floor, generator, reduction)",
         "importance_classification": "(scores, tags, *, weight, samples, indices, mode, posterior, pooling, generator, "
@@ -140,7 +141,7 @@ def test_names_are_the_published_ones() -> None:
         "metrics.pointing_game": "(maps, masks, *, tolerance)",
         "metrics.region_similarity": "(prediction, truth, *, valid, pooled, absent, dims)",
         "refine.dense_crf": "(probabilities, image, *, iterations, weight, sigma_rgb, sigma_xy, smooth_weight, "
-        "smooth_sigma_xy, own, filled, valid, scale_factor, method, tolerance, backend)",
+        "smooth_sigma_xy, spacing, own, filled, valid, scale_factor, method, tolerance, backend)",
         "refine.grow_seeds": "(seeds, probabilities, *, foreground, background, ignore_index)",
         "refine.instance_masks": "(bbams, boxes, image, *, rule, foreground, background, smoothing, crf, ignore_index)",
         "refine.label_probabilities": "(labels, tags, *, confidence, ignore_index)",

@@ -504,6 +504,7 @@ def dense_crf() -> Call:
         "sigma_xy": 5.0,
         "smooth_weight": 3.0,
         "smooth_sigma_xy": 2.0,
+        "spacing": (1.0, 2.0),
         "own": False,
         "filled": False,
         "valid": ~masks(2, 6, 5),

@@ -67,7 +67,20 @@ def size_loss(function: Callable[..., Any], target: Callable[[], Arguments], **s
 def potts(function: Callable[..., Any], **settings: Any) -> Callable[[], Call]:
     def make() -> Call:
         arguments = {"logits": logits(), "image": image(), "sigma_rgb": 0.2, "valid": valid(), "from_logits": True}
+        arguments |= {"spacing": None}
         return Call(function, arguments | REDUCTION | settings, per_image("logits"))
+
+    return make
+
+
+def volume(function: Callable[..., Any], **settings: Any) -> Callable[[], Call]:
+    def make() -> Call:
+        arguments = {
+            "logits": torch.randn(B, K, 3, H, W),
+            "image": torch.rand(B, 1, 3, H, W),
+            "spacing": (2.0, 1.0, 0.5),
+        }
+        return potts(function, **arguments | {"valid": torch.rand(B, 3, H, W) < 0.8} | settings)()
 
     return make
 
@@ -143,6 +156,7 @@ def sparse_affinity(function: Callable[..., Any], first: str, channels: int, **s
 def filtering(**settings: Any) -> Callable[[], Call]:
     def make() -> Call:
         arguments = {"values": torch.randn(B, K, H, W), "image": image(), "sigma_rgb": 0.2, "sigma_xy": 3.0}
+        arguments |= {"spacing": (1.0, 2.0)}
         arguments |= {"method": "exact", "tolerance": 0.01, "backend": "auto", "precision": "auto"} | settings
         refusals = {"lowrank": (segloss.ToleranceError,), "lattice": (LatticeError,)}
         errors = refusals.get(arguments["method"], ())
@@ -315,7 +329,8 @@ CALLS: Calls = {
     "segloss.balanced_seeding": simple(segloss.balanced_seeding, seeding, per_image("logits")),
     "segloss.bilateral_error": lambda: Call(
         segloss.bilateral_error,
-        {"values": logits(), "image": image(), "filtered": logits(), "sigma_rgb": 0.2, "sigma_xy": 3.0},
+        {"values": logits(), "image": image(), "filtered": logits(), "sigma_rgb": 0.2, "sigma_xy": 3.0}
+        | {"spacing": (1.0, 2.0)},
         lambda arguments: (len(arguments["values"]),),
     ),
     "segloss.bilateral_filter": filtering(),
@@ -323,6 +338,9 @@ CALLS: Calls = {
     "segloss.bilateral_filter lowrank": filtering(method="lowrank"),
     "segloss.bilateral_filter lattice": filtering(method="lattice"),
     "segloss.bilateral_filter tensors": filtering(sigma_rgb=torch.tensor(0.2), sigma_xy=torch.tensor(3.0)),
+    "segloss.bilateral_filter signal": filtering(
+        values=torch.randn(B, K, 9), image=torch.rand(B, 1, 9), spacing=(2.0,)
+    ),
     "segloss.boundary_constraint": simple(segloss.boundary_constraint, boundary, per_image("logits")),
     "segloss.boundary_loss": simple(segloss.boundary_loss, depths, per_image("logits")),
     "segloss.centroid_loss": points(segloss.centroid_loss, descriptor="distance", t=None),
@@ -369,6 +387,7 @@ CALLS: Calls = {
     ),
     "segloss.flat_barrier": size_loss(segloss.flat_barrier, with_tags, floor=0.2, flat="above"),
     "segloss.grid_potts": potts(segloss.grid_potts, connectivity=8),
+    "segloss.grid_potts volume": volume(segloss.grid_potts, connectivity=18),
     "segloss.importance_classification": sampling(segloss.importance_classification, weight=0.2, pooling="max"),
     "segloss.importance_classification sum": sampling(segloss.importance_classification, pooling="sum"),
     "segloss.importance_sampling": sampling(segloss.importance_sampling, floor=1e-3),
@@ -402,6 +421,7 @@ CALLS: Calls = {
     "segloss.potts_crf half": dense(segloss.potts_crf, scale_factor=0.5, form="quadratic"),
     "segloss.potts_crf half, centred": dense(segloss.potts_crf, scale_factor=0.5, centred=True),
     "segloss.potts_crf lowrank": potts(segloss.potts_crf, **DENSE | {"method": "lowrank", "normalize": None}),
+    "segloss.potts_crf volume": volume(segloss.potts_crf, **DENSE | {"method": "blocksparse"}),
     "segloss.potts_crf probabilities": potts(
         segloss.potts_crf, **DENSE, logits=torch.rand(B, K, H, W).softmax(1), from_logits=False
     ),
@@ -431,8 +451,9 @@ CALLS: Calls = {
     "segloss.suppression": size_loss(segloss.suppression, with_tags),
     "segloss.window_mass": lambda: Call(
         segloss.window_mass,
-        {"image": image(), "sigma_rgb": 0.2, "sigma_xy": 3.0, "radius": 2},
+        {"image": image(), "sigma_rgb": 0.2, "sigma_xy": 3.0, "spacing": (1.0, 2.0), "radius": 2},
         lambda arguments: (len(arguments["image"]),),
     ),
     "segloss.windowed_potts": potts(segloss.windowed_potts, **WINDOW),
+    "segloss.windowed_potts volume": volume(segloss.windowed_potts, **WINDOW),
 }
