@@ -4,8 +4,8 @@ A drawn scan of 48 x 96 x 96 voxels, one channel, 4 classes, sigma 0.1 and 5 vox
 bias field and noise. Brute force multiplies by all rows of W, in chunks that stay in cache, once for value and
 gradient; its time is that of some rows, extrapolated to all of them. Errors are relative, of W S and of the gradient of
 the softmax, on these rows. Times are the medians of rounds in turns, in seconds of the processor; memory is the peak
-beyond the inputs and the gradient, in bytes a voxel and class. MONAI has a CRF and a bilateral filter, but its wheel lacks the
-compiled extension that they need: they cannot run here. Writes volumes.json and volumes.md.
+beyond the inputs and the gradient, in bytes a voxel and class. MONAI has a CRF and a bilateral filter, but its wheel
+lacks the compiled extension that they need: they cannot run here. Writes volumes.json and volumes.md.
 """
 
 import json
@@ -32,7 +32,7 @@ Size = tuple[int, int, int]
 
 SIZE, CLASSES = (48, 96, 96), 4
 SIZES: list[Size] = [(24, 48, 48), (24, 96, 96), SIZE, (96, 96, 96), (96, 128, 128)]
-SIGMAS = {"sigma_rgb": 0.1, "sigma_xy": 5.0}
+SIGMAS: dict[str, Any] = {"sigma_rgb": 0.1, "sigma_xy": 5.0}
 METHODS: dict[str, dict[str, Any]] = {
     "auto": {},
     "lowrank, tolerance 2e-2": {"method": "lowrank", "tolerance": 2e-2},
