@@ -70,8 +70,8 @@ def step(size: Size, method: str) -> Callable[[], Tensor]:
     """Value and gradient; the latter lies in ``grad`` of what is returned."""
     torch.set_num_threads(1)
     image, logits = scan(size), logits_of(size)
-    small = (t[..., :24, :24, :24].detach().contiguous() for t in (logits, image))
-    segloss.potts_crf(*small, **SIGMAS, **METHODS[method])  # loads what there is to load
+    few, small = (t[..., :24, :24, :24].detach().contiguous() for t in (logits, image))
+    segloss.potts_crf(few, small, **SIGMAS, **METHODS[method])  # loads what there is to load
 
     def run() -> Tensor:
         logits.grad = None
