@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from itertools import product
+from typing import Any
 
 from torch import Tensor
 
@@ -18,7 +19,8 @@ def neighbours(tensors: Sequence[Tensor], offsets: Sequence[Offset]) -> Iterator
         size = tensors[0].shape[-len(offset) :]
         if any(abs(step) >= length for step, length in zip(offset, size, strict=True)):
             continue
-        yield [(beside(t, offset, (0,) * len(offset)), beside(t, offset, offset)) for t in tensors]
+        here, there = (_places(size, offset, step) for step in ((0,) * len(offset), offset))
+        yield [(t[here], t[there]) for t in tensors]
 
 
 def beside(tensor: Tensor, offset: Offset, step: Offset) -> Tensor:
@@ -26,9 +28,14 @@ def beside(tensor: Tensor, offset: Offset, step: Offset) -> Tensor:
 
     The step stays within the bounding box of the pair.
     """
-    for axis, (apart, along) in enumerate(zip(offset, step, strict=True), tensor.dim() - len(offset)):
-        tensor = tensor.narrow(axis, max(0, -apart) + along, tensor.shape[axis] - abs(apart))
-    return tensor
+    return tensor[_places(tensor.shape[-len(offset) :], offset, step)]
+
+
+def _places(size: Sequence[int], offset: Offset, step: Offset) -> tuple[Any, ...]:
+    """Index of what :func:`beside` is a view of; a slice of a whole axis costs nothing, nor does its gradient."""
+    first = [max(0, -apart) + along for apart, along in zip(offset, step, strict=True)]
+    last = [start + length - abs(apart) for start, length, apart in zip(first, size, offset, strict=True)]
+    return (..., *map(slice, first, last))
 
 
 def cube(radii: Sequence[int]) -> list[Offset]:

@@ -355,13 +355,14 @@ def grid_potts(
     outside = mask - inside
     colour = guide_colour(guide, sigma_rgb)
     energy = inside.new_zeros(len(inside))
+    axes = tuple(range(1, image.dim() - 1))
     for offset in offsets:
-        closeness = 1.0 if spacing is None else min(map(float, spacing)) / _length(offset, spacing)
+        share = 1.0 if spacing is None else min(map(float, spacing)) / _length(offset, spacing)
         for (i, j), (s, t), (not_s, not_t) in neighbours((colour, inside, outside), [offset]):
             weight = torch.exp((i - j).square().sum(1) / -2)
             # Of probabilities that sum to 1, both terms of a pair are the same.
-            differ = 2 * (s * not_t).sum(1) if from_logits else (not_s * t + s * not_t).sum(1)
-            energy = energy + closeness * (weight * differ).flatten(1).sum(1)
+            differ = 2 * share * (s * not_t).sum(1) if from_logits else share * (not_s * t + s * not_t).sum(1)
+            energy = energy + (weight * differ).sum(axes)
     return reduce(energy, reduction)
 
 
