@@ -1,11 +1,11 @@
 """Gaussian filter and its guide gradient in Triton: the method of ``blocksparse.py``, one program per tile of pixels.
 
 For float32 a program walks the list of its tile (``kernel_tiles.py``) like flash attention: the exponents of 64 x 64
-pixel pairs come from one half-precision product of 16 columns (for up to 5 features), and the weights, in half
-precision, multiply the values on tensor cores. Numbers are split into two half-precision limbs where one would lose
-accuracy, so that errors are about 1e-5 of the sum of the absolute terms, and 5e-4 at worst, when the rounding of the
-weights does not average out. Tiles too far out for products use differences of features instead. float64 uses no tensor
-cores and is as accurate as the dtype.
+pixel pairs come from one half-precision product of 16 columns (for up to 5 features, 32 for up to 10), and the weights,
+in half precision, multiply the values on tensor cores. Numbers are split into two half-precision limbs where one would
+lose accuracy, so that errors are about 1e-5 of the sum of the absolute terms, and 5e-4 at worst, when the rounding of
+the weights does not average out. Tiles too far out for products use differences of features instead. float64 uses no
+tensor cores and is as accurate as the dtype.
 """
 
 # Kernels are untyped.

@@ -89,7 +89,7 @@ class LowRank:
         self.landmarks, self.dtype = landmarks, dtype
         axes = [
             _axis(length, block_side(step, tolerance), step, tolerance / 10)
-            for length, step in zip(size, spacing(features, size), strict=True)
+            for length, step in zip(size, _steps(features, size), strict=True)
         ]
         self.block = tuple(axis.functions.shape[1] for axis in axes)
         self.area = math.prod(self.block)  # of a block, in pixels
@@ -277,13 +277,12 @@ def _powers(axes: Sequence[Axis]) -> list[tuple[int, ...]]:
     return [powers for powers in degrees if sum(powers) < 2]
 
 
-def spacing(features: Tensor, size: tuple[int, ...]) -> list[float]:
+def _steps(features: Tensor, size: tuple[int, ...]) -> list[float]:
     """Distance between neighbouring pixels along each axis, in units of sigma_xy; 0 for axes of a single pixel."""
-    places = features[-len(size) :].unflatten(1, size)
     steps = []
-    for a, length in enumerate(size):
-        step = places[a].select(a, 1) - places[a].select(a, 0) if length > 1 else places.new_zeros(1)
-        steps.append(step.flatten()[0].item())
+    for axis, places in enumerate(features[-len(size) :]):
+        next_one = math.prod(size[axis + 1 :])
+        steps.append((places[next_one] - places[0]).item() if size[axis] > 1 else 0.0)
     return steps
 
 
@@ -357,13 +356,13 @@ def filter_with(
 
 def is_worth_trying(features: Tensor, size: tuple[int, ...], tolerance: float) -> bool:
     """Whether the blocks are large enough to make the method faster than visiting pairs of pixels, or functions few."""
-    steps = spacing(features, size)
+    steps = _steps(features, size)
     return block_side(max(steps), tolerance) >= _SMALLEST_BLOCK or _are_few(steps)
 
 
 def is_too_narrow(features: Tensor, size: tuple[int, ...], tolerance: float) -> bool:
     """Whether there would be nearly as many spatial functions as pixels, in an image of some size."""
-    steps = spacing(features, size)
+    steps = _steps(features, size)
     return features.shape[1] > _NARROW and block_side(max(steps), tolerance) < 2 and not _are_few(steps)
 
 

@@ -145,6 +145,16 @@ def test_many_channels_and_features(channels: int, dims: int, dtype: torch.dtype
     check_gradient(grad, values, features, dtype)
 
 
+@pytest.mark.parametrize("channels", [1, 3, 4], ids=["16 columns", "32 columns", "32 columns, full"])
+def test_volumes_are_filtered_by_wider_products(channels: int) -> None:
+    image = torch.rand(1, channels, 4, 5, 6, dtype=torch.float64)
+    features = guide_features(image, 0.5, 2.0, (2.0, 1.0, 0.5)).float().double()
+    values, grad = torch.randn(2, 1, 3, 120).double()
+    assert kernel_tiles.product_columns(features.float()) == (16 if channels == 1 else 32)
+    check_filter(values, features, torch.float32)
+    check_gradient(grad, values, features, torch.float32)
+
+
 def check_what_is_left_out(side: int, sigma: float, tolerance: float) -> None:
     image = (torch.rand(1, 3, 4, 4, dtype=torch.float64) * 3).repeat_interleave(side // 4 + 1, 2)
     image = image.repeat_interleave(side // 4 + 1, 3)[:, :, :side, :side]
