@@ -90,8 +90,8 @@ def potts_crf(
 
     Args:
         logits: class logits, ``[B, K, *spatial]``, K >= 2; probabilities in [0, 1], K >= 1, if ``from_logits`` is
-        False. image: guide, ``[B, C, *spatial]``: RGB in [0, 1] (see :func:`~segloss.denormalize`), or any C >= 1
-        channels
+            False.
+        image: guide, ``[B, C, *spatial]``: RGB in [0, 1] (see :func:`~segloss.denormalize`), or any C >= 1 channels
             in the unit of ``sigma_rgb``.
         sigma_rgb: width of the kernel in colour, above 0, in the unit of ``image``; a number or a scalar tensor. None:
             15/255, for RGB in [0, 1]; three channels beyond that are refused.
@@ -259,8 +259,8 @@ def confidence_gate(
 
     Args:
         logits: class logits, ``[B, K, *spatial]``, K >= 2; probabilities in [0, 1], K >= 1, if ``from_logits`` is
-        False. labels: class of each pixel or ``ignore_index``, integers, ``[B, *spatial]``: seeds or pseudo-labels.
-        None: all
+            False.
+        labels: class of each pixel or ``ignore_index``, integers, ``[B, *spatial]``: seeds or pseudo-labels. None: all
             pixels are labelled.
         ignore_index: label of the pixels without a label.
         from_logits: take the softmax of ``logits``; otherwise they are probabilities.
@@ -320,7 +320,8 @@ def grid_potts(
 
     Args:
         logits: class logits, ``[B, K, *spatial]``, K >= 2; probabilities in [0, 1], K >= 1, if ``from_logits`` is
-        False. image: guide, ``[B, C, *spatial]``: RGB in [0, 1], or any C >= 1 channels in the unit of ``sigma_rgb``.
+            False.
+        image: guide, ``[B, C, *spatial]``: RGB in [0, 1], or any C >= 1 channels in the unit of ``sigma_rgb``.
         sigma_rgb: width of the kernel in colour, above 0, in the unit of ``image``; a number or a scalar tensor. None:
             15/255, for RGB in [0, 1]; three channels beyond that are refused.
         connectivity: number of neighbours of each pixel: 2 in signals, 4 or 8 in images, 6, 18 or 26 in volumes;
@@ -419,7 +420,7 @@ def windowed_potts(
     normalize: str | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Dense CRF loss over the pairs of pixels within a square window only, or a cube.
+    r"""Dense CRF loss over the pairs of pixels within a window only: a square, or a cube in volumes.
 
     .. math:: L = \sum_k (m \circ (1 - S^k))^\top W (m \circ S^k)
 
@@ -438,7 +439,8 @@ def windowed_potts(
 
     Args:
         logits: class logits, ``[B, K, *spatial]``, K >= 2; probabilities in [0, 1], K >= 1, if ``from_logits`` is
-        False. image: guide, ``[B, C, *spatial]``: RGB in [0, 1], or any C >= 1 channels in the unit of ``sigma_rgb``.
+            False.
+        image: guide, ``[B, C, *spatial]``: RGB in [0, 1], or any C >= 1 channels in the unit of ``sigma_rgb``.
         sigma_rgb: width of the kernel in colour, above 0, in the unit of ``image``; a number or a scalar tensor. None:
             15/255, for RGB in [0, 1]; three channels beyond that are refused.
         sigma_xy: width of the kernel in space, above 0, in pixels or the unit of ``spacing``, likewise.
