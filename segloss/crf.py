@@ -582,7 +582,7 @@ def window_mass(
         tensor([0.1182])
     """
     check_guide(image, image, "image")
-    check_spacing(spacing, image.dim() - 2)
+    check_spacing(spacing, image)
     _check_radius(radius)
     sigma_rgb = colour_sigma(image, sigma_rgb)
     with torch.no_grad():
@@ -650,7 +650,7 @@ def _check(
 ) -> None:
     _check_probability(logits, from_logits)
     check_guide(image, logits, "logits")
-    check_spacing(spacing, image.dim() - 2)
+    check_spacing(spacing, image)
     check_valid(valid, logits)
     check_reduction(reduction)
 

@@ -184,7 +184,7 @@ def dense_crf(
     _check_probabilities(probabilities)
     check_has_values("probabilities", probabilities)
     check_guide(image, probabilities, "probabilities")
-    check_spacing(spacing, image.dim() - 2)
+    check_spacing(spacing, image)
     _check_valid(valid, probabilities)
     check_int("iterations", iterations)
     check_number("iterations", iterations, least=0)

@@ -104,7 +104,7 @@ def bilateral_filter(
     """
     _check_values(values)
     check_guide(image, values, "values")
-    check_spacing(spacing, values.dim() - 2)
+    check_spacing(spacing, image)
     sigma_rgb = colour_sigma(image, sigma_rgb)
     plan = make_plan(method, tolerance, backend, precision, image)
     dtype = torch.promote_types(wide_dtype(values), wide_dtype(image))
@@ -154,7 +154,7 @@ def bilateral_error(
     check_like("filtered", filtered, values.shape, "values", values)
     check_finite("filtered", filtered)
     check_guide(image, values, "values")
-    check_spacing(spacing, values.dim() - 2)
+    check_spacing(spacing, image)
     sigma_rgb = colour_sigma(image, sigma_rgb)
     dtype = torch.promote_types(wide_dtype(values), wide_dtype(image))
     features = guide_features(image.to(dtype), sigma_rgb, sigma_xy, spacing).detach()

@@ -76,14 +76,17 @@ def check_space(name: str, maps: Tensor, form: str) -> None:
         raise ValueError(f"{name}: expected {form} of 1 to {MOST_AXES} dimensions, got {shape_text(maps.shape)}")
 
 
-def check_spacing(spacing: Sequence[float] | None, axes: int | None = None) -> None:
-    """None, or a number above 0 for each of the spatial axes, if their number is known."""
+def check_spacing(spacing: Sequence[float] | None, image: Tensor | None = None) -> None:
+    """None, or a number above 0 for each spatial axis of ``image``."""
     if spacing is None:
         return
     if not isinstance(spacing, (list, tuple, np.ndarray)):
         raise TypeError(f"spacing: expected a sequence of numbers, got {type(spacing).__name__}")
-    if axes is not None and len(spacing) != axes:
-        raise ValueError(f"spacing: expected one number for each of {axes} spatial axes, got {len(spacing)}")
+    if image is not None and len(spacing) != image.dim() - 2:
+        raise ValueError(
+            f"spacing: expected a number for each spatial axis, {image.dim() - 2} to go with image "
+            f"{shape_text(image.shape)}, got {len(spacing)}"
+        )
     for step in spacing:
         check_number("spacing", step, least=1 / LARGEST, most=LARGEST)
 

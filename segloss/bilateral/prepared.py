@@ -60,7 +60,7 @@ class PreparedFilter:
         check_guide(image, image, "image")
         if image.numel() == 0:
             raise ValueError(f"image: expected at least one pixel, got {shape_text(image.shape)}")
-        check_spacing(spacing, image.dim() - 2)
+        check_spacing(spacing, image)
         check_choice("method", method, _METHODS)
         sigma_rgb = colour_sigma(image, sigma_rgb)
         plan = make_plan(method, tolerance, backend, "float32", image)

@@ -429,8 +429,12 @@ def test_gates_and_normalisation_have_any_number_of_dimensions(shape: tuple[int,
 
 
 BAD: list[tuple[Any, type[Exception], str]] = [
-    ((1.0, 1.0), ValueError, "spacing: expected one number for each of 3 spatial axes, got 2"),
-    ((1.0, 1.0, 1.0, 1.0), ValueError, "spacing: expected one number for each of 3 spatial axes, got 4"),
+    (
+        (1.0, 1.0),
+        ValueError,
+        r"spacing: expected .*, 3 to go with image \[2, 2, 3, 4, 2\], got 2",
+    ),
+    ((1.0, 1.0, 1.0, 1.0), ValueError, r"spacing: expected .*, 3 to go with image .*, got 4"),
     ((1.0, 0.0, 1.0), ValueError, "spacing: expected a finite number .*, got 0.0"),
     ((1.0, -2.0, 1.0), ValueError, "spacing: expected a finite number .*, got -2.0"),
     ((1.0, math.nan, 1.0), ValueError, "spacing: expected a finite number .*, got nan"),
@@ -467,7 +471,7 @@ def test_modules_hold_a_spacing_and_refuse_bad_ones(make: Callable[..., Any]) ->
     module = make(sigma_rgb=0.5, spacing=(2.0, 1.0, 1.0))
     assert "spacing=(2.0, 1.0, 1.0)" in repr(module)
     assert module(logits, image) != make(sigma_rgb=0.5)(logits, image)
-    with pytest.raises(ValueError, match="spacing: expected one number for each of 2 spatial axes, got 3"):
+    with pytest.raises(ValueError, match=r"spacing: expected .*, 2 to go with image .*, got 3"):
         module(logits[:, :, 0], image[:, :, 0])
     with pytest.raises(ValueError, match="spacing: expected a finite number"):
         make(spacing=(2.0, 0.0, 1.0))
