@@ -15,7 +15,6 @@ from segloss.bilateral import (
     check_plan,
     check_sigma,
     check_space,
-    check_spacing,
     colour_sigma,
     guide_colour,
     guide_features,
@@ -34,6 +33,7 @@ from segloss.common.checks import (
     check_like,
     check_logits,
     check_number,
+    check_spacing,
     check_valid,
     require,
     shape_text,
@@ -582,7 +582,7 @@ def window_mass(
         tensor([0.1182])
     """
     check_guide(image, image, "image")
-    check_spacing(spacing, image)
+    check_spacing(spacing, image.dim() - 2, "image", image)
     _check_radius(radius)
     sigma_rgb = colour_sigma(image, sigma_rgb)
     with torch.no_grad():
@@ -650,7 +650,7 @@ def _check(
 ) -> None:
     _check_probability(logits, from_logits)
     check_guide(image, logits, "logits")
-    check_spacing(spacing, image)
+    check_spacing(spacing, image.dim() - 2, "image", image)
     check_valid(valid, logits)
     check_reduction(reduction)
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from segloss.bilateral import LatticeError, PreparedFilter, check_guide, check_space, check_spacing, make_plan
+from segloss.bilateral import LatticeError, PreparedFilter, check_guide, check_space, make_plan
 from segloss.common.checks import (
     check_bool,
     check_choice,
@@ -23,6 +23,7 @@ from segloss.common.checks import (
     check_like,
     check_number,
     check_real,
+    check_spacing,
     check_tags,
     check_two_classes,
     require,
@@ -184,7 +185,7 @@ def dense_crf(
     _check_probabilities(probabilities)
     check_has_values("probabilities", probabilities)
     check_guide(image, probabilities, "probabilities")
-    check_spacing(spacing, image)
+    check_spacing(spacing, image.dim() - 2, "image", image)
     _check_valid(valid, probabilities)
     check_int("iterations", iterations)
     check_number("iterations", iterations, least=0)

@@ -1,8 +1,8 @@
 """The bilateral filter: a Gaussian kernel of colour and position, applied to any number of channels.
 
 For code that is built on the filter: :class:`PreparedFilter`, for many values of one image; ``guide_features`` and
-``guide_colour``, what the kernel sees of an image; ``check_guide``, ``check_space``, ``check_spacing``,
-``check_sigma``, ``colour_sigma`` and ``check_plan``, the checks of the arguments that every function of this kernel
+``guide_colour``, what the kernel sees of an image; ``check_guide``, ``check_space``, ``check_sigma``,
+``colour_sigma`` and ``check_plan``, the checks of the arguments that every function of this kernel
 shares, and ``make_plan``, what its methods are told.
 """
 
@@ -11,7 +11,6 @@ from segloss.bilateral.guide import (
     check_guide,
     check_sigma,
     check_space,
-    check_spacing,
     colour_sigma,
     guide_colour,
     guide_features,
@@ -32,7 +31,6 @@ __all__ = [
     "check_plan",
     "check_sigma",
     "check_space",
-    "check_spacing",
     "colour_sigma",
     "guide_colour",
     "guide_features",

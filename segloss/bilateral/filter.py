@@ -5,13 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from segloss.bilateral.guide import check_guide, check_space, check_spacing, colour_sigma, guide_features
+from segloss.bilateral.guide import check_guide, check_space, colour_sigma, guide_features
 from segloss.bilateral.operator import Bilateral
 from segloss.bilateral.plan import make_plan
 from segloss.common.checks import (
     check_finite,
     check_floating,
     check_like,
+    check_spacing,
 )
 from segloss.common.reduction import LARGEST, wide_dtype
 
@@ -104,7 +105,7 @@ def bilateral_filter(
     """
     _check_values(values)
     check_guide(image, values, "values")
-    check_spacing(spacing, image)
+    check_spacing(spacing, image.dim() - 2, "image", image)
     sigma_rgb = colour_sigma(image, sigma_rgb)
     plan = make_plan(method, tolerance, backend, precision, image)
     dtype = torch.promote_types(wide_dtype(values), wide_dtype(image))
@@ -154,7 +155,7 @@ def bilateral_error(
     check_like("filtered", filtered, values.shape, "values", values)
     check_finite("filtered", filtered)
     check_guide(image, values, "values")
-    check_spacing(spacing, image)
+    check_spacing(spacing, image.dim() - 2, "image", image)
     sigma_rgb = colour_sigma(image, sigma_rgb)
     dtype = torch.promote_types(wide_dtype(values), wide_dtype(image))
     features = guide_features(image.to(dtype), sigma_rgb, sigma_xy, spacing).detach()

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,21 +75,6 @@ def check_space(name: str, maps: Tensor, form: str) -> None:
         raise ValueError(f"{name}: expected {form} of 1 to {MOST_AXES} dimensions, got {shape_text(maps.shape)}")
 
 
-def check_spacing(spacing: Sequence[float] | None, image: Tensor | None = None) -> None:
-    """None, or a number above 0 for each spatial axis of ``image``."""
-    if spacing is None:
-        return
-    if not isinstance(spacing, (list, tuple, np.ndarray)):
-        raise TypeError(f"spacing: expected a sequence of numbers, got {type(spacing).__name__}")
-    if image is not None and len(spacing) != image.dim() - 2:
-        raise ValueError(
-            f"spacing: expected a number for each spatial axis, {image.dim() - 2} to go with image "
-            f"{shape_text(image.shape)}, got {len(spacing)}"
-        )
-    for step in spacing:
-        check_number("spacing", step, least=1 / LARGEST, most=LARGEST)
-
-
 def colour_sigma(image: Tensor, sigma_rgb: float | Tensor | None) -> float | Tensor:
     """``sigma_rgb``, or the default if None, which is for RGB in [0, 1] and refuses another unit."""
     if sigma_rgb is None:
@@ -115,7 +99,7 @@ def check_sigma(name: str, sigma: float | Tensor, image: Tensor | None = None) -
 def _in_steps(sigma: float | Tensor, step: float, dtype: torch.dtype) -> float | Tensor:
     """The width in steps from one pixel to the next, which may not be too small."""
     in_dtype = sigma.to(dtype) if isinstance(sigma, Tensor) else float(sigma)
-    return _at_least(in_dtype / float(step), dtype)
+    return _at_least(in_dtype / max(float(step), 1 / LARGEST), dtype)
 
 
 def _at_least(sigma: float | Tensor, dtype: torch.dtype) -> float | Tensor:

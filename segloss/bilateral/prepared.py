@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from segloss.bilateral.guide import check_guide, check_space, check_spacing, colour_sigma, guide_features
+from segloss.bilateral.guide import check_guide, check_space, colour_sigma, guide_features
 from segloss.bilateral.operator import prepare
 from segloss.bilateral.plan import make_plan
-from segloss.common.checks import check_choice, check_finite, check_floating, check_like, shape_text
+from segloss.common.checks import check_choice, check_finite, check_floating, check_like, check_spacing, shape_text
 
 _METHODS = ("auto", "exact", "blocksparse", "lattice")  # those that know all of an image before they see values
 
@@ -60,7 +60,7 @@ class PreparedFilter:
         check_guide(image, image, "image")
         if image.numel() == 0:
             raise ValueError(f"image: expected at least one pixel, got {shape_text(image.shape)}")
-        check_spacing(spacing, image)
+        check_spacing(spacing, image.dim() - 2, "image", image)
         check_choice("method", method, _METHODS)
         sigma_rgb = colour_sigma(image, sigma_rgb)
         plan = make_plan(method, tolerance, backend, "float32", image)

@@ -368,13 +368,18 @@ def check_int(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
 
 
-def check_spacing(spacing: object, dimensions: int, anchor: str, anchor_value: Tensor) -> None:
-    """The size of a pixel along each spatial dimension of ``anchor_value``, the argument named ``anchor``, or None."""
+def check_spacing(
+    spacing: object, dimensions: int | None = None, anchor: str = "", anchor_value: Tensor | None = None
+) -> None:
+    """The size of a pixel along each spatial dimension of ``anchor_value``, the argument named ``anchor``, or None.
+
+    Settings of a module do not know it yet.
+    """
     if spacing is None:
         return
     if not isinstance(spacing, (list, tuple)):
         raise TypeError(f"spacing: expected a sequence of numbers, got {type(spacing).__name__}")
-    if len(spacing) != dimensions:
+    if anchor_value is not None and len(spacing) != dimensions:
         shape = shape_text(anchor_value.shape)
         raise ValueError(f"spacing: expected {dimensions} numbers to go with {anchor} {shape}, got {len(spacing)}")
     for size in spacing:
