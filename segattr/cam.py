@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from segattr.networks.classes import Classes, Maps, Pairs
 from segattr.networks.classifier import as_classifier, check_images, undisturbed
 from segattr.networks.features import feature_maps
-from segattr.networks.spatial import resize, size_text
+from segattr.networks.spatial import size_text
 from segloss import max_normalize
 from segloss.common.checks import (
     check_bool,
@@ -23,6 +23,7 @@ from segloss.common.checks import (
     shape_text,
 )
 from segloss.common.reduction import LARGEST, wide_dtype, widen
+from segloss.common.resizing import resize_linear
 
 NORMS = ("raw", "relu", "relu_max", "minmax", "max")
 _SMALLEST_MAXIMUM = 1e-30  # as in max_normalize
@@ -255,7 +256,7 @@ def _resize(maps: Tensor, size: Sequence[int]) -> Tensor:
         return maps
     if not maps.numel():
         return maps.new_zeros(*before, *size)
-    return resize(maps.reshape(1, -1, *spatial), size).view(*before, *size)
+    return resize_linear(maps.reshape(1, -1, *spatial), size).view(*before, *size)
 
 
 def _each(maps: Maps, function: Callable[[Tensor], Tensor]) -> Maps:

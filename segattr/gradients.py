@@ -10,9 +10,10 @@ from segattr.cam import NORMS, check_maps, normalize
 from segattr.networks.classes import Classes, Maps, Pairs
 from segattr.networks.classifier import as_classifier, check_images, undisturbed
 from segattr.networks.features import Features, feature_maps, head_gradient, head_logits
-from segattr.networks.spatial import axes, resize, size_text
+from segattr.networks.spatial import axes, size_text
 from segloss.common.checks import check_bool, check_choice, check_real, shape_text
 from segloss.common.reduction import wide_dtype
+from segloss.common.resizing import resize_linear
 
 Weighting = Literal["gradient", "gradcam++", "layercam"]
 Layer = str | nn.Module
@@ -159,7 +160,9 @@ def _averaged(
     scaled = [normalize(maps, "minmax", dims=dims) for maps in found]
     each = [maps if isinstance(maps, list) else list(maps) for maps in scaled]
     size = [max(maps[0].shape[axis] for maps in each) if len(images) else 1 for axis in range(1, dims + 1)]
-    mean = [torch.stack([resize(maps[None], size)[0] for maps in own]).mean(0) for own in zip(*each, strict=True)]
+    mean = [
+        torch.stack([resize_linear(maps[None], size)[0] for maps in own]).mean(0) for own in zip(*each, strict=True)
+    ]
     return normalize(mean if isinstance(scaled[0], list) else torch.stack(mean), norm, dims=dims)
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from segattr.networks.spatial import resize
 from segloss.common.checks import (
     check_finite,
     check_floating,
@@ -19,6 +18,7 @@ from segloss.common.checks import (
     require,
     shape_text,
 )
+from segloss.common.resizing import resize_linear
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -359,7 +359,7 @@ def _is_map(name: str, values: object, image: Tensor) -> bool:
 def _heat(name: str, values: Tensor, image: Tensor) -> Tensor:
     """Jet: ramps of the three colours, each a quarter of the range after the other."""
     _check_unit(name, values)
-    resized = resize(values.to(image.dtype)[None, None], image.shape[1:])
+    resized = resize_linear(values.to(image.dtype)[None, None], image.shape[1:])
     centres = image.new_tensor([3.0, 2.0, 1.0]).view(3, *[1] * values.dim())
     return (1.5 - (4 * resized[0] - centres).abs()).clamp(0, 1)
 

@@ -1,12 +1,8 @@
 """The spatial dimensions of tensors: height and width of images, depth too of volumes."""
 
-from collections.abc import Sequence
-
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_LINEAR = {2: "bilinear", 3: "trilinear"}
 
 
 def axes(tensor: Tensor, first: int = 2) -> tuple[int, ...]:
@@ -32,8 +28,3 @@ def layout_text(dims: int) -> str:
         ('[B, C, H, W]', '[B, C, D, H, W]')
     """
     return f"[B, C, {size_text(dims).upper()}]"
-
-
-def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Maps ``[B, C, *spatial]`` brought to a size, bilinearly or trilinearly."""
-    return F.interpolate(maps, tuple(size), mode=_LINEAR[len(size)], align_corners=False)
