@@ -85,7 +85,7 @@ def made(make: Callable[[], nn.Module]) -> nn.Module:
     return randomise(make())
 
 
-@pytest.fixture(params=NETS)
+@pytest.fixture(params=[pytest.param(n, marks=pytest.mark.slow if n == "MONAI's SENet" else ()) for n in NETS])
 def net(request: pytest.FixtureRequest) -> nn.Module:
     return made(NETS[request.param])
 
@@ -318,6 +318,7 @@ def test_scales_and_mirrors_of_volumes() -> None:
     assert_close(multiscale(lopsided, x, (0.5, 1)), sum(terms) / 4)
 
 
+@pytest.mark.slow
 def test_volumes_of_monai() -> None:
     net = made(plain)
     meta = MetaTensor(VOLUMES)

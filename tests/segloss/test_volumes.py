@@ -379,7 +379,7 @@ def test_losses_have_first_and_second_derivatives(loss: Callable[..., Tensor], s
 
 
 @losses
-@pytest.mark.parametrize("shape", [(6,), (3, 4, 2)])
+@pytest.mark.parametrize("shape", [(6,), pytest.param((3, 4, 2), marks=pytest.mark.slow)])
 def test_losses_compile_into_one_graph_and_map(loss: Callable[..., Tensor], shape: tuple[int, ...]) -> None:
     logits, image = (t.float() for t in problem(shape))
     spacing = (2.0, 1.0, 0.5)[: len(shape)]
