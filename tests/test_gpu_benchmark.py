@@ -153,6 +153,7 @@ def test_every_case_runs_and_is_right(tmp_path: Path) -> None:
     assert max(row["error"] for row in exact) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_small")
 def test_every_target_is_measured_in_the_quick_run_and_in_the_long_one(tmp_path: Path) -> None:
     for measure in (gpu.measure_table, lambda report, most: gpu.measure_all(report, gpu.TUNED[:1], most)):

@@ -81,6 +81,7 @@ def test_a_number_in_the_name_of_a_class_is_no_size() -> None:
     assert read_answer("level 1/2, LEVEL 1: 1 1/2", ("background", "level 1", "level"), 10)[1:] == [0.15, 0.05]
 
 
+@pytest.mark.slow
 def test_a_session_that_ends_early_goes_on_with_the_images_that_are_left(tmp_path: Path) -> None:
     first = annotate(tmp_path, "brick two\nbrick 2\nskip\nback\n3x3\ngrass 1\n")  # the input ends
     assert first.returncode == 0, first.stderr

@@ -39,6 +39,7 @@ def data() -> tuple[Toys, Toys]:
     return load(Config(test=40, seed=5))
 
 
+@pytest.mark.slow
 def test_it_prints_ratios_quality_and_claims_and_draws_a_picture(tmp_path: Path) -> None:
     done = run_example("bottleneck_toy", *OPTIONS, "--repeats", 2, "--out", tmp_path / "new")
     assert done.returncode == 0, done.stderr

@@ -12,6 +12,7 @@ import segloss
 from tests.run_example import run_example
 
 
+@pytest.mark.slow
 def test_it_prints_a_row_for_each_setting_and_draws_a_picture(tmp_path: Path) -> None:
     done = run_example(
         "fsl_contours", "--scenes", "2", "--steps", "2", "--size", "32", "--device", "cpu", "--out", tmp_path / "new"

@@ -19,6 +19,7 @@ from tests.tiny_photographs import write_tiny_photographs
 TINY = ("--steps", "3", "--pretrain-steps", "2", "--scenes", "24", "--size", "32", "--device", "cpu")
 
 
+@pytest.mark.slow
 def test_it_compares_the_losses_and_draws_their_maps(tmp_path: Path) -> None:
     done = run_example("isl_fsl", *TINY, "--out", tmp_path)
     assert done.returncode == 0, done.stderr

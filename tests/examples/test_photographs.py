@@ -63,6 +63,7 @@ def test_what_cannot_be_is_refused(options: dict[str, Any], message: str) -> Non
         Config(**options)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_steps")
 def test_every_method_maps_every_class() -> None:
     network = random_network("efficientnet_lite0").requires_grad_(False)

@@ -249,6 +249,7 @@ write_scenes = partial(run_example, "write_scenes")
 TINY = ("--train", "3", "--val", "2", "--final", "1", "--size", "32", "--seed", "5")
 
 
+@pytest.mark.slow
 def test_the_command_writes_three_splits_and_says_how_to_use_them(tmp_path: Path) -> None:
     root = tmp_path / "my scenes"
     done = write_scenes(*TINY, "--out", root)

@@ -220,6 +220,7 @@ def test_precision_is_that_of_the_network() -> None:
     assert (half - expected).abs().max() < 0.2 * expected.abs().max()
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow() -> None:
     clf, x = split(small()), images()
 

@@ -602,6 +602,7 @@ def test_precision_is_that_of_the_network() -> None:
     assert (half - wide).abs().max() < 0.1
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow() -> None:
     detector, image, proposals = detector_from_torchvision(faster_rcnn()), picture(), near(BOXES, 1, 2, 1)
 

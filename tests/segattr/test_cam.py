@@ -230,6 +230,7 @@ def test_precision_is_that_of_the_network() -> None:
     assert (half - expected).abs().max() < 0.1 * expected.abs().max()
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow() -> None:
     model, x = deep_head(), torch.randn(2, 3, 20, 20, dtype=torch.float64)
     split_once = split(model, "2")

@@ -226,6 +226,7 @@ def test_compiles_into_one_graph() -> None:
         torch.testing.assert_close(grad, wanted)
 
 
+@pytest.mark.slow
 def test_the_number_of_pixels_may_be_dynamic_in_a_compiled_graph() -> None:
     torch.compiler.reset()
     compiled = torch.compile(heatmap_loss, fullgraph=True, dynamic=True, backend="aot_eager")

@@ -210,7 +210,7 @@ def check_stock(name: str, size: tuple[int, int], **options: Any) -> None:
         ("alexnet", (67, 75)),
         ("regnet_x_400mf", (37, 45)),
         ("mnasnet0_5", (37, 51)),
-        ("vgg11_bn", (35, 41)),
+        pytest.param("vgg11_bn", (35, 41), marks=pytest.mark.slow),
     ],
 )
 def test_relevance_is_conserved_in(name: str, size: tuple[int, int]) -> None:

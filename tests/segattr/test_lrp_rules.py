@@ -381,6 +381,7 @@ SAME_SHAPE_GATED = [
 ]
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(st.lists(st.sampled_from([*SAME_SHAPE, *SAME_SHAPE_GATED]), min_size=1, max_size=6), st.integers(0, 100))
 def test_relevance_is_conserved_in_compositions(names: list[str], seed: int) -> None:
@@ -442,6 +443,7 @@ def test_a_transformer(batch_first: bool) -> None:
     assert all(g.any() for name, g in gradients(heat.square().sum(), model).items() if name == "qkv.weight")
 
 
+@pytest.mark.slow
 def test_a_transformer_compiles_to_one_graph() -> None:
     torch.manual_seed(0)
     model = Transformer(True).double().eval()

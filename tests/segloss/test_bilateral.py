@@ -121,6 +121,7 @@ def test_exact_filter_and_gradients_equal_the_definition(
     torch.testing.assert_close(grads[1].double(), expected_grads[1], rtol=0, atol=30 * rounding * scale)
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(
     kind=images,

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -50,6 +51,7 @@ def compare(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_unless_the_docstring_says_that_they_do_not(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(compare, args=(str(tmp_path),), nprocs=PROCESSES)  # type: ignore[no-untyped-call]
     differences = torch.load(tmp_path / "differences")

@@ -169,6 +169,7 @@ def test_a_class_that_loses_everywhere_gets_its_whole_target_as_gradient(gap: fl
     torch.testing.assert_close(gradient.sum((0, 2, 3)), target, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_size_kl_compiles_once_for_changing_shapes() -> None:
     compiled = torch.compile(segloss.size_kl, fullgraph=True, dynamic=True, backend="aot_eager")
     for size in (4, 5, 9):

@@ -171,6 +171,7 @@ def test_operators_are_registered_correctly() -> None:
     torch.library.opcheck(torch.ops.segloss.window_guide.default, (values, values, features, 2))
 
 
+@pytest.mark.slow
 def test_compiles_into_one_graph_with_gradients_to_all_inputs() -> None:
     logits, image = torch.randn(1, 2, 6, 7, requires_grad=True), torch.rand(1, 3, 6, 7, requires_grad=True)
     sigma = torch.tensor(3.0, requires_grad=True)
@@ -306,6 +307,7 @@ def test_mass_is_that_of_the_dense_kernel(
     torch.testing.assert_close(single, expected.float(), rtol=1e-4, atol=0)
 
 
+@pytest.mark.slow
 def test_mass_of_a_larger_photograph() -> None:
     image = picture("photograph", 56, 60)
     weights = dense_weights(image, 15 / 255, 100.0)
