@@ -209,9 +209,9 @@ def log_sum(logits: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tenso
     splits, settings = _launch(logits)
     # Buffers of their own start at multiples of 16 bytes.
     wide = wide_dtype(logits)
-    tops, totals = (logits.new_empty(batch, classes, splits, dtype=wide) for _ in range(2))
-    top, total = (logits.new_empty(batch, classes, dtype=wide) for _ in range(2))
-    peak, inverse = (logits.new_empty(batch, pixels, dtype=wide) for _ in range(2))
+    tops, totals = (logits.new_empty((batch, classes, splits), dtype=wide) for _ in range(2))
+    top, total = (logits.new_empty((batch, classes), dtype=wide) for _ in range(2))
+    peak, inverse = (logits.new_empty((batch, pixels), dtype=wide) for _ in range(2))
     mask = logits if valid is None else valid.view(torch.uint8)
     strides = (*logits.stride(), mask.stride(0), mask.stride(1))
     sizes = (classes, pixels, *strides, splits)

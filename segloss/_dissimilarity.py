@@ -60,7 +60,7 @@ def _group(values: Tensor, image: Tensor, sigma: Tensor, mu: Tensor, reach: int,
     inverse = torch.exp(-2 * mu.clamp(-_LARGEST_MU, _LARGEST_MU))
     tables = [_spatial(query, key, sigma, down, reach, disc, part) for query, key in columns]
     scaled = [table * inverse for table in tables]
-    buffers = [values.new_empty(count * max(table.numel() for table in tables)) for _ in range(2)]
+    buffers = [values.new_empty((count * max(table.numel() for table in tables),)) for _ in range(2)]
     for top in range(height):
         rows = slice(top, min(top + down, height - 1) + 1)
         for spans, *spatial in zip(columns, tables, scaled, strict=True):

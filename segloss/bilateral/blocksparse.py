@@ -148,7 +148,7 @@ def _weighted(tiles: Tiles, first: Tensor, second: Tensor) -> Iterator[_Pairs]:
     extent = centred.square().sum(1).amax(1)
     compact = extent[first] + extent[second] <= _COMPACT[features.dtype]
     step = max(1, _CHUNK // size**2)
-    buffer = features.new_empty(step, size, size)
+    buffer = features.new_empty((step, size, size))
     for group, accurate in ((compact, True), (~compact, False)):
         for i, j in zip(first[group].split(step), second[group].split(step), strict=True):
             weights = buffer[: len(i)]

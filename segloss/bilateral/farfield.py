@@ -74,7 +74,7 @@ def sums(tiles: Expansion) -> tuple[Tensor, Tensor, Tensor]:
     The first is a lower bound of the sum of the weights, and this plus 2 g(X) times the second an upper one.
     """
     count, dims = tiles.centre.shape
-    tables = [tiles.centre.new_empty(count, count) for _ in range(3)]
+    tables = [tiles.centre.new_empty((count, count)) for _ in range(3)]
     for start in range(0, count, _COLUMNS):
         for other in range(start, count, _COLUMNS):
             rows, columns = slice(start, start + _COLUMNS), slice(other, other + _COLUMNS)
@@ -104,7 +104,7 @@ def _expanded_filter(values: Tensor, tiles: Expansion, z: Tensor, pairs: Tensor)
     basis = tiles.basis[:, :, :, None]
     moments = (basis * values[:, :, None]).flatten(2)
     out = torch.empty_like(values)
-    gathered = values.new_empty(_COLUMNS, size, terms * channels)
+    gathered = values.new_empty((_COLUMNS, size, terms * channels))
     for rows in torch.arange(count, device=values.device).split(_ROWS):
         part = slice(int(rows[0]), int(rows[-1]) + 1)
         received = moments.new_zeros(len(rows), size, terms * channels)

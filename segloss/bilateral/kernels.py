@@ -387,7 +387,7 @@ def _split_values(values: Tensor, tiles: Tiles, block: int, shared: bool) -> tup
     batch, channels, pixels = values.shape
     blocks = triton.cdiv(channels, block)
     rows = batch * tiles.number
-    upper, lower = (values.new_empty(rows, blocks, tiles.size, block, dtype=torch.float16) for _ in range(2))
+    upper, lower = (values.new_empty((rows, blocks, tiles.size, block), dtype=torch.float16) for _ in range(2))
     scale = values.new_empty((rows,) if shared else (rows, blocks, block))
     _split[(rows,)](
         values,

@@ -29,7 +29,7 @@ def choose_landmarks(colour: Tensor, residual: float, most: int) -> tuple[Tensor
     order = torch.randperm(colour.shape[1], generator=generator, device="cpu")[:count]
     x = colour[:, order.to(colour.device)].t().contiguous()
     left = torch.ones(count, dtype=x.dtype, device=x.device)
-    factor = x.new_empty(min(most, count), count)
+    factor = x.new_empty((min(most, count), count))
     pivots: list[Tensor] = []
     residuals: list[Tensor] = []
     done = 0

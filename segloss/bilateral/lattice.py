@@ -48,7 +48,7 @@ class Lattice:
         count, pixels = plane.shape
         low, steps = _numbering(plane, image)
         narrow = steps[-1] < 2**31
-        keys = plane.new_empty(pixels, count, dtype=torch.int32 if narrow else torch.int64)
+        keys = plane.new_empty((pixels, count), dtype=torch.int32 if narrow else torch.int64)
         ranks = torch.empty_like(plane, dtype=torch.int8)
         self._weights = torch.empty_like(plane.t(), memory_format=torch.contiguous_format)  # of S, with the root of c
         parts = [slice(first, first + _PART) for first in range(0, pixels, _PART)]
@@ -135,7 +135,7 @@ def _checked(features: Tensor, image: int) -> Tensor:
 def _embed(features: Tensor, scale: float) -> Tensor:
     """Coordinates in the plane, ``[D + 1, N]``, in cells; the last dimensions of the features have the last ones."""
     dims = len(features)
-    plane = features.new_empty(dims + 1, features.shape[1])
+    plane = features.new_empty((dims + 1, features.shape[1]))
     total = features.new_zeros(features.shape[1])
     for i in range(dims, 0, -1):
         feature = features[i - 1] * (math.sqrt(2 / 3) * scale / math.sqrt(i * (i + 1)))

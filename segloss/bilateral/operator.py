@@ -201,7 +201,7 @@ register(
 register(
     f"bilateral_energy(Tensor values, Tensor mask, Tensor features, bool quadratic, bool complete, {_PLAN}) -> Tensor",
     _bilateral_energy,
-    fake=lambda values, *_: values.new_empty(len(values)),
+    fake=lambda values, *_: values.new_empty((len(values),)),
 )
 register(
     f"bilateral_guide(Tensor grad, Tensor values, Tensor features, {_PLAN}) -> Tensor",
@@ -211,7 +211,7 @@ register(
 register(
     "bilateral_error(Tensor values, Tensor features, Tensor filtered) -> Tensor",
     _bilateral_error,
-    fake=lambda values, features, filtered: values.new_empty(len(values)),
+    fake=lambda values, features, filtered: values.new_empty((len(values),)),
 )
 
 
@@ -305,7 +305,7 @@ class PairwiseEnergy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         if value_only:
             energy = torch.ops.segloss.bilateral_energy(values, mask, features, quadratic, complete, *plan)
-            return energy, values.new_empty(len(values), 0), values.new_empty(len(values), 0)
+            return energy, values.new_empty((len(values), 0)), values.new_empty((len(values), 0))
         inputs = values if quadratic or complete else torch.cat([values, mask], 1)
         filtered, landmarks = torch.ops.segloss.bilateral(inputs.contiguous(), features, *plan)
         partner = _partner(values, mask, quadratic)
