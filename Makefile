@@ -3,7 +3,7 @@ PYTHON ?= python3
 PYTHON_OLDEST ?= python3.10
 BIN := .venv/bin
 
-.PHONY: demo photographs test fast test-oldest test-newest lint docs bench frontier kills soak release clean
+.PHONY: demo photographs test fast combinations test-oldest test-newest lint docs bench frontier kills soak release clean
 demo: .venv/ready
 	$(BIN)/python examples/quickstart.py
 
@@ -18,6 +18,11 @@ test: lint docs
 
 fast: lint
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+
+# Losses and methods in Lightning, with networks of smp, timm and transformers, beside MONAI and torchmetrics.
+combinations: .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[combinations]"
+	$(BIN)/python -m pytest -n 2 tests/combinations
 
 # The fast tests with the oldest and with the newest packages that are supported: several GB each, a CUDA build of torch.
 test-oldest test-newest: test-%: .venv-%/ready

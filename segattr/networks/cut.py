@@ -393,7 +393,7 @@ def _value(maps: Tensor, tokens: Tensor | None, layout: Layout) -> Tensor:
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module is one operation: a layer of torch, not a container, whose call is its code alone."""
     hooked = module._forward_hooks or module._forward_pre_hooks
-    own = type(module).forward.__module__.startswith("torch.nn.modules")
+    own = str(type(module).forward.__module__).startswith("torch.nn.modules")  # None in code of exec
     return own and not hooked and not module._modules
 
 

@@ -1,4 +1,4 @@
-"""A network whose weights are shared out over two processes, by FSDP2 and not at all by DDP, against one process."""
+"""Two processes, whose weights are whole (DDP) or shared out (FSDP2), against one."""
 
 from pathlib import Path
 
@@ -58,7 +58,6 @@ def train(rank: int, folder: str) -> None:
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(train, args=(str(tmp_path),), nprocs=PROCESSES)  # type: ignore[no-untyped-call]
     values, weights = trained(small_network(), rectangles(8, 24, 32))
-    print(values)
     assert values[-1] < 0.9 * values[0]
     for name, (found, found_weights) in torch.load(tmp_path / "results").items():
         torch.testing.assert_close(found, torch.stack(values), rtol=1e-5, atol=1e-6, msg=lambda m: f"{name}: {m}")

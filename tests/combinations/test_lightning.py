@@ -80,7 +80,9 @@ def train(rank: int, port: int, folder: Path) -> None:
     fit(Segmentation(), 3, **settings).save_checkpoint(folder / "half.ckpt")
     resumed = Segmentation()
     fit(resumed, 6, folder / "half.ckpt", **settings)
-    torch.save({"whole": whole.state_dict(), "resumed": resumed.state_dict(), "losses": whole.losses}, folder / f"{rank}")
+    torch.save(
+        {"whole": whole.state_dict(), "resumed": resumed.state_dict(), "losses": whole.losses}, folder / f"{rank}"
+    )
 
 
 @pytest.mark.slow

@@ -430,6 +430,17 @@ class ChannelsLast(nn.Module):
         return self.out(self.trunk(x).permute(0, 2, 3, 1).mean((1, 2)))
 
 
+class TwoOutputs(Branches):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        maps = self.trunk(x)
+        return self.out(maps.mean((2, 3))), maps
+
+
+class Constant(Branches):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out.weight @ self.out.weight.T
+
+
 class OneLocation(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -444,6 +455,8 @@ class OneLocation(nn.Module):
     [
         ("resnet18", None, TypeError, "model: expected a torch.nn.Module, got str"),
         (Branches(), None, TypeError, "model: its code cannot be followed"),
+        (TwoOutputs(), None, TypeError, "model: expected logits as its output, or an object with logits, got a tuple"),
+        (Constant(), None, TypeError, "model: expected logits made of the image, got others"),
         (Small(), None, TypeError, "model: expected logits made from a feature map .*name the layer"),
         (resnet_basic(), 4, TypeError, "layer: expected the name of a submodule or a module, got int"),
         (resnet_basic(), "layer9", ValueError, "layer: expected a submodule such as conv1, bn1, .*got layer9"),
@@ -460,6 +473,14 @@ class OneLocation(nn.Module):
 def test_what_cannot_be_split(model: Any, layer: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         split(model, layer)
+
+
+def test_a_class_of_no_module_is_split() -> None:
+    names: dict[str, Any] = {"Mean": Mean}
+    exec("class Own(Mean):\n    def forward(self, x):\n        return Mean.forward(self, x)", names)
+    model, x = names["Own"]().eval(), torch.randn(2, 3, 17, 13)
+    assert model.forward.__module__ is None
+    assert torch.equal(split(model)(x), model(x))
 
 
 def test_a_layer_that_gives_no_map() -> None:
