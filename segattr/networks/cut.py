@@ -117,11 +117,10 @@ class Cut:
 
 
 def _cut(graph: Graph, model: nn.Module, layer: str | None) -> Parts:
-    if not isinstance(graph.outputs, (Result, Tensor)):
-        got = type(graph.outputs).__name__
-        raise TypeError(f"model: expected logits as its output, or an object with logits, got a {got}")
-    if graph.outputs not in graph.dependent:
-        raise TypeError("model: expected logits made of the image, got others")
+    if not isinstance(graph.outputs, Result) or graph.outputs not in graph.dependent:
+        one = isinstance(graph.outputs, (Result, Tensor))
+        got = "a constant" if one else f"a {type(graph.outputs).__name__}"
+        raise TypeError(f"model: expected logits as its output, or an object with logits, got {got}")
     points = _bottlenecks(graph)
     known = layouts(graph)
     if layer is not None:

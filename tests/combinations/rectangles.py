@@ -24,7 +24,7 @@ def rectangles(count: int, *spatial: int) -> Batch:
     for n in range(count):
         for label in (1, 2):
             places = [torch.randint(side // 2 + 1, (), generator=generator).item() for side in spatial]
-            # Every fourth image has one of the classes only.
+            # Half of the images lack one of the classes.
             if n % 4 != label:
                 box = tuple(slice(a, a + side // 2) for a, side in zip(places, spatial, strict=True))
                 labels[(n, *box)] = label

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from segloss import PottsCRF, SizeKL
-from tests.combinations.rectangles import Batch, rectangles, small_network
+from tests.combinations.rectangles import rectangles, small_network
 
 lightning = pytest.importorskip("lightning")
 

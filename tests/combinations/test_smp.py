@@ -77,9 +77,7 @@ def test_maps_of_the_auxiliary_head(architecture: str) -> None:
 
 
 def test_a_network_of_two_outputs_is_refused_by_name() -> None:
-    with pytest.raises(
-        TypeError, match="^model: expected logits as its output, or an object with logits, got a tuple$"
-    ):
+    with pytest.raises(TypeError, match=r"^model: expected logits .*, got a tuple$"):
         segattr.split(network(aux_params=AUXILIARY))
 
 

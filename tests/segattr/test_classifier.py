@@ -456,7 +456,7 @@ class OneLocation(nn.Module):
         ("resnet18", None, TypeError, "model: expected a torch.nn.Module, got str"),
         (Branches(), None, TypeError, "model: its code cannot be followed"),
         (TwoOutputs(), None, TypeError, "model: expected logits as its output, or an object with logits, got a tuple"),
-        (Constant(), None, TypeError, "model: expected logits made of the image, got others"),
+        (Constant(), None, TypeError, "model: expected logits as its output, .*, got a constant"),
         (Small(), None, TypeError, "model: expected logits made from a feature map .*name the layer"),
         (resnet_basic(), 4, TypeError, "layer: expected the name of a submodule or a module, got int"),
         (resnet_basic(), "layer9", ValueError, "layer: expected a submodule such as conv1, bn1, .*got layer9"),
