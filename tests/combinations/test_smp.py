@@ -63,6 +63,7 @@ class TagClassifier(nn.Module):
         return self.head(self.encoder(image)[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["Unet", "PSPNet"])
 def test_maps_of_the_auxiliary_head(architecture: str) -> None:
     image = rectangles(2, 64, 96).image.double()
