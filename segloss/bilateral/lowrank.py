@@ -208,7 +208,7 @@ class LowRank:
 
     def gather(self, values: Tensor) -> Tensor:
         """A' v, ``[K, N]`` to ``[R, K, M]``; notes how near each pixel is to a landmark."""
-        core = values.new_empty(self.across[0].shape[1], self._beyond(0) * len(values) * len(self.landmarks))
+        core = values.new_empty((self.across[0].shape[1], self._beyond(0) * len(values) * len(self.landmarks)))
         self._gather(self._blocks(values), (), core)
         return core.view(-1, len(values), len(self.landmarks))
 
@@ -227,7 +227,7 @@ class LowRank:
             along = torch.cat(products, axis).to(out.dtype)
         else:
             columns = self._beyond(axis + 1) * classes * most
-            along = out.new_empty(*lengths, self.grid[axis], self.across[axis + 1].shape[1], columns)
+            along = out.new_empty((*lengths, self.grid[axis], self.across[axis + 1].shape[1], columns))
             for span in self._spans(axis):
                 self._gather(blocks, (*lines, span), along.narrow(axis, span.start, span.stop - span.start))
         torch.matmul(self.across[axis].t(), along.view(*lengths, len(self.across[axis]), -1), out=out)
@@ -243,7 +243,7 @@ class LowRank:
     def expand(self, core: Tensor) -> Tensor:
         """A c, ``[R, K, M]`` to ``[K, N]``."""
         sides = (n for pair in zip(self.grid, self.block, strict=True) for n in pair)
-        out = self._cut(core.new_empty(core.shape[1], *sides))
+        out = self._cut(core.new_empty((core.shape[1], *sides)))
         self._expand(core.reshape(self.across[0].shape[1], -1), (), out)
         return self._pixels(out)
 
