@@ -69,7 +69,7 @@ def bilateral_filter(
             ``"auto"`` takes Triton where it can. In float32 the kernels take distances from products of 16 columns for
             up to 5 features, which are channels of the image and spatial axes, of 32 for up to 10 and of 64 for up to
             21, which are slower; of more features, from differences. Devices of compute capability below 8.0 run plain
-                torch in any case.
+            torch in any case.
         precision: ``"auto"`` lets the low-rank method multiply in bfloat16 where the processor is fast at it and the
             tolerance is 5e-3 or more; ``"float32"`` does not.
 
