@@ -1,0 +1,348 @@
+"""Claim 3: walks and a dense CRF make better masks of maps, and better masks better networks.
+
+The claims of Jungbeom Lee's dissertation, tables 3.2 to 3.4, with AffinityNet and IRNet as light decoders on frozen
+features, trained on the sure pixels of AdvCAM's maps.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from data.sample import Images, Sample
+from engine import training
+from engine.per_image import each_image
+from parts import deeplab
+from parts.frozen import Kept, freeze
+from parts.localise import WALKED, Method, scaled, walk
+from parts.pretrained import Segmenter
+from parts.tag_classifier import plain
+from pseudo_labels import CRF_MASKS, LABELS, Config, Relabelled, Stored, refine, train_network
+from torch import Tensor, nn
+
+import segloss
+from benchmarks.claims import maps, sizes
+from benchmarks.claims.maps import Maker
+from benchmarks.claims.shared import (
+    NETWORK,
+    Outcome,
+    Split,
+    Verdict,
+    Work,
+    best_threshold,
+    counts,
+    difference,
+    digest,
+    estimate,
+    share,
+)
+from segattr.networks import evaluating
+from segattr.refine import random_walk
+
+MAPS = "AdvCAM"
+WALKED_MAPS = MAPS + WALKED
+# Of the walk over the features of the network as it is; the first ones are the examples'.
+WALKS: tuple[dict[str, Any], ...] = (
+    {"beta": 10.0, "steps": 256},
+    {"beta": 10.0, "steps": 64},
+    {"beta": 5.0, "steps": 256},
+    {"beta": 20.0, "steps": 256},
+)
+FINEST = 8  # stride of what AffinityNet and IRNet give
+RADIUS = 5
+SMALL = 160  # pixels of the images that segmentation networks train on
+STEPS = 300
+SPLITS: tuple[Split, ...] = ("held out", "val", "fit")
+
+
+class Affinity(NamedTuple):
+    """A network that tells which pixels belong together.
+
+    Attributes:
+        channels: of its output.
+        loss: of its output and the labels, at the same resolution.
+        matrix: affinities, from its output.
+        beta: power of these in the walk.
+    """
+
+    channels: int
+    loss: Callable[[Tensor, Tensor], Tensor]
+    matrix: Callable[[Tensor], Tensor]
+    beta: float
+
+
+AFFINITIES = {
+    "AffinityNet": Affinity(
+        32,
+        partial(segloss.affinity_loss, radius=RADIUS, distance="mean"),
+        partial(segloss.feature_affinity, radius=RADIUS, distance="mean"),
+        beta=8,
+    ),
+    "IRNet": Affinity(
+        1,
+        partial(segloss.path_affinity_loss, radius=RADIUS),
+        lambda output: segloss.path_affinity(output.sigmoid(), radius=RADIUS),
+        beta=10,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Refiner:
+    """AdvCAM's maps, and what walks and a CRF make of them; every result is kept on disk.
+
+    Args:
+        maker: of the maps.
+    """
+
+    maker: Maker
+
+    @property
+    def work(self) -> Work:
+        return self.maker.work
+
+    def methods(self, split: Split, settings: Mapping[str, Any]) -> dict[str, Method]:
+        """CAM and AdvCAM with the settings chosen for claim 2, and AdvCAM after a walk over the network's features."""
+        images, model = maps.photographs(self.work, split), self.maker.model
+        advcam, _ = maps.choose(self.maker, MAPS, maps.ADVCAM)
+        found = {"CAM": self.maker.make("CAM", {}, images), MAPS: self.maker.make(MAPS, advcam, images)}
+
+        def one(sample: Sample) -> dict[str, Tensor]:
+            own = model.settings
+            model.settings = own._replace(walk=dict(settings))
+            walked = walk(tagged(sample), sample["image"].as_subclass(Tensor)[None], model)
+            model.settings = own
+            return {WALKED_MAPS: scaled(walked)}
+
+        return found | {WALKED_MAPS: self._kept(one, WALKED_MAPS, found[MAPS], images, {"walk": dict(settings)})}
+
+    def _kept(
+        self,
+        one: Callable[[Sample], dict[str, Tensor]],
+        name: str,
+        source: Method,
+        images: Images,
+        settings: Mapping[str, Any],
+    ) -> Method:
+        depends = {"source": source.classifier, "settings": dict(settings)}
+        folder = f"{name}-{digest(depends)}".replace(" ", "_")
+        located = self.maker.located({MAPS: source}, images)
+        each_image(one, located, self.work.folder / "maps" / folder, settings=depends, name=name)
+        return Method(folder, (name,))
+
+    def chosen_walk(self) -> dict[str, Any]:
+        """That of the best mIoU on images held out."""
+        found = []
+        for settings in WALKS:
+            made = self.measured("held out", self.methods("held out", settings))
+            found.append(best_threshold(made[f"sweep, {WALKED_MAPS}"]).miou)
+            print(f"{WALKED_MAPS} {settings}: {100 * found[-1]:.1f}", flush=True)
+        return WALKS[found.index(max(found))]
+
+    def measured(self, split: Split, methods: Mapping[str, Method]) -> dict[str, Tensor]:
+        """What :func:`benchmarks.claims.maps.assess` finds."""
+        images = self.maker.located(methods, maps.photographs(self.work, split))
+        folders = sorted(method.classifier for method in methods.values())
+        return self.work.once(
+            f"refined maps of {split}", {"folders": folders}, partial(maps.assess, images, [*methods])
+        )
+
+    def masks(self, split: Split, methods: Mapping[str, Method], thresholds: Mapping[str, float], size: int) -> Stored:
+        """Images of a size with the masks that the CRF makes of maps, and pseudo-labels; names have these endings."""
+        config = dataclasses.replace(maps.config_of(self.work), size=size)
+        images = config.whole(maps.mapped(self.work, split))
+        located = self.maker.located({name: methods[name] for name in thresholds}, images)
+        depends = {"from": {name: (methods[name].classifier, thresholds[name]) for name in thresholds}, "size": size}
+        folder = self.work.folder / "masks" / digest(depends)
+        one = partial(refine, thresholds=thresholds, settings=self.maker.model.settings, device=torch.device("cpu"))
+        each_image(one, located, folder, settings=depends, name="CRF")
+        return Stored(located, folder, [name + end for name in thresholds for end in (CRF_MASKS, LABELS)])
+
+    def affine(self, name: str, split: Split, source: Method, labels: Stored, key: str) -> Method:
+        """AdvCAM after a walk over the affinities of a network that was trained on labels of the training images."""
+        affinity, images = AFFINITIES[name], maps.photographs(self.work, split)
+        title = f"{MAPS} + {name}"
+
+        @cache
+        def network() -> Neighbours:
+            model = train_affinity(self.work, affinity, labels, key, name)
+            model.decoder.encoder = self.maker.model.encoder  # for images of which it has no features
+            return model
+
+        def one(sample: Sample) -> dict[str, Tensor]:
+            model, image = network(), sample["image"].as_subclass(Tensor)[None]
+            with torch.no_grad(), evaluating(model):
+                output = model(image)
+            small = F.interpolate(tagged(sample)[None], output.shape[2:], mode="bilinear")
+            walked = random_walk(small, affinity.matrix(output), beta=affinity.beta, steps=256)
+            return {title: scaled(walked[0])}
+
+        return self._kept(one, title, source, images, {"labels": key, "steps": STEPS, "radius": RADIUS})
+
+
+class Neighbours(nn.Module):
+    """The output of a light decoder at the finest stride of the features that it reads."""
+
+    def __init__(self, decoder: Segmenter) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, image: Tensor) -> Tensor:
+        side = image.shape[-1] // FINEST
+        return self.decoder.head(self.decoder.encoder.pyramid(image), (side, side))
+
+
+def tagged(sample: Sample) -> Tensor:
+    """AdvCAM's maps ``[n, H, W]`` of the classes that an image has."""
+    return sample[MAPS][sample["tags"][1:] > 0]
+
+
+def train_affinity(work: Work, affinity: Affinity, labels: Stored, key: str, name: str) -> Neighbours:
+    """A light decoder on frozen features that tells neighbours of a kind from others."""
+    config = network_config(work, 0, size=maps.config_of(work).size)
+    training.seed_everything(0)
+    decoder = deeplab.build(NETWORK, affinity.channels, config.weights)
+    images = Kept(config.whole(maps.mapped(work, "fit")))
+    known = Relabelled(images, [coarse(labels[i][key], config.size) for i in range(len(labels))])
+    freeze(decoder, [images], work.folder / "features")
+    assert isinstance(decoder, Segmenter)
+    model, middle = Neighbours(decoder), slice(FINEST // 2, None, FINEST)
+    training.train(
+        model,
+        lambda output, batch: affinity.loss(output, batch["labels"][:, middle, middle]),
+        config.stream(known, config.fit(mirror=True)),
+        deeplab.optimizer(model, config.weights),
+        steps=STEPS,
+        name=name,
+        options=config,
+    )
+    return model
+
+
+def coarse(labels: Tensor, size: int) -> Tensor:
+    """Labels at another size, of the nearest pixels."""
+    return F.interpolate(labels.as_subclass(Tensor)[None, None].float(), (size, size))[0, 0].byte()
+
+
+def network_config(work: Work, seed: int, size: int = SMALL) -> Config:
+    preset = Config.PHOTOGRAPHS | {"frozen": True, "size": size, "steps": STEPS, "save_every": 50}
+    config = Config(data="voc", root=work.data, seed=seed, resume=True, **preset)
+    return dataclasses.replace(config, out=work.folder / f"networks-{digest(plain(config))}")
+
+
+def thresholded(images: Images, name: str, threshold: float) -> list[Tensor]:
+    """Labels of the pixels whose scores are above the background's, and of the others."""
+    found = []
+    for i in range(len(images)):
+        scores = images[i][name]
+        found.append(torch.cat([torch.full_like(scores[:1], threshold), scores]).argmax(0).byte())
+    return found
+
+
+def train_networks(work: Work, labels: Mapping[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+    """Counts on val of networks that were trained on labels, and on true masks, for each seed."""
+    runs: dict[str, list[Tensor]] = {}
+    for seed in range(work.seeds):
+        config = network_config(work, seed)
+
+        @cache
+        def images(split: Split, config: Config = config) -> Images:
+            return config.whole(maps.mapped(work, split))
+
+        def make(name: str, config: Config = config, images: Callable[[Split], Images] = images) -> dict[str, Tensor]:
+            fit = images("fit")
+            own = labels.get(name) or [fit.labels(i).as_subclass(Tensor).byte() for i in range(len(fit))]
+            model = train_network(Relabelled(fit, own), images("val"), name, work.folder, config)
+            return {"val": sizes.assess(model, images("val"))}
+
+        for name in (*labels, TRUE):
+            made = work.once(f"network on {name}, seed {seed}", plain(config) | {"labels": name}, partial(make, name))
+            runs.setdefault(name, []).append(made["val"])
+    return runs
+
+
+TRUE = "true masks"
+
+
+def run(work: Work) -> Outcome:
+    maker = Maker(work, maps.classifier(work))
+    refiner = Refiner(maker)
+    chosen = refiner.chosen_walk()
+    methods = {split: refiner.methods(split, chosen) for split in SPLITS}
+    thresholds = thresholds_of(refiner.measured("held out", methods["held out"]))
+    fit = refiner.masks("fit", methods["fit"], {WALKED_MAPS: thresholds[WALKED_MAPS]}, SMALL)
+    for split in SPLITS:
+        for name in AFFINITIES:
+            method = refiner.affine(name, split, methods[split][MAPS], fit, WALKED_MAPS + LABELS)
+            methods[split][f"{MAPS} + {name}"] = method
+    held, val = (refiner.measured(split, methods[split]) for split in ("held out", "val"))
+    thresholds = thresholds_of(held)
+    learned = max(
+        (f"{MAPS} + {name}" for name in AFFINITIES), key=lambda name: best_threshold(held[f"sweep, {name}"]).miou
+    )
+    ends = (WALKED_MAPS, learned)
+    size = maps.config_of(work).size
+    refined = refiner.masks("val", methods["val"], {name: thresholds[name] for name in ends}, size)
+    runs = {name: [val[name]] for name in methods["val"]}
+    runs |= {name + CRF_MASKS: [of_masks(refined, name + CRF_MASKS)] for name in ends}
+
+    small = network_config(work, 0).whole(maps.mapped(work, "fit"))
+    plain_maps = maker.located({name: methods["fit"][name] for name in ("CAM", MAPS)}, small)
+    labels = {name: thresholded(plain_maps, name, thresholds[name]) for name in ("CAM", MAPS)}
+    better = refiner.masks("fit", methods["fit"], {learned: thresholds[learned]}, SMALL)
+    for name, masks in ((WALKED_MAPS, fit), (learned, better)):
+        labels[name + CRF_MASKS] = [masks[i][name + LABELS].as_subclass(Tensor).byte() for i in range(len(masks))]
+    networks = train_networks(work, labels)
+    figures = {name: estimate(own) for name, own in runs.items()}
+    figures |= {f"network on {name}": estimate(own) for name, own in networks.items()}
+    best = max(labels, key=lambda name: figures[f"network on {name}"].value)
+    crf = max(ends, key=lambda name: figures[name + CRF_MASKS].value)
+    verdicts = [
+        Verdict("AdvCAM after a walk over the network's own features", "", figures[WALKED_MAPS], 63, unit="mIoU"),
+        Verdict(
+            "a dense CRF adds to the best maps",
+            "",
+            difference(runs[crf + CRF_MASKS], runs[crf]),
+            2.0,
+        ),
+        Verdict(
+            f"the walk of a trained network ({learned.removeprefix(MAPS + ' + ')}) is better",
+            "AdvCAM 55.6, 69.9 with IRNet",
+            difference(runs[learned], runs[WALKED_MAPS]),
+            0.0,
+        ),
+        Verdict(
+            "a network learns more from better masks than from CAM's",
+            "63.5 to 68.1",
+            difference(networks[best], networks["CAM"]),
+            0.0,
+        ),
+        Verdict(
+            "a network on them reaches 90% of one on true masks",
+            "",
+            share(networks[best], networks[TRUE]),
+            90,
+            unit="%",
+        ),
+    ]
+    about = (
+        f"{len(refined)} images; maps of one classifier; networks on {len(small)} images, {work.seeds} seeds, "
+        f"{SMALL} pixels, {STEPS} steps; "
+        f"best of {len(WALKS)} walks on the images held out: beta {chosen['beta']:g}, {chosen['steps']} steps"
+    )
+    return Outcome(figures, verdicts, about)
+
+
+def thresholds_of(measured: Mapping[str, Tensor]) -> dict[str, float]:
+    """The best ones, by the names of the maps."""
+    sweeps = {name: values for name, values in measured.items() if name.startswith("sweep, ")}
+    return {name.removeprefix("sweep, "): best_threshold(values).threshold for name, values in sweeps.items()}
+
+
+def of_masks(images: Images, name: str) -> Tensor:
+    """Counts ``[N, 6, K]`` of masks that are among the entries of samples."""
+    samples = (images[i] for i in range(len(images)))
+    pairs = ((sample[name].as_subclass(Tensor), sample["labels"].as_subclass(Tensor)) for sample in samples)
+    return torch.stack([counts(masks, labels, len(images.classes)) for masks, labels in pairs])

@@ -1,0 +1,83 @@
+"""The file of all figures, and the table that is made of it."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from engine import storage
+
+from benchmarks.claims.shared import Estimate, Outcome
+
+Stored = dict[str, Any]  # claims.json: "environment", and of each claim what it measured
+
+TITLES = {
+    "sizes": "1. Sizes",
+    "maps": "2. Maps",
+    "contours": "5. ISL and FSL",
+    "refinement": "3. Refinement and networks",
+    "few_masks": "4. Few masks",
+    "others": "7. FickleNet's layer",
+}
+
+
+def read(path: Path) -> Stored:
+    return json.loads(path.read_text()) if path.exists() else {"claims": {}}
+
+
+def write(folder: Path, stored: Stored) -> None:
+    """Writes ``claims.json`` and ``claims.md``."""
+    storage.write(folder / "claims.json", (json.dumps(stored, indent=1) + "\n").encode())
+    storage.write(folder / "claims.md", markdown(stored).encode())
+
+
+def entry(outcome: Outcome) -> Stored:
+    """An outcome as JSON has it."""
+    return {
+        "about": outcome.about,
+        "figures": {name: values(found) for name, found in outcome.figures.items()},
+        "verdicts": [
+            {
+                "statement": verdict.statement,
+                "paper": verdict.paper,
+                "found": values(verdict.found) if verdict.found else None,
+                "unit": verdict.unit,
+                "holds": verdict.holds,
+            }
+            for verdict in outcome.verdicts
+        ],
+    }
+
+
+def values(found: Estimate) -> dict[str, float | None]:
+    return {key: None if math.isnan(value) else round(value, 2) for key, value in found._asdict().items()}
+
+
+def markdown(stored: Stored) -> str:
+    """A table of statements and one of figures for each claim."""
+    where = stored.get("environment", {})
+    lines = ["# The papers' claims on photographs", ""]
+    if where:
+        lines += [f"{where['processor']}, {where['threads']} thread, torch {where['torch']}.", ""]
+    lines += ["Intervals hold 95% of what images drawn anew give; ± is the standard deviation over seeds.", ""]
+    for name in sorted(stored["claims"], key=lambda name: TITLES[name]):
+        claim = stored["claims"][name]
+        lines += [f"## {TITLES[name]}", "", f"{claim['about']}.", ""]
+        lines += ["| statement | paper | here | interval | |", "|---|---|---|---|---|"]
+        for verdict in claim["verdicts"]:
+            found, unit = verdict["found"], verdict["unit"]
+            here, interval = (text(found, unit), f"{found['low']:.1f} to {found['high']:.1f}") if found else ("", "")
+            lines.append(f"| {verdict['statement']} | {verdict['paper']} | {here} | {interval} | {verdict['holds']} |")
+        lines += ["", "| figure | | interval |", "|---|---|---|"]
+        for title, found in claim["figures"].items():
+            lines.append(f"| {title} | {text(found, '')} | {found['low']:.1f} to {found['high']:.1f} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def text(found: Mapping[str, float | None], unit: str) -> str:
+    """A figure with its spread; differences have a sign."""
+    value, spread = found["value"], found["spread"]
+    shown = f"{value:+.1f}" if unit == "points" else f"{value:.1f}"
+    return shown + ("%" if unit == "%" else "") + (f" ±{spread:.1f}" if spread is not None else "")

@@ -1,0 +1,208 @@
+"""What the claims share: photographs and their parts, results that stay on disk, measures with intervals, verdicts."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from data.sample import VOID, DataError, Images
+from data.voc import VOC
+from engine import storage
+from parts.tag_classifier import Part
+from scipy.stats import bootstrap
+from torch import Tensor
+
+from segattr.metrics import JAndF, ThresholdSweep
+from segattr.metrics.maps import BestThreshold
+
+NETWORK: Literal["efficientnet_lite0"] = "efficientnet_lite0"  # with ImageNet's weights
+EACH = 5  # of the training images every fifth is held out
+RESAMPLES = 1000
+
+Split = Literal["fit", "held out", "val"]
+Measure = Literal["mIoU", "F"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Photographs in the layout of VOC, and a folder in which every finished stage stays.
+
+    Args:
+        data: folder of the photographs.
+        folder: of what is computed.
+        seeds: trainings of each kind.
+        images: images of val, and of ``train`` where they get maps, the first ones; 0 for all.
+    """
+
+    data: Path
+    folder: Path
+    seeds: int = 3
+    images: int = 0
+    began: float = field(default_factory=time.monotonic, compare=False)
+
+    @cached_property
+    def _lists(self) -> dict[str, VOC]:
+        return {name: VOC(self.data, name) for name in ("train", "val")}
+
+    def check(self) -> None:
+        """Raises DataError for a folder without enough photographs."""
+        for name, images in self._lists.items():
+            if len(images) < EACH:
+                raise DataError(f"{self.data}: expected at least {EACH} images in the list {name}, got {len(images)}")
+
+    def part(self, split: Split) -> Images:
+        """Settings are chosen on the images held out of ``train``, figures are those of ``val``."""
+        if split == "val":
+            val = self._lists["val"]
+            return Part(val, range(min(self.images or len(val), len(val))))
+        train = self._lists["train"]
+        return Part(train, [i for i in range(len(train)) if (i % EACH == 0) == (split == "held out")])
+
+    def once(
+        self, name: str, settings: Mapping[str, object], make: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """What ``make`` returns; from the disk, if it was made before with these settings.
+
+        Args:
+            name: of the stage.
+            settings: all that the result depends on, beside the photographs, which are added.
+            make: computes the result; what it keeps on disk itself goes on after a stop.
+        """
+        path = self.folder / "done" / f"{name}-{digest({**settings, 'data': str(self.data), 'images': self.images})}.pt"
+        if path.exists():
+            return storage.load(path)
+        made = make()
+        storage.save(path, made)
+        print(f"{name}: done, {(time.monotonic() - self.began) / 60:.0f} minutes after the start", flush=True)
+        return made
+
+
+def digest(settings: Mapping[str, object]) -> str:
+    """A short text that other settings have another one of."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def counts(masks: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """What mIoU and F are made of, for one image, ``[6, K]``; see :class:`segattr.metrics.JAndF`.
+
+    Args:
+        masks: the classes that were found, ``[H, W]``, 255 where nothing counts.
+        labels: the true ones, ``[H, W]``, 255 where they are not known.
+        classes: K, with the background.
+    """
+    quality, each = JAndF(classes), torch.arange(classes).view(-1, 1, 1)
+    valid = (labels != VOID) & (masks != VOID)
+    quality.update((masks == each)[None], (labels == each)[None], valid=valid[None])
+    return quality.counts.int()
+
+
+def score(of_images: Tensor, measure: Measure = "mIoU") -> float:
+    """In percent, of the counts ``[N, 6, K]`` of some images: the mIoU of all classes, F of the foreground's."""
+    quality = JAndF(of_images.shape[-1])
+    quality.counts = of_images.sum(0, dtype=torch.int64)
+    region, contour = quality.compute()
+    return 100 * float((region if measure == "mIoU" else contour[1:]).nanmean())
+
+
+def best_threshold(sweeps: Tensor) -> BestThreshold:
+    """Of the counts ``[N, C + 1, C, T + 1]`` of some images, see :class:`segattr.metrics.ThresholdSweep`."""
+    sweep = ThresholdSweep(sweeps.shape[2])
+    sweep.counts = sweeps.sum(0, dtype=torch.int64)
+    return sweep.compute()
+
+
+class Estimate(NamedTuple):
+    """A figure, its standard deviation over seeds (NaN for one), and a 95% interval over images."""
+
+    value: float
+    spread: float
+    low: float
+    high: float
+
+
+Runs = Sequence[Tensor]  # counts [N, 6, K] of each seed, of the same images
+
+
+def estimate(runs: Runs, measure: Measure = "mIoU") -> Estimate:
+    return _interval([runs], lambda values: values[0], measure)
+
+
+def difference(runs: Runs, others: Runs, measure: Measure = "mIoU") -> Estimate:
+    """Of two methods on the same images, which are drawn in pairs; of seeds, too, where both have as many."""
+    return _interval([runs, others], lambda values: values[0] - values[1], measure)
+
+
+def share(runs: Runs, others: Runs) -> Estimate:
+    """Of the mIoU of others, in percent; pairs as in :func:`difference`."""
+    return _interval([runs, others], lambda values: 100 * values[0] / values[1], "mIoU")
+
+
+def _interval(methods: Sequence[Runs], combine: Callable[[Sequence[float]], float], measure: Measure) -> Estimate:
+    """The mean over seeds of what a combination gives, over images that are drawn with replacement."""
+    count = max(map(len, methods))
+    paired = [[runs[i % len(runs)] for i in range(count)] for runs in methods]  # maps have no seeds
+
+    def each(drawn: Any) -> list[float]:
+        index = torch.as_tensor(np.asarray(drawn))
+        return [combine([score(runs[i][index], measure) for runs in paired]) for i in range(count)]
+
+    images = np.arange(len(paired[0][0]))
+    values = each(images)
+    found = bootstrap(
+        (images,),
+        lambda drawn: np.mean(each(drawn)),
+        n_resamples=RESAMPLES,
+        vectorized=False,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    spread = float(np.std(values, ddof=1)) if count > 1 else float("nan")
+    return Estimate(float(np.mean(values)), spread, float(found.low), float(found.high))
+
+
+class Verdict(NamedTuple):
+    """Of one statement.
+
+    Attributes:
+        statement: what the paper says, as it was tested.
+        paper: its figures.
+        found: ours.
+        least: what the figure must reach; None where the figure must be at most ``most``.
+        most: what it must not exceed.
+        unit: of the figure.
+        note: what was left out, such as "one seed".
+    """
+
+    statement: str
+    paper: str
+    found: Estimate | None
+    least: float | None = None
+    most: float | None = None
+    unit: str = "points"
+    note: str = ""
+
+    @property
+    def holds(self) -> str:
+        """A statement holds if its figure does, and a difference if its interval leaves out 0 besides."""
+        if self.found is None:
+            return "not testable"
+        if self.most is not None:
+            return "holds" if self.found.value <= self.most else "does not hold"
+        assert self.least is not None
+        if self.found.value < self.least:
+            return "does not hold"
+        return "holds" if self.unit != "points" or self.found.low > 0 else "in the mean only"
+
+
+class Outcome(NamedTuple):
+    """What a claim's module returns: figures of each method, and what they say."""
+
+    figures: dict[str, Estimate]
+    verdicts: list[Verdict]
+    about: str  # what was measured, on how many images, with how many seeds
