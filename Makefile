@@ -3,7 +3,7 @@ PYTHON ?= python3
 PYTHON_OLDEST ?= python3.10
 BIN := .venv/bin
 
-.PHONY: demo photographs test fast combinations test-oldest test-newest lint docs bench frontier kills soak release clean
+.PHONY: demo photographs test fast combinations test-oldest test-newest lint docs bench frontier kills soak release claims clean
 demo: .venv/ready
 	$(BIN)/python examples/quickstart.py
 
@@ -43,6 +43,11 @@ bench: .venv/ready
 frontier: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[peers]"
 	$(BIN)/python -m benchmarks.frontier
+
+# The papers' claims on photographs, from a folder in the layout of VOC 2012: make claims DATA=... It goes on after a stop.
+claims: .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[photographs]"
+	$(BIN)/python -m benchmarks.claims --data "$(DATA)"
 
 # Kills 20 trainings and lets them go on; the weights must be those of one that nobody killed.
 kills: .venv/ready

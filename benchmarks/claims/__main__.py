@@ -12,7 +12,7 @@ from data.sample import DataError
 from engine.storage import StorageError
 
 from benchmarks.__main__ import HERE, environment
-from benchmarks.claims import contours, maps, refinement, report, sizes
+from benchmarks.claims import contours, few_masks, maps, refinement, report, sizes
 from benchmarks.claims.shared import Outcome, Work
 
 CLAIMS: dict[str, Callable[[Work], Outcome]] = {
@@ -20,6 +20,7 @@ CLAIMS: dict[str, Callable[[Work], Outcome]] = {
     "maps": maps.run,
     "contours": contours.run,
     "refinement": refinement.run,
+    "few_masks": few_masks.run,
 }
 
 

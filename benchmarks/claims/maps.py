@@ -21,6 +21,7 @@ from parts.tag_classifier import digest as digest_of_weights
 from pseudo_labels import Config
 from torch import Tensor
 
+from benchmarks.claims import pictures
 from benchmarks.claims.shared import (
     NETWORK,
     Outcome,
@@ -216,6 +217,9 @@ def run(work: Work) -> Outcome:
         Verdict("both together are better than AdvCAM", "", difference(runs[BOTH], runs["AdvCAM"]), 0.0),
         Verdict("both together are better than RIB", "", difference(runs[BOTH], runs["RIB"]), 0.0),
     ]
+    images = maker.located(methods_of(maker, "val"), photographs(work, "val"))
+    shown = pictures.ranked(found["AdvCAM"])
+    pictures.draw(images, shown, dict.fromkeys(COMPARED), work.folder / "maps.jpg")
     tried = "; ".join(f"{settings}: {miou:.1f}" for settings, miou in (tried_advcam | tried_rib).items())
     about = f"{len(found['CAM'])} images, one classifier; on {TRIED} images held out {tried}"
     return Outcome(figures, verdicts, about)

@@ -23,7 +23,7 @@ from pseudo_labels import CRF_MASKS, LABELS, Config, Relabelled, Stored, refine,
 from torch import Tensor, nn
 
 import segloss
-from benchmarks.claims import maps, sizes
+from benchmarks.claims import maps, pictures, sizes
 from benchmarks.claims.maps import Maker
 from benchmarks.claims.shared import (
     NETWORK,
@@ -327,6 +327,10 @@ def run(work: Work) -> Outcome:
             unit="%",
         ),
     ]
+    drawn = {MAPS: thresholds[MAPS], WALKED_MAPS: thresholds[WALKED_MAPS], learned: thresholds[learned]}
+    shown = pictures.ranked(val[WALKED_MAPS])
+    located = maker.located(methods["val"], refined)
+    pictures.draw(located, shown, drawn | {name + CRF_MASKS: None for name in ends}, work.folder / "masks.jpg")
     about = (
         f"{len(refined)} images; maps of one classifier; networks on {len(small)} images, {work.seeds} seeds, "
         f"{SMALL} pixels, {STEPS} steps; "

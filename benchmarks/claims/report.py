@@ -67,11 +67,11 @@ def markdown(stored: Stored) -> str:
         lines += ["| statement | paper | here | interval | |", "|---|---|---|---|---|"]
         for verdict in claim["verdicts"]:
             found, unit = verdict["found"], verdict["unit"]
-            here, interval = (text(found, unit), f"{found['low']:.1f} to {found['high']:.1f}") if found else ("", "")
+            here, interval = (text(found, unit), between(found)) if found else ("", "")
             lines.append(f"| {verdict['statement']} | {verdict['paper']} | {here} | {interval} | {verdict['holds']} |")
         lines += ["", "| figure | | interval |", "|---|---|---|"]
         for title, found in claim["figures"].items():
-            lines.append(f"| {title} | {text(found, '')} | {found['low']:.1f} to {found['high']:.1f} |")
+            lines.append(f"| {title} | {text(found, '')} | {between(found)} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -81,3 +81,7 @@ def text(found: Mapping[str, float | None], unit: str) -> str:
     value, spread = found["value"], found["spread"]
     shown = f"{value:+.1f}" if unit == "points" else f"{value:.1f}"
     return shown + ("%" if unit == "%" else "") + (f" ±{spread:.1f}" if spread is not None else "")
+
+
+def between(found: Mapping[str, float | None]) -> str:
+    return "" if found["low"] is None else f"{found['low']:.1f} to {found['high']:.1f}"

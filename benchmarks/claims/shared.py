@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from data.sample import VOID, DataError, Images
 from data.voc import VOC
 from engine import storage
+from numpy.typing import NDArray
 from parts.tag_classifier import Part
 from scipy.stats import bootstrap
 from torch import Tensor
@@ -51,10 +52,10 @@ class Work:
         return {name: VOC(self.data, name) for name in ("train", "val")}
 
     def check(self) -> None:
-        """Raises DataError for a folder without enough photographs."""
-        for name, images in self._lists.items():
-            if len(images) < EACH:
-                raise DataError(f"{self.data}: expected at least {EACH} images in the list {name}, got {len(images)}")
+        """Raises DataError for a folder that has not what is needed."""
+        train = self._lists["train"]
+        if len(train) <= EACH:
+            raise DataError(f"{self.data}: expected more than {EACH} images in the list train, got {len(train)}")
 
     def part(self, split: Split) -> Images:
         """Settings are chosen on the images held out of ``train``, figures are those of ``val``."""
@@ -102,12 +103,17 @@ def counts(masks: Tensor, labels: Tensor, classes: int) -> Tensor:
     return quality.counts.int()
 
 
-def score(of_images: Tensor, measure: Measure = "mIoU") -> float:
-    """In percent, of the counts ``[N, 6, K]`` of some images: the mIoU of all classes, F of the foreground's."""
+def scores(of_images: Tensor, measure: Measure = "mIoU") -> NDArray[np.float64]:
+    """In percent, of counts ``[..., N, 6, K]`` of N images each: the mIoU of all classes, F of the foreground's."""
     quality = JAndF(of_images.shape[-1])
-    quality.counts = of_images.sum(0, dtype=torch.int64)
+    quality.counts = of_images.sum(-3, dtype=torch.int64).movedim(-2, 0)
     region, contour = quality.compute()
-    return 100 * float((region if measure == "mIoU" else contour[1:]).nanmean())
+    return 100 * (region if measure == "mIoU" else contour[..., 1:]).nanmean(-1).double().numpy()
+
+
+def score(of_images: Tensor, measure: Measure = "mIoU") -> float:
+    """The same of one set of images, ``[N, 6, K]``."""
+    return float(scores(of_images, measure))
 
 
 def best_threshold(sweeps: Tensor) -> BestThreshold:
@@ -126,42 +132,49 @@ class Estimate(NamedTuple):
     high: float
 
 
+def of_seeds(values: Sequence[float]) -> Estimate:
+    """Of figures that have no parts by image: an interval of two standard errors over seeds, NaN for one."""
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
+    mean, error = float(np.mean(values)), 2 * spread / len(values) ** 0.5
+    return Estimate(mean, spread, mean - error, mean + error)
+
+
 Runs = Sequence[Tensor]  # counts [N, 6, K] of each seed, of the same images
 
 
 def estimate(runs: Runs, measure: Measure = "mIoU") -> Estimate:
-    return _interval([runs], lambda values: values[0], measure)
+    return _interval([runs], lambda own: own, measure)
 
 
 def difference(runs: Runs, others: Runs, measure: Measure = "mIoU") -> Estimate:
     """Of two methods on the same images, which are drawn in pairs; of seeds, too, where both have as many."""
-    return _interval([runs, others], lambda values: values[0] - values[1], measure)
+    return _interval([runs, others], lambda own, other: own - other, measure)
 
 
 def share(runs: Runs, others: Runs) -> Estimate:
     """Of the mIoU of others, in percent; pairs as in :func:`difference`."""
-    return _interval([runs, others], lambda values: 100 * values[0] / values[1], "mIoU")
+    return _interval([runs, others], lambda own, other: 100 * own / other, "mIoU")
 
 
-def _interval(methods: Sequence[Runs], combine: Callable[[Sequence[float]], float], measure: Measure) -> Estimate:
+def _interval(methods: Sequence[Runs], combine: Callable[..., NDArray[np.float64]], measure: Measure) -> Estimate:
     """The mean over seeds of what a combination gives, over images that are drawn with replacement."""
     count = max(map(len, methods))
     paired = [[runs[i % len(runs)] for i in range(count)] for runs in methods]  # maps have no seeds
 
-    def each(drawn: Any) -> list[float]:
-        index = torch.as_tensor(np.asarray(drawn))
-        return [combine([score(runs[i][index], measure) for runs in paired]) for i in range(count)]
+    def each(drawn: NDArray[np.int64]) -> NDArray[np.float64]:
+        index = torch.from_numpy(drawn)
+        return np.stack([combine(*(scores(runs[i][index], measure) for runs in paired)) for i in range(count)])
 
     images = np.arange(len(paired[0][0]))
-    values = each(images)
     found = bootstrap(
         (images,),
-        lambda drawn: np.mean(each(drawn)),
+        lambda drawn, axis: each(drawn).mean(0),
         n_resamples=RESAMPLES,
-        vectorized=False,
+        batch=50,
         method="percentile",
         rng=np.random.default_rng(0),
     ).confidence_interval
+    values = each(images)
     spread = float(np.std(values, ddof=1)) if count > 1 else float("nan")
     return Estimate(float(np.mean(values)), spread, float(found.low), float(found.high))
 

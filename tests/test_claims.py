@@ -1,0 +1,178 @@
+"""The papers' claims on photographs: parts, statistics, verdicts, tables, stages that stay; no figures."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.claims import report, shared, sizes
+from benchmarks.claims.shared import Estimate, Outcome, Verdict, Work, best_threshold, counts, score
+from segattr.metrics import best_threshold_miou, contour_f, region_similarity
+from tests.forked import run
+from tests.tiny_photographs import write_tiny_photographs
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Work:
+    write_tiny_photographs(tmp_path / "photographs")
+    return Work(tmp_path / "photographs", tmp_path / "work", seeds=1)
+
+
+def of_random_masks(seed: int, images: int = 12, noise: float = 0.5) -> torch.Tensor:
+    """Counts of random masks, of which a share is not that of the truth."""
+    generator = torch.Generator().manual_seed(seed)
+    truth = torch.randint(3, (images, 8, 8), generator=torch.Generator().manual_seed(99))
+    other = torch.randint(3, truth.shape, generator=generator)
+    wrong = torch.rand(truth.shape, generator=generator) < noise
+    return torch.stack([counts(o.where(w, t), t, 3) for o, w, t in zip(other, wrong, truth, strict=True)])
+
+
+def test_every_fifth_training_image_is_held_out(work: Work) -> None:
+    fit, held, val = (work.part(split).names for split in ("fit", "held out", "val"))
+    assert len(held) == 2
+    assert sorted([*fit, *held]) == sorted(work.part("fit")._images.names)
+    assert not {*fit} & {*held}
+    assert len(val) == 3
+    assert len(Work(work.data, work.folder, images=2).part("val")) == 2
+
+
+def test_scores_are_those_of_the_metrics() -> None:
+    truth, found = torch.randint(4, (2, 5, 16, 16), generator=torch.Generator().manual_seed(0))
+    truth[:, :2] = 255
+    of_images = torch.stack([counts(f, t, 4) for f, t in zip(found, truth, strict=True)])
+    each = torch.arange(4).view(-1, 1, 1)
+    masks = (found[:, None] == each, truth[:, None] == each)
+    region, contour = (measure(*masks, valid=truth != 255, pooled=True) for measure in (region_similarity, contour_f))
+    assert score(of_images) == pytest.approx(100 * region.mean().item())
+    assert score(of_images, "F") == pytest.approx(100 * contour[1:].mean().item())
+
+
+def test_the_best_threshold_is_that_of_all_images() -> None:
+    maps, labels = torch.rand(4, 2, 8, 8), torch.randint(3, (4, 8, 8))
+    sweeps = []
+    for one, truth in zip(maps, labels, strict=True):
+        sweep = shared.ThresholdSweep(2)
+        sweep.update(one[None], truth[None])
+        sweeps.append(sweep.counts.int())
+    expected, found = best_threshold_miou(maps, labels), best_threshold(torch.stack(sweeps))
+    assert (found.threshold, found.miou) == (expected.threshold, pytest.approx(expected.miou))
+
+
+def test_differences_are_of_pairs_of_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared, "RESAMPLES", 200)
+    good, bad = of_random_masks(0, noise=0.1), of_random_masks(1, noise=0.8)
+    same = shared.difference([good], [good])
+    assert (same.value, same.low, same.high) == (0, 0, 0)
+    found = shared.difference([good], [bad])
+    assert found.value == pytest.approx(score(good) - score(bad))
+    assert 0 < found.low < found.value < found.high
+    assert math.isnan(found.spread)
+    assert shared.difference([bad], [good]).high < 0
+    assert shared.share([bad], [good]).value == pytest.approx(100 * score(bad) / score(good))
+
+
+def test_figures_are_means_over_seeds_and_have_their_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared, "RESAMPLES", 50)
+    runs = [of_random_masks(seed) for seed in range(3)]
+    values = [score(one) for one in runs]
+    found = shared.estimate(runs)
+    assert found.value == pytest.approx(np.mean(values))
+    assert found.spread == pytest.approx(np.std(values, ddof=1))
+    assert found.low < found.value < found.high
+    both = shared.difference(runs, [runs[0]])  # maps have one run only
+    assert both.value == pytest.approx(np.mean(values) - values[0])
+    assert shared.of_seeds([1.0, 3.0]) == pytest.approx(Estimate(2, 2**0.5, 0, 4))
+    assert math.isnan(shared.of_seeds([1.0]).low)
+
+
+@pytest.mark.parametrize(
+    ("found", "limits", "expected"),
+    [
+        (Estimate(3, 0, 1, 5), {"least": 2.0}, "holds"),
+        (Estimate(3, 0, -1, 5), {"least": 2.0}, "in the mean only"),
+        (Estimate(1, 0, 0.5, 5), {"least": 2.0}, "does not hold"),
+        (Estimate(91, 1, -1, 95), {"least": 90, "unit": "%"}, "holds"),
+        (Estimate(1, 0, 0, 2), {"most": 2.0}, "holds"),
+        (Estimate(3, 0, 2, 4), {"most": 2.0}, "does not hold"),
+        (None, {}, "not testable"),
+    ],
+)
+def test_a_statement_holds_if_its_figure_and_its_interval_do(found, limits, expected) -> None:
+    assert Verdict("", "", found, **limits).holds == expected
+
+
+def test_a_stage_is_computed_once_for_its_settings(work: Work) -> None:
+    made = []
+
+    def make() -> dict[str, torch.Tensor]:
+        made.append(1)
+        return {"value": torch.tensor(float(len(made)))}
+
+    again = Work(work.data, work.folder)
+    assert work.once("stage", {"steps": 1}, make)["value"] == again.once("stage", {"steps": 1}, make)["value"] == 1
+    assert work.once("stage", {"steps": 2}, make)["value"] == 2
+    assert work.once("other", {"steps": 1}, make)["value"] == 3
+
+
+def test_a_stage_that_was_stopped_is_made_anew(work: Work) -> None:
+    def stopped() -> dict[str, torch.Tensor]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work.once("stage", {}, stopped)
+    assert work.once("stage", {}, lambda: {"value": torch.ones(1)})["value"] == 1
+
+
+def test_figures_and_table_are_written_and_those_of_other_claims_stay(tmp_path: Path) -> None:
+    verdicts = [
+        Verdict("A is better than B", "2.0", Estimate(3.25, math.nan, 1, 5), 2.0),
+        Verdict("A reaches 90%", "", Estimate(92, 1.5, 88, 95), 90, unit="%"),
+        Verdict("C", "1.0", None),
+    ]
+    outcome = Outcome({"A": Estimate(50, 0.5, 45, 55)}, verdicts, "two images")
+    for name in ("maps", "sizes"):
+        stored = report.read(tmp_path / "claims.json")
+        stored["claims"][name] = report.entry(outcome)
+        report.write(tmp_path, stored)
+    assert {*json.loads((tmp_path / "claims.json").read_text())["claims"]} == {"maps", "sizes"}
+    table = (tmp_path / "claims.md").read_text()
+    assert table.index("## 1. Sizes") < table.index("## 2. Maps")
+    assert "| A is better than B | 2.0 | +3.2 | 1.0 to 5.0 | holds |" in table
+    assert "| A reaches 90% |  | 92.0% ±1.5 | 88.0 to 95.0 | holds |" in table
+    assert "| C | 1.0 |  |  | not testable |" in table
+    assert "| A | 50.0 ±0.5 | 45.0 to 55.0 |" in table
+
+
+@pytest.mark.parametrize("options", [(), ("--claims", "none")])
+def test_a_wrong_command_ends_with_one_line(tmp_path: Path, options: tuple[str, ...]) -> None:
+    done = run("-m", "benchmarks.claims", "--data", tmp_path / "nothing", "--work", tmp_path / "work", *options)
+    assert done.returncode
+    assert "Traceback" not in done.stderr
+    *_, last = done.stderr.strip().splitlines()
+    assert "error: " in last
+    assert ("nothing" if not options else "none") in last
+    assert not (tmp_path / "work").exists()
+
+
+def test_too_few_photographs_are_refused(work: Work) -> None:
+    path = work.data / "ImageSets/Segmentation/train.txt"
+    path.write_text("\n".join(path.read_text().splitlines()[:4]) + "\n")
+    with pytest.raises(ValueError, match=r"expected more than 5 images in the list train, got 4$"):
+        Work(work.data, work.folder).check()
+
+
+@pytest.mark.slow
+def test_sizes_are_trained_once_and_assessed(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizes, "STEPS", 2)
+    monkeypatch.setattr(shared, "RESAMPLES", 20)
+    monkeypatch.setitem(sizes.Config.PHOTOGRAPHS, "weights", "none")
+    monkeypatch.setitem(sizes.Config.QUICK, "pretrain_steps", 2)
+    monkeypatch.setitem(sizes.Config.QUICK, "size", 64)
+    outcome = sizes.run(work)
+    assert {*outcome.figures} == {trial.name for trial in (*sizes.TRIALS, *sizes.ONCE)}
+    assert all(math.isfinite(found.value) for found in outcome.figures.values())
+    monkeypatch.setattr(sizes.training, "train", None)  # nothing is left to do
+    assert report.entry(sizes.run(work)) == report.entry(outcome)
