@@ -128,21 +128,21 @@ def test_a_stage_that_was_stopped_is_made_anew(work: Work) -> None:
 
 def test_figures_and_table_are_written_and_those_of_other_claims_stay(tmp_path: Path) -> None:
     verdicts = [
-        Verdict("A is better than B", "2.0", Estimate(3.25, math.nan, 1, 5), 2.0),
+        Verdict("A is better than B", "2.0", Estimate(3.25, math.nan, 1, 5), 2.0, scenes="-1"),
         Verdict("A reaches 90%", "", Estimate(92, 1.5, 88, 95), 90, unit="%"),
         Verdict("C", "1.0", None),
     ]
     outcome = Outcome({"A": Estimate(50, 0.5, 45, 55)}, verdicts, "two images")
     for name in ("maps", "sizes"):
         stored = report.read(tmp_path / "claims.json")
-        stored["claims"][name] = report.entry(outcome)
+        stored["claims"][name] = report.entry(outcome, "command")
         report.write(tmp_path, stored)
     assert {*json.loads((tmp_path / "claims.json").read_text())["claims"]} == {"maps", "sizes"}
     table = (tmp_path / "claims.md").read_text()
     assert table.index("## 1. Sizes") < table.index("## 2. Maps")
-    assert "| A is better than B | 2.0 | +3.2 | 1.0 to 5.0 | holds |" in table
-    assert "| A reaches 90% |  | 92.0% ±1.5 | 88.0 to 95.0 | holds |" in table
-    assert "| C | 1.0 |  |  | not testable |" in table
+    assert "| A is better than B | 2.0 | -1 | +3.2 | 1.0 to 5.0 | holds |" in table
+    assert "| A reaches 90% |  |  | 92.0% ±1.5 | 88.0 to 95.0 | holds |" in table
+    assert "| C | 1.0 |  |  |  | not testable |" in table
     assert "| A | 50.0 ±0.5 | 45.0 to 55.0 |" in table
 
 
@@ -175,4 +175,4 @@ def test_sizes_are_trained_once_and_assessed(work: Work, monkeypatch: pytest.Mon
     assert {*outcome.figures} == {trial.name for trial in (*sizes.TRIALS, *sizes.ONCE)}
     assert all(math.isfinite(found.value) for found in outcome.figures.values())
     monkeypatch.setattr(sizes.training, "train", None)  # nothing is left to do
-    assert report.entry(sizes.run(work)) == report.entry(outcome)
+    assert report.entry(sizes.run(work), "command") == report.entry(outcome, "command")

@@ -43,7 +43,9 @@ def main(words: Sequence[str] | None = None) -> None:
         work.check()
         for number, name in enumerate(options.claims, 1):
             print(f"claim {number} of {len(options.claims)}: {name}", flush=True)
-            outcome = report.entry(CLAIMS[name](work))
+            images = f" --images {options.images}" if options.images else ""
+            command = f"python -m benchmarks.claims --data VOC_FOLDER --claims {name} --seeds {options.seeds}{images}"
+            outcome = report.entry(CLAIMS[name](work), command)
             stored = report.read(options.out / "claims.json")
             stored |= {"environment": environment(), "claims": stored["claims"] | {name: outcome}}
             report.write(options.out, stored)

@@ -32,9 +32,10 @@ def write(folder: Path, stored: Stored) -> None:
     storage.write(folder / "claims.md", markdown(stored).encode())
 
 
-def entry(outcome: Outcome) -> Stored:
+def entry(outcome: Outcome, command: str) -> Stored:
     """An outcome as JSON has it."""
     return {
+        "command": command,
         "about": outcome.about,
         "figures": {name: values(found) for name, found in outcome.figures.items()},
         "verdicts": [
@@ -43,6 +44,7 @@ def entry(outcome: Outcome) -> Stored:
                 "paper": verdict.paper,
                 "found": values(verdict.found) if verdict.found else None,
                 "unit": verdict.unit,
+                "scenes": verdict.scenes,
                 "holds": verdict.holds,
             }
             for verdict in outcome.verdicts
@@ -63,12 +65,13 @@ def markdown(stored: Stored) -> str:
     lines += ["Intervals hold 95% of what images drawn anew give; ± is the standard deviation over seeds.", ""]
     for name in sorted(stored["claims"], key=lambda name: TITLES[name]):
         claim = stored["claims"][name]
-        lines += [f"## {TITLES[name]}", "", f"{claim['about']}.", ""]
-        lines += ["| statement | paper | here | interval | |", "|---|---|---|---|---|"]
+        lines += [f"## {TITLES[name]}", "", f"`{claim['command']}`: {claim['about']}.", ""]
+        lines += ["| statement | paper | scenes | photographs | interval | |", "|---|---|---|---|---|---|"]
         for verdict in claim["verdicts"]:
             found, unit = verdict["found"], verdict["unit"]
             here, interval = (text(found, unit), between(found)) if found else ("", "")
-            lines.append(f"| {verdict['statement']} | {verdict['paper']} | {here} | {interval} | {verdict['holds']} |")
+            cells = (*(verdict[key] for key in ("statement", "paper", "scenes")), here, interval, verdict["holds"])
+            lines.append(f"| {' | '.join(cells)} |")
         lines += ["", "| figure | | interval |", "|---|---|---|"]
         for title, found in claim["figures"].items():
             lines.append(f"| {title} | {text(found, '')} | {between(found)} |")

@@ -189,7 +189,7 @@ class Verdict(NamedTuple):
         least: what the figure must reach; None where the figure must be at most ``most``.
         most: what it must not exceed.
         unit: of the figure.
-        note: what was left out, such as "one seed".
+        scenes: what it is on scenes, from docs/results.md.
     """
 
     statement: str
@@ -198,7 +198,7 @@ class Verdict(NamedTuple):
     least: float | None = None
     most: float | None = None
     unit: str = "points"
-    note: str = ""
+    scenes: str = ""
 
     @property
     def holds(self) -> str:
