@@ -126,11 +126,3 @@ def test_every_public_name_has_exactly_one_api_entry() -> None:
     assert public - set(entries) == set()
     assert set(entries) - public == set()
     assert [entry for entry in set(entries) if entries.count(entry) > 1] == []
-
-
-def test_the_page_of_claims_quotes_the_stored_results() -> None:
-    results = (DOCS.parent / "benchmarks" / "results" / "claims" / "claims.md").read_text()
-    page = (DOCS / "claims.md").read_text()
-    rows = re.findall(r"^\| .*(?:holds?|in the mean only|not testable) \|$", results, re.MULTILINE)
-    assert rows
-    assert [row for row in rows if row not in page] == []

@@ -59,10 +59,7 @@ def values(found: Estimate) -> dict[str, float | None]:
 def markdown(stored: Stored) -> str:
     """A table of statements and one of figures for each claim."""
     where = stored.get("environment", {})
-    lines = ["# The papers' claims on photographs", ""]
-    if where:
-        lines += [f"{where['processor']}, {where['threads']} thread, torch {where['torch']}.", ""]
-    lines += ["Intervals hold 95% of what images drawn anew give; ± is the standard deviation over seeds.", ""]
+    lines = [f"{where['processor']}, {where['threads']} thread, torch {where['torch']}.", ""] if where else []
     for name in sorted(stored["claims"], key=lambda name: TITLES[name]):
         claim = stored["claims"][name]
         lines += [f"## {TITLES[name]}", "", f"`{claim['command']}`: {claim['about']}.", ""]
