@@ -173,7 +173,7 @@ def run(work: Work) -> Outcome:
     )
     verdicts = [
         Verdict(
-            f"{name} adds to {measure} of CAM after a training with average pooling",
+            f"{name} adds{f' {least:g} or more' if least else ''} to {measure} of CAM, beside average pooling alone",
             paper,
             difference(runs[name], runs["average pooling"], measure),
             least,

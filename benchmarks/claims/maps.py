@@ -216,14 +216,15 @@ def run(work: Work) -> Outcome:
         (BOTH, "AdvCAM", "", 0.0, "+2.0"),
         (BOTH, "RIB", "", 0.0, "+7.9"),
     )
-    verdicts = [Verdict("CAM of the default network", "48.8", figures["CAM"], 48, unit="mIoU", scenes="40.8 ±0.7")]
-    verdicts += [
-        Verdict(f"{name} is better than {other}", paper, difference(runs[name], runs[other]), least, scenes=scenes)
+    reached = Verdict("CAM of the default network reaches 48", "48.8", figures["CAM"], 48, "mIoU", "40.8 ±0.7")
+    better = [
+        Verdict(f"{name} is better than {other}{by}", paper, difference(runs[name], runs[other]), least, scenes=scenes)
         for name, other, paper, least, scenes in statements
+        for by in [" by 2 or more" if least else ""]
     ]
     images = maker.located(methods_of(maker, "val"), photographs(work, "val"))
     shown = pictures.ranked(found["AdvCAM"])
     pictures.draw(images, shown, dict.fromkeys(COMPARED), work.folder / "maps.jpg")
     tried = "; ".join(f"{settings}: {miou:.1f}" for settings, miou in (tried_advcam | tried_rib).items())
     about = f"{len(found['CAM'])} images, one classifier; on {TRIED} images held out {tried}"
-    return Outcome(figures, verdicts, about)
+    return Outcome(figures, [reached, *better], about)

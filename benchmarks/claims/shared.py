@@ -187,18 +187,18 @@ class Verdict(NamedTuple):
         paper: its figures.
         found: ours.
         least: what the figure must reach; None where the figure must be at most ``most``.
-        most: what it must not exceed.
         unit: of the figure.
         scenes: what it is on scenes, from docs/results.md.
+        most: what it must not exceed.
     """
 
     statement: str
     paper: str
     found: Estimate | None
     least: float | None = None
-    most: float | None = None
     unit: str = "points"
     scenes: str = ""
+    most: float | None = None
 
     @property
     def holds(self) -> str:
