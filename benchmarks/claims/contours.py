@@ -182,7 +182,7 @@ def run(work: Work) -> Outcome:
         for name, measure, paper, least, scenes in statements
     ]
     about = (
-        f"{len(kept(work)['val'])} images, {work.seeds} seeds, {STEPS} steps; weight of FSL {best:g}, "
+        f"{len(kept(work)['val'])} images, {work.repeats}, {STEPS} steps; weight of FSL {best:g}, "
         f"of {' and '.join(f'{weight:g}' for weight in FSL_WEIGHTS)} the better on the images held out"
     )
     return Outcome(figures, verdicts, about)

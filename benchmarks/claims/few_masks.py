@@ -73,5 +73,5 @@ def run(work: Work) -> Outcome:
             Verdict(f"F1 falls by at most 2 points, {per_class} a class", "", of_seeds(lost), most=2.0),
         ]
     config = config_of(work, 0)
-    about = f"{config.size} pixels, {config.steps} steps, {work.seeds} seeds"
+    about = f"{config.size} pixels, {config.steps} steps, {work.repeats}"
     return Outcome(figures, verdicts, about)

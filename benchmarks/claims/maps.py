@@ -177,10 +177,15 @@ def choose(maker: Maker, kind: str, candidates: Sequence[dict[str, Any]]) -> tup
             {"settings": settings, "folder": method.classifier},
             partial(assess, maker.located({kind: method}, images), [kind]),
         )
-        found[str(settings)] = 100 * best_threshold(made[f"sweep, {kind}"]).miou
-        print(f"{kind} {settings}: {found[str(settings)]:.1f}", flush=True)
-    best = max(candidates, key=lambda settings: found[str(settings)])
+        found[told(settings)] = 100 * best_threshold(made[f"sweep, {kind}"]).miou
+        print(f"{kind}, {told(settings)}: {found[told(settings)]:.1f}", flush=True)
+    best = max(candidates, key=lambda settings: found[told(settings)])
     return best, found
+
+
+def told(settings: Mapping[str, Any]) -> str:
+    """Settings in words."""
+    return " ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in settings.items())
 
 
 def methods_of(maker: Maker, split: Split) -> dict[str, Method]:
@@ -225,6 +230,7 @@ def run(work: Work) -> Outcome:
     images = maker.located(methods_of(maker, "val"), photographs(work, "val"))
     shown = pictures.ranked(found["AdvCAM"])
     pictures.draw(images, shown, dict.fromkeys(COMPARED), work.folder / "maps.jpg")
-    tried = "; ".join(f"{settings}: {miou:.1f}" for settings, miou in (tried_advcam | tried_rib).items())
-    about = f"{len(found['CAM'])} images, one classifier; on {TRIED} images held out {tried}"
+    tried = {"AdvCAM": tried_advcam, "RIB": tried_rib}
+    words = [f"{kind} with {own} {miou:.1f}" for kind, of in tried.items() for own, miou in of.items()]
+    about = f"{len(found['CAM'])} images, one classifier; on {TRIED} images held out {', '.join(words)}"
     return Outcome(figures, [reached, *better], about)

@@ -139,7 +139,7 @@ class Refiner:
         for settings in WALKS:
             made = self.measured("held out", self.methods("held out", settings))
             found.append(best_threshold(made[f"sweep, {WALKED_MAPS}"]).miou)
-            print(f"{WALKED_MAPS} {settings}: {100 * found[-1]:.1f}", flush=True)
+            print(f"{WALKED_MAPS}, {maps.told(settings)}: {100 * found[-1]:.1f}", flush=True)
         return WALKS[found.index(max(found))]
 
     def measured(self, split: Split, methods: Mapping[str, Method]) -> dict[str, Tensor]:
@@ -351,9 +351,9 @@ def run(work: Work) -> Outcome:
     located = maker.located(methods["val"], refined)
     pictures.draw(located, shown, drawn | {name + CRF_MASKS: None for name in ends}, work.folder / "masks.jpg")
     about = (
-        f"{len(refined)} images; maps of one classifier; networks on {len(small)} images, {work.seeds} seeds, "
+        f"{len(refined)} images; maps of one classifier; networks on {len(small)} images, {work.repeats}, "
         f"{SMALL} pixels, {STEPS} steps; "
-        f"best of {len(WALKS)} walks on the images held out: beta {chosen['beta']:g}, {chosen['steps']} steps"
+        f"best of {len(WALKS)} walks on the images held out: {maps.told(chosen)}"
     )
     return Outcome(figures, verdicts, about)
 

@@ -51,6 +51,11 @@ class Work:
     def _lists(self) -> dict[str, VOC]:
         return {name: VOC(self.data, name) for name in ("train", "val")}
 
+    @property
+    def repeats(self) -> str:
+        """How often trainings are repeated, in words."""
+        return f"{self.seeds} seeds" if self.seeds > 1 else "one seed so far"
+
     def check(self) -> None:
         """Raises DataError for a folder that has not what is needed."""
         train = self._lists["train"]

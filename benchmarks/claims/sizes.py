@@ -174,7 +174,7 @@ def run(work: Work) -> Outcome:
         ),
     ]
     about = (
-        f"{len(full[0])} images, {work.seeds} seeds ({len(ONCE)} trainings without a claim have one), "
+        f"{len(full[0])} images, {work.repeats} (trainings without a spread have one), "
         f"{config_of(work, 0).size} pixels, {STEPS} steps"
     )
     return Outcome(figures, verdicts, about)
