@@ -152,18 +152,19 @@ def assess(images: Images, names: Sequence[str]) -> dict[str, Tensor]:
             sweeps[name].append(sweep.counts.int())
     found = {f"sweep, {name}": torch.stack(own) for name, own in sweeps.items()}
     thresholds = {name: best_threshold(found[f"sweep, {name}"]).threshold for name in names}
-    return found | {name: at_threshold(images, name, thresholds[name]) for name in names}
+    return found | at_thresholds(images, thresholds)
 
 
-def at_threshold(images: Images, name: str, threshold: float) -> Tensor:
-    """Counts ``[N, 6, K]`` of the masks that a background score makes of maps."""
-    found = []
+def at_thresholds(images: Images, thresholds: Mapping[str, float]) -> dict[str, Tensor]:
+    """Counts ``[N, 6, K]`` of the masks that background scores make of maps, by the names of these."""
+    found: dict[str, list[Tensor]] = {name: [] for name in thresholds}
     for i in range(len(images)):
         sample = images[i]
-        background = torch.full_like(sample[name][:1], threshold)
-        masks = torch.cat([background, sample[name]]).argmax(0)
-        found.append(counts(masks, sample["labels"].as_subclass(Tensor), len(images.classes)))
-    return torch.stack(found)
+        for name, threshold in thresholds.items():
+            background = torch.full_like(sample[name][:1], threshold)
+            masks = torch.cat([background, sample[name]]).argmax(0)
+            found[name].append(counts(masks, sample["labels"].as_subclass(Tensor), len(images.classes)))
+    return {name: torch.stack(own) for name, own in found.items()}
 
 
 def choose(maker: Maker, kind: str, candidates: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, float]]:
