@@ -10,13 +10,11 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from data.sample import Batch, Images, Sample
+from data.sample import Batch, Images
 from data.stream import Whole
 from engine import training
 from isl_fsl import Config, average, fsl, isl
 from parts.frozen import Kept, freeze
-from parts.localise import scaled
 from parts.pretrained import Segmenter
 from parts.tag_classifier import Output, TagClassifier, plain, present
 from torch import Tensor, nn
@@ -34,7 +32,6 @@ from benchmarks.claims.shared import (
     digest,
     estimate,
 )
-from segattr.networks import evaluating
 
 STEPS = 60  # four epochs
 STRIDE = 16  # of the features that stay as they are
@@ -85,24 +82,6 @@ def loss_of(weights: Weights) -> training.Loss:
     return loss
 
 
-class Mapped(Images):
-    """Images with the CAMs ``[C, H, W]`` of a model, 0 for classes that an image has not, under the name ``"CAM"``."""
-
-    def __init__(self, images: Images, model: nn.Module) -> None:
-        self.names, self.classes = images.names, images.classes
-        self._images, self._model = images, model
-        self.found: dict[int, Tensor] = {}
-
-    def __getitem__(self, index: int) -> Sample:
-        sample = self._images[index]
-        if index not in self.found:
-            with torch.no_grad(), evaluating(self._model):
-                own = scaled(self._model(sample["image"].as_subclass(Tensor)[None])[1][0])
-            self.found[index] = own * sample["tags"][1:, None, None]
-        whole = F.interpolate(self.found[index][None], sample["image"].shape[1:], mode="bilinear")[0]
-        return sample | {"CAM": whole}
-
-
 def train(work: Work, seed: int, weights: Weights | None) -> dict[str, Tensor]:
     """What :func:`benchmarks.claims.maps.assess` finds for the CAMs of a classifier, with the split before its names.
 
@@ -130,7 +109,7 @@ def train(work: Work, seed: int, weights: Weights | None) -> dict[str, Tensor]:
         return {
             f"{split}, {name}": values
             for split in ("held out", "val")
-            for name, values in maps.assess(Mapped(images[split], model), ["CAM"]).items()
+            for name, values in maps.assess(maps.Mapped(images[split], model), ["CAM"]).items()
         }
 
     return work.once(f"contours, {weights}, seed {seed}", plain(config) | {"weights": weights}, make)

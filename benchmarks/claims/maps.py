@@ -8,18 +8,19 @@ is beside it.
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from data.sample import Images, Sample
 from engine import training
 from engine.per_image import each_image
-from parts import tag_classifier
+from parts import pretrained, tag_classifier
 from parts.localise import WALKED, Located, Method, attribute, scaled, walk
 from parts.tag_classifier import Part, TagClassifier, fit_head, present
 from parts.tag_classifier import digest as digest_of_weights
 from pseudo_labels import Config
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.claims import pictures
 from benchmarks.claims.shared import (
@@ -69,13 +70,39 @@ def photographs(work: Work, split: Split) -> Images:
     return config_of(work).whole(mapped(work, split))
 
 
-def classifier(work: Work) -> TagClassifier:
-    """ImageNet's network with a head that was trained on the tags."""
-    config, fit = config_of(work), work.part("fit")
+def classifier(work: Work, size: int = 320, stride: Literal[16, 32] = 32) -> TagClassifier:
+    """ImageNet's network with a head that was trained on the tags.
+
+    Args:
+        work: the photographs and the folder.
+        size: of the images, in pixels.
+        stride: of the maps; 16 by dilation of the last layers.
+    """
+    config, fit = dataclasses.replace(config_of(work), size=size), work.part("fit")
     training.seed_everything(0)
     model = tag_classifier.build(NETWORK, len(fit.classes) - 1, config.weights)
-    fit_head(model, fit, work.folder / f"pooled-{config.size}", config.pretrain_steps, config)
+    pretrained.dilate(model.encoder.features, stride)
+    fit_head(model, fit, work.folder / f"pooled-{size}-{stride}", config.pretrain_steps, config)
     return model.eval()
+
+
+# CAMs beside those of the settings of all others.
+VARIANTS: dict[str, tuple[int, Literal[16, 32]]] = {
+    "CAM, 384 pixels": (384, 32),
+    "CAM, stride 16": (320, 16),
+    "CAM, 384 pixels, stride 16": (384, 16),
+}
+
+
+def variant(work: Work, size: int, stride: Literal[16, 32]) -> dict[str, Tensor]:
+    """What :func:`assess` finds for CAMs of images of a size, by a classifier with maps of a stride."""
+    images = dataclasses.replace(config_of(work), size=size).whole(mapped(work, "val"))
+    settings = {"size": size, "stride": stride}
+    return work.once(
+        f"CAM, {size} pixels, stride {stride}",
+        settings,
+        lambda: assess(Mapped(images, classifier(work, size, stride)), ["CAM"]),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,11 +143,29 @@ def several_scales(model: TagClassifier) -> Callable[[Sample], dict[str, Tensor]
         classes = [sample["tags"][1:].nonzero().flatten().tolist()]
         with torch.no_grad():
             (maps,) = multiscale(lambda x: cam(clf, x, classes), model.normalized(image), SCALES)
-            small = torch.nn.functional.interpolate(maps[None], scale_factor=1 / 4, mode="area")[0]
+            small = F.interpolate(maps[None], scale_factor=1 / 4, mode="area")[0]
             found = scaled(small)
             return {kind: found, kind + WALKED: walk(found, image, model)}
 
     return work
+
+
+class Mapped(Images):
+    """Images with the CAMs ``[C, H, W]`` of a model, 0 for classes that an image has not, under the name ``"CAM"``."""
+
+    def __init__(self, images: Images, model: nn.Module) -> None:
+        self.names, self.classes = images.names, images.classes
+        self._images, self._model = images, model
+        self.found: dict[int, Tensor] = {}
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self._images[index]
+        if index not in self.found:
+            with torch.no_grad(), evaluating(self._model):
+                own = scaled(self._model(sample["image"].as_subclass(Tensor)[None])[1][0])
+            self.found[index] = own * sample["tags"][1:, None, None]
+        whole = F.interpolate(self.found[index][None], sample["image"].shape[1:], mode="bilinear")[0]
+        return sample | {"CAM": whole}
 
 
 class Averaged(Images):
@@ -214,6 +259,7 @@ def run(work: Work) -> Outcome:
     _, tried_rib = choose(maker, "RIB", RIB)
     found = measured(maker, "val")
     runs = {kind + end: [found[kind + end]] for end in ("", WALKED) for kind in COMPARED}
+    runs |= {name: [variant(work, *own)["CAM"]] for name, own in VARIANTS.items()}
     figures = {name: estimate(own) for name, own in runs.items()}
     statements = (
         ("CAM, several scales", "CAM", "", 0.0, ""),

@@ -44,12 +44,13 @@ from segattr.refine import random_walk
 
 MAPS = "AdvCAM"
 WALKED_MAPS = MAPS + WALKED
-# Of the walk over the features of the network as it is; the first ones are the examples'.
+# Of the walk over the features of the network as it is, and the scale of its image; the first ones are the examples'.
 WALKS: tuple[dict[str, Any], ...] = (
-    {"beta": 10.0, "steps": 256},
-    {"beta": 10.0, "steps": 64},
-    {"beta": 5.0, "steps": 256},
-    {"beta": 20.0, "steps": 256},
+    {"beta": 10.0, "steps": 256, "scale": 1.0},
+    {"beta": 10.0, "steps": 64, "scale": 1.0},
+    {"beta": 20.0, "steps": 256, "scale": 1.0},
+    {"beta": 10.0, "steps": 256, "scale": 1.5},
+    {"beta": 10.0, "steps": 1024, "scale": 2.0},
 )
 FINEST = 8  # stride of what AffinityNet and IRNet give
 RADIUS = 5
@@ -111,9 +112,10 @@ class Refiner:
         found = {"CAM": self.maker.make("CAM", {}, images), MAPS: self.maker.make(MAPS, advcam, images)}
 
         def one(sample: Sample) -> dict[str, Tensor]:
-            own = model.settings
-            model.settings = own._replace(walk=dict(settings))
-            walked = walk(tagged(sample), sample["image"].as_subclass(Tensor)[None], model)
+            own, image = model.settings, sample["image"].as_subclass(Tensor)[None]
+            image = F.interpolate(image, scale_factor=settings["scale"], mode="bilinear")
+            model.settings = own._replace(walk={name: settings[name] for name in ("beta", "steps")})
+            walked = walk(tagged(sample), image, model)
             model.settings = own
             return {WALKED_MAPS: scaled(walked)}
 
