@@ -6,7 +6,7 @@ features, trained on the sure pixels of AdvCAM's maps.
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from benchmarks.claims.maps import Maker
 from benchmarks.claims.shared import (
     NETWORK,
     Outcome,
+    Runs,
     Split,
     Verdict,
     Work,
@@ -275,42 +276,65 @@ def train_network_on(work: Work, labels: list[Tensor], name: str, seed: int) -> 
     return work.once(f"network on {name}, seed {seed}", settings, make)["val"]
 
 
-def run(work: Work) -> Outcome:
-    maker = Maker(work, maps.classifier(work))
-    refiner = Refiner(maker)
-    chosen = refiner.chosen_walk()
+class Refined(NamedTuple):
+    """What walks and the CRF make of AdvCAM's maps.
+
+    Attributes:
+        runs: counts on val, by the names of maps and masks.
+        labels: of the training images, by the names of the maps that they are from.
+        learned: name of the maps after the better walk over learned affinities, on images held out.
+        best: name of the better walked maps of all, on images held out.
+        walk: what was chosen for that over the network's own features.
+    """
+
+    runs: dict[str, Runs]
+    labels: dict[str, list[Tensor]]
+    learned: str
+    best: str
+    walk: dict[str, Any]
+
+
+def refined(refiner: Refiner) -> Refined:
+    """Chooses walks, trains affinities, makes masks of all images, and draws some."""
+    work, chosen = refiner.work, refiner.chosen_walk()
     methods = {split: refiner.methods(split, chosen) for split in SPLITS}
     thresholds = thresholds_of(refiner.measured("held out", methods["held out"]))
-    fit = refiner.pseudo_labels(methods["fit"], WALKED_MAPS, thresholds)
+    sure = refiner.pseudo_labels(methods["fit"], WALKED_MAPS, thresholds)
     for split in SPLITS:
         for name in AFFINITIES:
-            method = refiner.affine(name, split, methods[split][MAPS], fit)
+            method = refiner.affine(name, split, methods[split][MAPS], sure)
             methods[split][f"{MAPS} + {name}"] = method
     held, val = (refiner.measured(split, methods[split]) for split in ("held out", "val"))
     thresholds = thresholds_of(held)
-    learned = max(
-        (f"{MAPS} + {name}" for name in AFFINITIES), key=lambda name: best_threshold(held[f"sweep, {name}"]).miou
-    )
+
+    def better(names: Iterable[str]) -> str:
+        return max(names, key=lambda name: best_threshold(held[f"sweep, {name}"]).miou)
+
+    learned = better(f"{MAPS} + {name}" for name in AFFINITIES)
     ends = (WALKED_MAPS, learned)
-    size = maps.config_of(work).size
-    refined = refiner.masks("val", methods["val"], {name: thresholds[name] for name in ends}, size)
-    runs = {name: [val[name]] for name in methods["val"]}
-    runs |= {name + CRF_MASKS: [of_masks(refined, name + CRF_MASKS)] for name in ends}
+    masks = refiner.masks("val", methods["val"], {name: thresholds[name] for name in ends}, maps.config_of(work).size)
+    runs: dict[str, Runs] = {name: [val[name]] for name in methods["val"]}
+    runs |= {name + CRF_MASKS: [of_masks(masks, name + CRF_MASKS)] for name in ends}
+    drawn = {name: thresholds[name] for name in (MAPS, *ends)}
+    located, shown = refiner.maker.located(methods["val"], masks), pictures.ranked(val[WALKED_MAPS])
+    pictures.draw(located, shown, drawn | {name + CRF_MASKS: None for name in ends}, work.folder / "masks.jpg")
 
     small = network_config(work, 0).whole(maps.mapped(work, "fit"))
-    plain_maps = maker.located({name: methods["fit"][name] for name in ("CAM", MAPS)}, small)
-    labels = {name: thresholded(plain_maps, name, thresholds[name]) for name in ("CAM", MAPS)}
-    labels[WALKED_MAPS + CRF_MASKS] = fit
-    labels[learned + CRF_MASKS] = refiner.pseudo_labels(methods["fit"], learned, thresholds)
-    true = [small.labels(i).as_subclass(Tensor).byte() for i in range(len(small))]
+    rough = refiner.maker.located({name: methods["fit"][name] for name in ("CAM", MAPS)}, small)
+    labels = {name: thresholded(rough, name, thresholds[name]) for name in ("CAM", MAPS)}
+    labels[WALKED_MAPS] = sure
+    labels[learned] = refiner.pseudo_labels(methods["fit"], learned, thresholds)
+    labels[TRUE] = [small.labels(i).as_subclass(Tensor).byte() for i in range(len(small))]
+    return Refined(runs, labels, learned, better(ends), chosen)
+
+
+def run(work: Work) -> Outcome:
+    runs, labels, learned, best, walked = refined(Refiner(Maker(work, maps.classifier(work))))
     networks = {
-        name: [train_network_on(work, own, name, seed) for seed in range(work.seeds)]
-        for name, own in {**labels, TRUE: true}.items()
+        name: [train_network_on(work, own, name, seed) for seed in range(work.seeds)] for name, own in labels.items()
     }
     figures = {name: estimate(own) for name, own in runs.items()}
     figures |= {f"network on {name}": estimate(own) for name, own in networks.items()}
-    best = max(labels, key=lambda name: figures[f"network on {name}"].value)
-    crf = max(ends, key=lambda name: figures[name + CRF_MASKS].value)
     verdicts = [
         Verdict(
             "AdvCAM after a walk over the network's own features reaches 63",
@@ -322,7 +346,7 @@ def run(work: Work) -> Outcome:
         Verdict(
             "a dense CRF adds 2 or more to the best maps",
             "55.6 to 62.1",
-            difference(runs[crf + CRF_MASKS], runs[crf]),
+            difference(runs[best + CRF_MASKS], runs[best]),
             2.0,
             scenes="+1.3 ±0.7",
         ),
@@ -348,14 +372,10 @@ def run(work: Work) -> Outcome:
             scenes="76%",
         ),
     ]
-    drawn = {MAPS: thresholds[MAPS], WALKED_MAPS: thresholds[WALKED_MAPS], learned: thresholds[learned]}
-    shown = pictures.ranked(val[WALKED_MAPS])
-    located = maker.located(methods["val"], refined)
-    pictures.draw(located, shown, drawn | {name + CRF_MASKS: None for name in ends}, work.folder / "masks.jpg")
     about = (
-        f"{len(refined)} images; maps of one classifier; networks on {len(small)} images, {work.repeats}, "
-        f"{SMALL} pixels, {STEPS} steps; "
-        f"best of {len(WALKS)} walks on the images held out: {maps.told(chosen)}"
+        f"{len(runs[best][0])} images; maps of one classifier; networks on {len(labels[TRUE])} images, {work.repeats}, "
+        f"{SMALL} pixels, {STEPS} steps, those on walked maps on pseudo-labels of the CRF; "
+        f"best of {len(WALKS)} walks on the images held out: {maps.told(walked)}"
     )
     return Outcome(figures, verdicts, about)
 
