@@ -123,14 +123,16 @@ class Maker:
 
     def make(self, kind: str, settings: Mapping[str, Any], images: Images) -> Method:
         """Maps of images made to fit, and after a random walk."""
-        fit = config_of(self.work, self.size).whole(self.work.part("fit"))
         depends = {"weights": digest_of_weights(self.model), "size": self.size, "settings": dict(settings)}
         folder = f"{kind}-{digest(depends)}".replace(" ", "_")
-        own = self.model.settings
+        path = self.work.folder / "maps" / folder
+        if all((path / f"{name}.npz").exists() for name in images.names):  # RIB's companions take long to prepare
+            return Method(folder, (kind,))
+        own, fit = self.model.settings, config_of(self.work, self.size).whole(self.work.part("fit"))
         self.model.settings = own._replace(**{kind.lower(): dict(settings)}) if settings else own  # type: ignore[arg-type]
         one = several_scales(self.model) if kind == "CAM, several scales" else attribute(self.model, [kind], fit, 0)
         with evaluating(self.model):
-            each_image(one, images, self.work.folder / "maps" / folder, settings=depends, name=kind)
+            each_image(one, images, path, settings=depends, name=kind)
         self.model.settings = own
         return Method(folder, (kind,))
 
