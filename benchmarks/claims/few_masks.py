@@ -46,12 +46,12 @@ def train(work: Work, seed: int) -> dict[str, Tensor]:
         return {"mIoU": torch.tensor(100 * outcome.iou), "F1": torch.tensor(100 * outcome.f1)}
 
     settings = plain(config)
-    found = work.once(
+    before = work.once(
         f"few masks, classifier, seed {seed}",
         settings,
         lambda: {"F1": torch.tensor(100 * f1(start(), images()[1], config))},
     )
-    found = {"F1 before": found["F1"]}
+    found = {"F1 before": before["F1"]}
     for per_class in PER_CLASS:
         for name in METHODS:
             made = work.once(f"few masks, {name}, {per_class}, seed {seed}", settings, partial(one, name, per_class))
