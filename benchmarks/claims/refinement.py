@@ -7,7 +7,7 @@ features, trained on the sure pixels of AdvCAM's maps.
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -53,6 +53,7 @@ WALKS: tuple[dict[str, Any], ...] = (
     {"beta": 10.0, "steps": 256, "scale": 1.5},
     {"beta": 10.0, "steps": 1024, "scale": 2.0},
 )
+AFFINITY_STEPS = (4, 16, 64, 256)  # of the walks over learned affinities; the last one is the papers'
 FINEST = 8  # stride of what AffinityNet and IRNet give
 RADIUS = 5
 SMALL = 160  # pixels of the images that segmentation networks train on
@@ -101,6 +102,7 @@ class Refiner:
     """
 
     maker: Maker
+    _networks: dict[str, "Neighbours"] = dataclasses.field(default_factory=dict)
 
     @property
     def work(self) -> Work:
@@ -169,26 +171,38 @@ class Refiner:
         made = self.masks("fit", methods, {name: thresholds[name]}, SMALL)
         return [made[i][name + LABELS].as_subclass(Tensor).byte() for i in range(len(made))]
 
-    def affine(self, name: str, split: Split, source: Method, labels: list[Tensor]) -> Method:
+    def affine(self, name: str, split: Split, source: Method, labels: list[Tensor], steps: int) -> Method:
         """AdvCAM after a walk over the affinities of a network that was trained on labels of the training images."""
         affinity, images = AFFINITIES[name], maps.photographs(self.work, split)
         title = f"{MAPS} + {name}"
 
-        @cache
-        def network() -> Neighbours:
-            model = train_affinity(self.work, affinity, labels, name)
-            model.decoder.encoder = self.maker.model.encoder  # for images of which it has no features
-            return model
-
         def one(sample: Sample) -> dict[str, Tensor]:
-            model, image = network(), sample["image"].as_subclass(Tensor)[None]
+            model, image = self._network(name, labels), sample["image"].as_subclass(Tensor)[None]
             with torch.no_grad(), evaluating(model):
                 output = model(image)
             small = F.interpolate(tagged(sample)[None], output.shape[2:], mode="bilinear")
-            walked = random_walk(small, affinity.matrix(output), beta=affinity.beta, steps=256)
+            walked = random_walk(small, affinity.matrix(output), beta=affinity.beta, steps=steps)
             return {title: scaled(walked[0])}
 
-        return self._kept(one, title, source, images, {"labels": content(labels), "steps": STEPS, "radius": RADIUS})
+        settings = {"labels": content(labels), "steps": STEPS, "radius": RADIUS, "walk": steps}
+        return self._kept(one, title, source, images, settings)
+
+    def _network(self, name: str, labels: list[Tensor]) -> "Neighbours":
+        """Trained when it is needed first."""
+        if name not in self._networks:
+            model = train_affinity(self.work, AFFINITIES[name], labels, name)
+            model.decoder.encoder = self.maker.model.encoder  # for images of which it has no features
+            self._networks[name] = model
+        return self._networks[name]
+
+    def chosen_steps(self, name: str, source: Method, labels: list[Tensor]) -> int:
+        """Of the walk, those of the best mIoU on images held out."""
+        found, title = [], f"{MAPS} + {name}"
+        for steps in AFFINITY_STEPS:
+            made = self.measured("held out", {title: self.affine(name, "held out", source, labels, steps)})
+            found.append(best_threshold(made[f"sweep, {title}"]).miou)
+            print(f"{title}, {steps} steps: {100 * found[-1]:.1f}", flush=True)
+        return AFFINITY_STEPS[found.index(max(found))]
 
 
 class Neighbours(nn.Module):
@@ -300,9 +314,10 @@ def refined(refiner: Refiner) -> Refined:
     methods = {split: refiner.methods(split, chosen) for split in SPLITS}
     thresholds = thresholds_of(refiner.measured("held out", methods["held out"]))
     sure = refiner.pseudo_labels(methods["fit"], WALKED_MAPS, thresholds)
-    for split in SPLITS:
-        for name in AFFINITIES:
-            method = refiner.affine(name, split, methods[split][MAPS], sure)
+    for name in AFFINITIES:
+        steps = refiner.chosen_steps(name, methods["held out"][MAPS], sure)
+        for split in SPLITS:
+            method = refiner.affine(name, split, methods[split][MAPS], sure, steps)
             methods[split][f"{MAPS} + {name}"] = method
     held, val = (refiner.measured(split, methods[split]) for split in ("held out", "val"))
     thresholds = thresholds_of(held)
