@@ -173,8 +173,6 @@ def run(work: Work) -> Outcome:
             scenes="+1.0",
         ),
     ]
-    about = (
-        f"{len(full[0])} images, {work.repeats} (trainings without a spread have one), "
-        f"{config_of(work, 0).size} pixels, {STEPS} steps"
-    )
+    once_only = " (one for figures without a spread)" if work.seeds > 1 else ""
+    about = f"{len(full[0])} images, {work.repeats}{once_only}, {config_of(work, 0).size} pixels, {STEPS} steps"
     return Outcome(figures, verdicts, about)
