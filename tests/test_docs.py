@@ -21,7 +21,18 @@ TOUR = DOCS / "tour.md"  # its blocks are one program
 COMBINATIONS = DOCS / "combinations.md"  # of libraries that may be missing: see tests/combinations
 LOSSES = [page for page in PAGES if page.parent.name == "losses"]
 METHODS = LOSSES + [page for page in PAGES if page.parent.name == "attribution"]
-GUIDES = ["architecture", "claims", "combinations", "data", "glossary", "moving", "networks", "results", "tour", "which_loss"]
+GUIDES = [
+    "architecture",
+    "claims",
+    "combinations",
+    "data",
+    "glossary",
+    "moving",
+    "networks",
+    "results",
+    "tour",
+    "which_loss",
+]
 SECTIONS = ["When to use it", "Recipe", "Numbers", "API"]
 NUMBER = r"\d+(?:\.\d+)?"
 
