@@ -9,11 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from data.nifti import Spacing, filling, fit, list_pairs, read_classes, read_volumes
 from data.phantoms import CLASSES, SHAPE, SPACING, Phantoms, Split
-from data.sample import VOID, Annotated, Batch, Images, Stacked, first
+from data.sample import VOID, Annotated, Batch, Images, Sample, Stacked, first
 from engine import processes, training
 from engine.command import check_least, each_run, run
 from engine.processes import pick_device, rank, say
@@ -79,6 +80,7 @@ class Config(training.Options):
             raise ValueError(f"--spacing: expected numbers above 0, got {self.spacing}")
 
 
+MAPS = ("image", "labels", "slice", "distances")
 EVALUATED, SHOWN = 32, 6  # phantoms
 LEARNING_RATE = 1e-2
 MRE = 0.08  # nominal mean relative error of the size targets
@@ -136,6 +138,22 @@ def annotate(images: Images, spacing: Spacing, seed: int) -> Images:
         present=exact > 0,
         distances=segloss.signed_distances(labels, k, spacing=spacing),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Mirror:
+    """Mirrors half of the volumes along each axis, with what is known of places in them."""
+
+    spacing: Spacing
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        axes = [axis for axis in range(3) if rng.random() < 0.5]
+        maps = {name: sample[name].flip([axis - 3 for axis in axes]) for name in MAPS}
+        centroids = sample["centroids"].clone()
+        for axis in axes:
+            last = (sample["labels"].shape[axis] - 1) * self.spacing[axis]
+            centroids[:, axis] = last - centroids[:, axis]
+        return sample | maps | {"centroids": centroids}
 
 
 def one_slice(labels: Tensor) -> Tensor:
@@ -247,7 +265,7 @@ def experiment(config: Config, data: Data) -> dict[str, Outcome]:
     """Pretrains on tags, then trains with each supervision: the same weights to begin with, the same batches."""
     training.seed_everything(config.seed)
     device = pick_device(config.device)
-    fit = partial(training.train, batches=config.stream(data.train), options=config)
+    fit = partial(training.train, batches=config.stream(data.train, Mirror(data.spacing)), options=config)
 
     def optimizer(model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=1e-2)

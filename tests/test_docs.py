@@ -31,6 +31,7 @@ GUIDES = [
     "networks",
     "results",
     "tour",
+    "volumes",
     "which_loss",
 ]
 SECTIONS = ["When to use it", "Recipe", "Numbers", "API"]

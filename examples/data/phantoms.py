@@ -29,7 +29,7 @@ Positions = NDArray[np.float64]
 
 # Brightness of 255: organs are grainy, lesions blotched, vessels plain. Bias field and noise hide the differences of
 # the means from any threshold, and a plain ellipsoid that is background has the brightness of a vessel.
-LEVELS = {"background": 95, "organ": 122, "lesion": 150, "vessel": 60, "decoy": 122}
+LEVELS = {"background": 92, "organ": 126, "lesion": 168, "vessel": 52, "decoy": 126}
 SPREAD = 10  # of the brightness of each object, to both sides
 GRAIN, BLOTCHES, NOISE = 40, 22, 8  # standard deviations
 BIAS = 25  # percent to both sides, at most

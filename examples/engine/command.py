@@ -42,7 +42,7 @@ def parse(config: type[Config], args: Sequence[str] | None = None) -> Config:
     Args:
         config: a dataclass whose fields have defaults and docstrings; its ``__post_init__`` may raise ``ValueError``.
             Its mappings ``PHOTOGRAPHS`` and ``QUICK``, if it has them, are other defaults: those with ``--data voc``
-            or ``folder``, and those with ``--quick`` on top.
+            or ``folder``, and those with ``--quick`` on top. Without ``PHOTOGRAPHS``, ``--quick`` stands alone.
         args: arguments instead of those of the command line.
     """
     messages = io.StringIO()
@@ -68,9 +68,11 @@ def _preset(config: type[Any], args: Sequence[str] | None) -> dict[str, Any]:
     parser.add_argument("--quick", action="store_true")
     given, _ = parser.parse_known_args(args)
     preset: dict[str, Any] = {}
-    if given.data in ("voc", "folder"):
+    photographs = given.data in ("voc", "folder")
+    if photographs:
         preset |= getattr(config, "PHOTOGRAPHS", {})
-        preset |= getattr(config, "QUICK", {}) if given.quick else {}
+    if given.quick and (photographs or not hasattr(config, "PHOTOGRAPHS")):
+        preset |= getattr(config, "QUICK", {})
     return preset
 
 

@@ -99,6 +99,21 @@ def test_photographs_and_quick_have_their_own_defaults(args: list[str], steps: i
     assert (found.steps, found.size) == (steps, size)
 
 
+@dataclass(frozen=True)
+class OfVolumes(Config):
+    """A configuration that knows no photographs."""
+
+    QUICK: ClassVar[dict[str, Any]] = {"steps": 50}
+
+    quick: bool = False
+    """Few steps."""
+
+
+@pytest.mark.parametrize(("args", "steps"), [([], 3), (["--quick"], 50), (["--quick", "--steps", "7"], 7)])
+def test_quick_stands_alone_where_there_are_no_photographs(args: list[str], steps: int) -> None:
+    assert parse(OfVolumes, args).steps == steps
+
+
 def test_runs_differ_by_their_seeds_alone() -> None:
     assert each_run(Repeated(steps=7)) == [Repeated(steps=7, seed=seed) for seed in (5, 6, 7)]
 

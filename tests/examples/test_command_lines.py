@@ -60,7 +60,7 @@ def test_a_missing_gpu_is_refused(name: str, tmp_path: Path) -> None:
 @EVERY
 @pytest.mark.parametrize("layout", ["voc", "folder"])
 def test_images_that_are_not_there_are_refused(name: str, layout: str, tmp_path: Path) -> None:
-    if "root" in options(name):
+    if "data" in options(name):
         words = ("--data", layout, "--root", "/nowhere", "--out", tmp_path)
         assert re.match(r"/nowhere.*: expected (a folder|a text file), found (none|no file)", mistake(name, *words))
 
