@@ -28,8 +28,8 @@ Mask = NDArray[np.bool_]
 Positions = NDArray[np.float64]
 
 # Brightness of 255: organs are grainy, lesions blotched, vessels plain. Bias field and noise hide the differences of
-# the means from any threshold, and a plain ellipsoid that is background has the brightness of a vessel.
-LEVELS = {"background": 92, "organ": 126, "lesion": 168, "vessel": 52, "decoy": 126}
+# the means from any threshold, and a decoy, a plain ellipsoid that is background, is about as bright as an organ.
+LEVELS = {"background": 92, "organ": 126, "lesion": 168, "vessel": 52, "decoy": 112}
 SPREAD = 10  # of the brightness of each object, to both sides
 GRAIN, BLOTCHES, NOISE = 40, 22, 8  # standard deviations
 BIAS = 25  # percent to both sides, at most
@@ -44,7 +44,7 @@ class Phantom:
 
 
 class Phantoms(Dataset[Phantom]):
-    """Volumes with an organ, up to three lesions and up to two vessels; some have no organ, lesion or vessel.
+    """Volumes with up to one organ, three lesions, two vessels and one decoy, which is background.
 
     Args:
         split: ``"train"``, ``"val"`` or ``"final"``.
@@ -78,9 +78,9 @@ class Phantoms(Dataset[Phantom]):
         image = _level(rng, "background") + _smooth(_noise(rng, self.shape, BLOTCHES), 2)
         labels = np.zeros(self.shape, np.int64)
 
-        decoys = [_ellipsoid(rng, positions, extent, (15, 25)) for _ in range(rng.randint(1, 3))]
-        organs = [_ellipsoid(rng, positions, extent, (25, 38)) for _ in range(rng.randint(4) > 0)]
-        lesions = [_ellipsoid(rng, positions, extent, (13, 22)) for _ in range(rng.randint(4))]
+        decoys = [_ellipsoid(rng, positions, extent, (15, 25)) for _ in range(rng.randint(2))]
+        organs = [_ellipsoid(rng, positions, extent, (25, 38)) for _ in range(rng.randint(5) > 1)]
+        lesions = [_ellipsoid(rng, positions, extent, (14, 22)) for _ in range(max(0, rng.randint(5) - 1))]
         vessels = [_tube(rng, positions, extent, (7, 11)) for _ in range(rng.randint(3))]
         for name, shapes in (("decoy", decoys), ("organ", organs), ("lesion", lesions), ("vessel", vessels)):
             for shape in shapes:

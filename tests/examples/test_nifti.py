@@ -37,7 +37,7 @@ def write(path: Path, values: np.ndarray, orientation: str = "RAS", affine: np.n
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 @pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
-def test_whatever_the_orientation_voxels_and_spacing_are_the_same(tmp_path: Path, orientation: str, ending: str) -> None:
+def test_voxels_and_spacing_are_the_same_in_every_orientation(tmp_path: Path, orientation: str, ending: str) -> None:
     intensities, labels = voxels()
     image = write(tmp_path / f"image{ending}", intensities, orientation)
     masks = write(tmp_path / f"labels{ending}", labels, "RAS" if ending == ".nii" else orientation)

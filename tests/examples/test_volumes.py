@@ -1,4 +1,4 @@
-"""The example of volumes as a user runs it, on a tiny budget, and its parts: annotations, mirrored volumes, measures."""
+"""The example of volumes as a user runs it, on a tiny budget; annotations, mirrored volumes, measures."""
 
 import json
 import re
@@ -123,7 +123,7 @@ def test_the_table_has_means_shares_and_spreads() -> None:
     [
         ({"shape": (8, 16, 18)}, r"--shape: expected multiples of 4 from 8, got \(8, 16, 18\)"),
         ({"spacing": (1.0, 1.0, 1.0)}, r"--spacing: expected --root with it: that of phantoms is \(3.0, 1.0, 1.0\), "),
-        ({"root": Path("x"), "spacing": (1.0, 0.0, 1.0)}, r"--spacing: expected numbers above 0, got \(1.0, 0.0, 1.0\)"),
+        ({"root": Path("x"), "spacing": (1.0, 0.0, 1.0)}, "--spacing: expected numbers above 0, got"),
         ({"volumes": 0}, "--volumes: expected at least 1, got 0"),
     ],
 )
