@@ -56,7 +56,7 @@ def test_every_class_is_there_and_is_absent_in_some() -> None:
 
 
 def test_no_choice_by_intensity_finds_the_classes() -> None:
-    """Each of 256 intensities takes the class that is the most likely there, for the prior that suits each class best."""
+    """Each of 256 intensities takes the class that is the likeliest there, for the prior that suits each class best."""
     phantoms = stack(Phantoms("train", 60))
     levels, labels = (phantoms.image[:, 0] * 255).round().long(), phantoms.labels
     counts = torch.zeros(256, len(CLASSES)).index_put_(

@@ -189,7 +189,7 @@ def test_it_trains_on_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_find_what_one_does(tmp_path: Path) -> None:
+def test_two_processes_print_one_table(tmp_path: Path) -> None:
     words = [*OPTIONS, "--device", "cpu", "--split", "final", "--out"]
     one, two = (run_example("volumes", *words, tmp_path / str(n), processes=n) for n in (1, 2))
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
