@@ -1,4 +1,4 @@
-"""Volumes as MRI and CT have them: one 3-D network, nine supervisions, from full masks down to a single slice."""
+"""Volumes as MRI and CT have them: one 3-D network, eight supervisions, from full masks down to a single slice."""
 
 import copy
 import dataclasses
@@ -85,8 +85,9 @@ EVALUATED, SHOWN = 32, 6  # phantoms
 LEARNING_RATE = 1e-2
 MRE = 0.08  # nominal mean relative error of the size targets
 MARGIN = 0.1  # of the bounds, around the exact sizes
-# The weight of the CRF loss was chosen for size targets on val phantoms, seed 0, among 0.003, 0.01, 0.02 and 0.1, which
-# takes classes away. The others are not tuned: they make terms about as large as those beside them.
+# The weight of the CRF loss was chosen for size targets on val volumes of earlier drafts of the phantoms, seed 0, among
+# 0.003, 0.01, 0.02 and 0.1, which takes classes away. The others are not tuned: they make terms about as large as those
+# beside them.
 CRF_WEIGHT, SIGMA_INTENSITY, SIGMA_MM = 0.01, 0.1, 5.0
 BOUNDS_WEIGHT, CENTROID_WEIGHT, BOUNDARY_WEIGHT = 400.0, 1e-4, 0.01
 

@@ -18,7 +18,6 @@ TITLES = {
     "contours": "5. ISL and FSL",
     "refinement": "3. Refinement and networks",
     "few_masks": "4. Few masks",
-    "others": "7. FickleNet's layer",
 }
 
 
