@@ -133,5 +133,9 @@ def test_the_quickstart_runs_from_outside_the_checkout(python: Path, tmp_path: P
     assert (tmp_path / "runs" / "quickstart" / "quickstart.png").exists()
 
 
-def test_the_citation_is_of_this_version() -> None:
-    assert re.search(rf"^version: {re.escape(VERSION)}$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+def test_citation_and_changelog_are_of_this_version_and_of_one_day() -> None:
+    citation = re.findall(r"^(?:version|date-released): (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    unreleased, *released = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert unreleased == "[Unreleased]"
+    assert citation[0] == VERSION
+    assert released[0] == f"[{VERSION}] - {citation[1]}"
