@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -223,13 +223,13 @@ def rib_run(method: str, case: Case, model: Any) -> Run:
     options: Any = {"steps": case.steps, "lr": RIB_LR}
     if method == "rib":
         clf = split(model)
-        return lambda: rib(clf, images, tags, companions=companions, frozen=[*frozen], **options)
+        return lambda: cast(Tensor, rib(clf, images, tags, companions=companions, frozen=[*frozen], **options))
     rest = Classifier(nn.Sequential(*[*features][case.frozen :]), head)
 
     def run() -> Tensor:
         with torch.no_grad():
             inner = [(frozen(others), their_tags) for others, their_tags in companions]
-            return rib(rest, frozen(images), tags, companions=inner, **options)
+            return cast(Tensor, rib(rest, frozen(images), tags, companions=inner, **options))
 
     return run
 
@@ -298,7 +298,7 @@ def expected(method: str, case: Case) -> Tensor:
     size = (case.size, case.size)
     stretched = normalize(truth.relu(), "minmax")
     assert isinstance(stretched, Tensor)
-    return normalize(F.interpolate(stretched, size, mode="bilinear", align_corners=False), "minmax")  # type: ignore[return-value]
+    return normalize(F.interpolate(stretched, size, mode="bilinear", align_corners=False), "minmax")
 
 
 @pytest.mark.usefixtures("_one_thread")

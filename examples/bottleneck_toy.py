@@ -160,8 +160,8 @@ def fine_tune(config: Config, clf: Classifier, data: Toys, companions: Toys) -> 
     maps, found = [], []
     for i in tqdm(range(len(data.image)), desc=f"RIB, seed {config.seed}", unit="image"):
         one, draw = data.take(slice(i, i + 1)), batches(companions, COMPANIONS, config.seed + i)
-        summed = rib(clf, one.image, one.tags(), companions=draw, steps=config.rib_steps, lr=RATE, pool="gap")
-        maps.append(summed[0, data.label[i]])
+        (summed,) = rib(clf, one.image, one.tags(), companions=draw, steps=config.rib_steps, lr=RATE, pool="gap")
+        maps.append(summed[data.label[i]])
         for state in weights:
             own.load_state_dict(state)
             found.append((cams(own, one)[0], gradient(own, one)[0]))
@@ -194,7 +194,7 @@ def experiment(config: Config) -> tuple[Outcome, Toys, Tensor]:
     classes, draw = test.label[:, None].tolist(), batches(training, COMPANIONS, config.seed)
     gndrp = rib(clf, test.image, test.tags(), companions=draw, steps=config.rib_steps, lr=RATE, classes=classes)
     advcams = torch.cat(list(advcam(clf, test.image, classes)))
-    maps = {"CAM": cams(clf, test), "AdvCAM": advcams, "RIB": summed, "RIB, GNDRP": torch.cat(gndrp)}
+    maps = {"CAM": cams(clf, test), "AdvCAM": advcams, "RIB": summed, "RIB, GNDRP": torch.cat(list(gndrp))}
 
     def ratios(gradients: Iterable[Tensor], scale: Tensor | None = None) -> Tensor:
         every = [high_gradient_ratio(one, test.regions, scale=scale).nanmean(0) for one in gradients]

@@ -122,9 +122,9 @@ def make_methods(network: Pretrained, size: int) -> dict[str, Method]:
         return relevance
 
     return {
-        "CAM": lambda image, classes: cast(Tensor, cam(clf, image, classes)),
-        "Grad-CAM": lambda image, classes: cast(Tensor, grad_cam(network, image, classes, **GRAD_CAM)),
-        "AdvCAM": lambda image, classes: cast(Tensor, advcam(clf, image, classes, **ADVCAM)),
+        "CAM": lambda image, classes: cam(clf, image, classes),
+        "Grad-CAM": lambda image, classes: grad_cam(network, image, classes, **GRAD_CAM),
+        "AdvCAM": lambda image, classes: advcam(clf, image, classes, **ADVCAM),
         "RIB": fine_tuned,
         **{name: propagated(unroll(inner, **rule)) for name, rule in LRP.items()},
         "multi-scale CAM": lambda image, classes: cast(Tensor, multiscale(lambda x: cam(clf, x, classes), image)),
@@ -139,7 +139,7 @@ def multi_hot(classes: list[int], device: torch.device) -> Tensor:
 
 def positive(maps: Tensor) -> Tensor:
     """Positive parts of maps, each over its maximum."""
-    return cast(Tensor, normalize(maps.detach(), "relu_max"))
+    return normalize(maps.detach(), "relu_max")
 
 
 def refined(maps: dict[str, Tensor], image: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from segattr.cam import check_maps, normalize_each
-from segattr.networks.classes import Classes, Maps, Pairs
+from segattr.networks.classes import Classes, Maps, Pairs, typed
 from segattr.networks.classifier import Classifier, as_classifier, check_images, undisturbed
 from segattr.networks.features import Features, count_classes, feature_maps, head_gradient, head_logits
 from segattr.networks.spatial import axes
@@ -15,6 +15,7 @@ from segloss.common.checks import check_bool, check_int, check_number
 from segloss.common.reduction import LARGEST, wide_dtype
 
 
+@typed
 def advcam(
     clf: nn.Module,
     images: Tensor,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from segattr.cam import normalize_each
-from segattr.networks.classes import Classes, check_classes
+from segattr.networks.classes import Classes, Maps, check_classes
 from segattr.networks.classifier import Classifier, as_classifier, check_images, taking
 from segattr.networks.features import Features, checked_features, count_classes, head_gradient, head_logits
 from segattr.networks.modes import evaluating
@@ -116,7 +116,7 @@ def rib(
     frozen: Sequence[nn.Module] = (),
     stop: bool = False,
     reference: bool = False,
-) -> Any:
+) -> Maps:
     r"""Class activation maps summed over a short fine-tuning that each image gets to itself.
 
     .. math::

@@ -1,12 +1,12 @@
 """Class activation maps, their normalisation, and their average over scales and flipping."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
-from segattr.networks.classes import Classes, Maps, Pairs
+from segattr.networks.classes import Classes, Maps, Pairs, typed
 from segattr.networks.classifier import as_classifier, check_images, undisturbed
 from segattr.networks.features import feature_maps
 from segattr.networks.spatial import size_text
@@ -30,6 +30,7 @@ _SMALLEST_MAXIMUM = 1e-30  # as in max_normalize
 _LARGEST_SCALE = 100.0  # more is a mistake, which would take all memory
 
 
+@typed
 def cam(clf: nn.Module, images: Tensor, classes: Classes | None = None, *, norm: str = "raw") -> Maps:
     r"""Class activation maps (CAM) of all requested classes of all images.
 
@@ -92,6 +93,10 @@ def cam(clf: nn.Module, images: Tensor, classes: Classes | None = None, *, norm:
     return normalize(pairs.arrange(maps), norm, dims=images.dim() - 2)
 
 
+@overload
+def normalize(maps: Tensor, mode: str, *, dims: int | None = ...) -> Tensor: ...
+@overload
+def normalize(maps: list[Tensor], mode: str, *, dims: int | None = ...) -> list[Tensor]: ...
 def normalize(maps: Maps, mode: str, *, dims: int | None = None) -> Maps:
     r"""Brings maps to a common scale, each on its own.
 

@@ -1,6 +1,6 @@
 """FickleNet: many maps from one classifier whose last convolution sees random hidden units in every window."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import torch
@@ -91,6 +91,8 @@ class StochasticConv2d(nn.Module):
         >>> first.shape, torch.equal(first, second)
         (torch.Size([2, 20, 14, 14]), False)
     """
+
+    __call__: Callable[..., Tensor]  # for type checkers: torch says Any
 
     def __init__(self, in_channels: int, classes: int, kernel: int, drop: float) -> None:
         super().__init__()

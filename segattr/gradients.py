@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from segattr.cam import NORMS, check_maps, normalize
-from segattr.networks.classes import Classes, Maps, Pairs
+from segattr.networks.classes import Classes, Maps, Pairs, typed
 from segattr.networks.classifier import as_classifier, check_images, undisturbed
 from segattr.networks.features import Features, feature_maps, head_gradient, head_logits
 from segattr.networks.spatial import axes, size_text
@@ -19,6 +19,7 @@ Weighting = Literal["gradient", "gradcam++", "layercam"]
 Layer = str | nn.Module
 
 
+@typed
 def grad_cam(
     clf: nn.Module,
     images: Tensor,

@@ -75,6 +75,9 @@ def boundary_loss(
 class BoundaryLoss(LossModule):
     """:func:`boundary_loss` as a module."""
 
+    def __init__(self, *, reduction: Reduction = "mean") -> None:
+        super().__init__(reduction)
+
     def forward(self, logits: Tensor, distances: Tensor, valid: Tensor | None = None) -> Tensor:
         return boundary_loss(logits, distances, valid=valid, reduction=self.reduction)
 

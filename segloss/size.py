@@ -1,6 +1,7 @@
 """Size targets: supervise a segmentation network with the approximate sizes of its classes in each image."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -130,6 +131,9 @@ def size_kl(
 class SizeKL(LossModule):
     """:func:`size_kl` as a module."""
 
+    def __init__(self, *, reduction: Reduction = "mean") -> None:
+        super().__init__(reduction)
+
     def forward(
         self, logits: Tensor, sizes: Tensor, valid: Tensor | None = None, known: Tensor | None = None
     ) -> Tensor:
@@ -239,6 +243,9 @@ def log_barrier(logits: Tensor, tags: Tensor, *, valid: Tensor | None = None, re
 class LogBarrier(LossModule):
     """:func:`log_barrier` as a module."""
 
+    def __init__(self, *, reduction: Reduction = "mean") -> None:
+        super().__init__(reduction)
+
     def forward(self, logits: Tensor, tags: Tensor, valid: Tensor | None = None) -> Tensor:
         return log_barrier(logits, tags, valid=valid, reduction=self.reduction)
 
@@ -279,6 +286,9 @@ def suppression(logits: Tensor, tags: Tensor, *, valid: Tensor | None = None, re
 
 class Suppression(LossModule):
     """:func:`suppression` as a module."""
+
+    def __init__(self, *, reduction: Reduction = "mean") -> None:
+        super().__init__(reduction)
 
     def forward(self, logits: Tensor, tags: Tensor, valid: Tensor | None = None) -> Tensor:
         return suppression(logits, tags, valid=valid, reduction=self.reduction)
@@ -487,6 +497,7 @@ def balance_kl(logits: Tensor, prior: Tensor | None = None) -> Tensor:
 class BalanceKL(nn.Module):
     """:func:`balance_kl` as a module; the prior is a buffer."""
 
+    __call__: Callable[..., Tensor]  # for type checkers: torch says Any
     prior: Tensor | None
 
     def __init__(self, prior: Tensor | None = None) -> None:

@@ -118,6 +118,13 @@ def test_the_installed_packages_are_imported_and_know_their_version(python: Path
         assert Path(place).is_relative_to(python.parents[1]), place
 
 
+def test_types_of_the_installed_packages_are_those_of_a_typed_user(python: Path, tmp_path: Path) -> None:
+    user = shutil.copy(ROOT / "tests" / "typed_user.py", tmp_path)  # away from the sources, which mypy would take
+    options = ("--strict", "--cache-dir", ROOT / ".mypy_cache" / "installed")  # torch is read once for both
+    output = run(sys.executable, "-m", "mypy", *options, "--python-executable", python, user, cwd=tmp_path)
+    assert output == "Success: no issues found in 1 source file\n"
+
+
 def test_the_first_example_of_the_readme_runs(python: Path, tmp_path: Path) -> None:
     block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert block

@@ -45,6 +45,13 @@ def test_public_names_exist_and_are_typed(package) -> None:  # type: ignore[no-u
     assert (Path(package.__file__).parent / "py.typed").exists()
 
 
+def test_a_typed_user_calls_every_public_name() -> None:
+    used = {ast.unparse(node) for node in ast.walk(ast.parse((ROOT / "tests" / "typed_user.py").read_text()))}
+    parts = [getattr(segattr, part) for part in PARTS]
+    for package in (segloss, segloss.bilateral, segattr, *parts, segattr.lrp.composites, segattr.lrp.rules):
+        assert {f"{package.__name__}.{name}" for name in package.__all__} - used == set()
+
+
 def test_public_functions_are_documented() -> None:
     functions = [(name, getattr(segloss, name)) for name in segloss.__all__]
     functions += [(name, getattr(segattr, name)) for name in segattr.__all__ if name not in PARTS]

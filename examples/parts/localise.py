@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -107,7 +107,7 @@ def attribute(
 
 def scaled(maps: Tensor) -> Tensor:
     """Positive parts of maps, each over its maximum."""
-    return cast(Tensor, normalize(maps, "relu_max"))
+    return normalize(maps, "relu_max")
 
 
 def walk(maps: Tensor, image: Tensor, model: TagClassifier) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from segattr.lrp.rules import STABILIZER, AlphaBeta, Epsilon, Flat, Gamma, Pass, Rule, WSquare, ZBox, ZPlus
 from segloss.common.checks import check_choice
@@ -206,7 +206,11 @@ def epsilon_alpha2_beta1_flat(epsilon: float = STABILIZER, stabilizer: float = S
 
 
 def epsilon_gamma_box(
-    low: Any, high: Any, epsilon: float = STABILIZER, gamma: float = 0.25, stabilizer: float = STABILIZER
+    low: float | Tensor,
+    high: float | Tensor,
+    epsilon: float = STABILIZER,
+    gamma: float = 0.25,
+    stabilizer: float = STABILIZER,
 ) -> Composite:
     """z-box for layers that get the image, gamma for other convolutions, epsilon for linear layers.
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segattr.lrp.plan import Operation, Plan, Plans
-from segattr.networks.classes import Classes, check_classes
+from segattr.networks.classes import Classes, Maps, ScoresAndMaps, check_classes
 from segattr.networks.classifier import check_layout, taking
 from segattr.networks.modes import evaluating
 from segattr.networks.reader.record import IMAGES, Result
@@ -76,6 +76,8 @@ class FreeDecoder(nn.Module):
         *Model Guidance via Explanations Turns Image Classifiers into Segmentation Models*, section 3 and table 3.
     """
 
+    __call__: ScoresAndMaps
+
     def __init__(
         self,
         plans: Plans,
@@ -100,7 +102,7 @@ class FreeDecoder(nn.Module):
         self.decoder = nn.ModuleList(levels).to(scores)
         self.maps = CONVOLUTIONS[len(size) - 2](width, scores.shape[1], 1).to(scores)
 
-    def forward(self, x: Tensor, classes: Classes | None = None) -> tuple[Tensor, Any]:
+    def forward(self, x: Tensor, classes: Classes | None = None) -> tuple[Tensor, Maps]:
         """Class scores and maps, with the arguments, results and errors of :meth:`UnrolledLRP.forward`."""
         check_floating("x", x)
         check_layout("x", x)
@@ -125,7 +127,7 @@ class FreeDecoder(nn.Module):
                 raise ValueError(f"size: the classifier does not take an image {shape_text(size)}: {error}") from error
 
 
-def _choose(maps: Tensor, classes: Classes | None) -> Tensor | list[Tensor]:
+def _choose(maps: Tensor, classes: Classes | None) -> Maps:
     if classes is None:
         return maps
     wanted = check_classes(classes, *maps.shape[:2])

@@ -324,8 +324,8 @@ class ZBox:
         >>> rule = ZBox(low=((0 - mean) / std)[:, None, None], high=((1 - mean) / std)[:, None, None])
     """
 
-    low: Any
-    high: Any
+    low: float | Tensor
+    high: float | Tensor
     stabilizer: float = STABILIZER
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ from segattr.lrp.free import FreeDecoder
 from segattr.lrp.plan import Operation, Plan, Plans, Saved
 from segattr.lrp.relevance import over
 from segattr.lrp.rules import STABILIZER, Epsilon, Rule
-from segattr.networks.classes import Classes, check_classes
+from segattr.networks.classes import Classes, Maps, ScoresAndMaps, check_classes
 from segattr.networks.classifier import Classifier, check_images, check_layout, taking
 from segattr.networks.reader.read import unwrapped
 from segattr.networks.reader.record import IMAGES, Result
@@ -29,13 +29,15 @@ class UnrolledLRP(nn.Module):
         decoder: one layer for each operation of the encoder, last one first; printing shows what each is tied to.
     """
 
+    __call__: ScoresAndMaps
+
     def __init__(self, plans: Plans, epsilon: float, chunk: int | None) -> None:
         super().__init__()
         self.encoder = plans.model
         self.decoder = plans.kept[0].decoder if plans.kept else nn.ModuleList()
         self.plans, self.epsilon, self.chunk = plans, epsilon, chunk
 
-    def forward(self, x: Tensor, classes: Classes | None = None) -> tuple[Tensor, Any]:
+    def forward(self, x: Tensor, classes: Classes | None = None) -> tuple[Tensor, Maps]:
         """Class scores and heatmaps.
 
         Args:

@@ -1,16 +1,60 @@
 """The classes that maps are wanted for, and their pairs with images."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeAlias, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from segloss.common.checks import check_int, check_integer, shape_text
 
 Classes: TypeAlias = Sequence[int] | Sequence[Sequence[int]] | Tensor
 Maps: TypeAlias = Tensor | list[Tensor]
+Options = ParamSpec("Options")
+
+
+class MapsOfClasses(Protocol[Options]):
+    """A method that makes maps, for type checkers: which classes give a tensor, and which a list."""
+
+    @overload
+    def __call__(
+        self,
+        clf: nn.Module,
+        images: Tensor,
+        classes: Sequence[int] | None = None,
+        *args: Options.args,
+        **kwargs: Options.kwargs,
+    ) -> Tensor: ...
+    @overload
+    def __call__(
+        self,
+        clf: nn.Module,
+        images: Tensor,
+        classes: Sequence[Sequence[int]],
+        *args: Options.args,
+        **kwargs: Options.kwargs,
+    ) -> list[Tensor]: ...
+    @overload
+    def __call__(
+        self, clf: nn.Module, images: Tensor, classes: Tensor, *args: Options.args, **kwargs: Options.kwargs
+    ) -> Maps: ...
+
+
+class ScoresAndMaps(Protocol):
+    """The same of a network that :func:`segattr.lrp.unroll` makes."""
+
+    @overload
+    def __call__(self, x: Tensor, classes: Sequence[int] | None = None) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def __call__(self, x: Tensor, classes: Sequence[Sequence[int]]) -> tuple[Tensor, list[Tensor]]: ...
+    @overload
+    def __call__(self, x: Tensor, classes: Tensor) -> tuple[Tensor, Maps]: ...
+
+
+def typed(method: Callable[Concatenate[nn.Module, Tensor, Classes | None, Options], Maps]) -> MapsOfClasses[Options]:
+    """The method itself, for type checkers one whose maps are a tensor or a list as its classes say."""
+    return method  # type: ignore[return-value]
 
 
 def check_classes(classes: Any, images: int, count: int) -> list[int] | list[list[int]]:

@@ -50,6 +50,8 @@ class Classifier(nn.Module):
         (torch.Size([2, 4]), 4, Linear(in_features=8, out_features=4, bias=True))
     """
 
+    __call__: Callable[..., Tensor]  # for type checkers: torch says Any
+
     def __init__(self, features: Features, head: Head) -> None:
         for name, part in (("features", features), ("head", head)):
             if not callable(part):

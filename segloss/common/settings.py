@@ -1,5 +1,6 @@
 """What all loss modules share."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ class Settings(nn.Module):
 
     Settings that are tensors are buffers, and parameters stay parameters: they move and are saved with the module.
     """
+
+    __call__: Callable[..., Tensor]  # for type checkers: torch says Any
 
     def __init__(self, **settings: Any) -> None:
         super().__init__()
