@@ -119,6 +119,13 @@ def test_what_was_measured_here_is_what_the_readme_tells(page: Path) -> None:
     assert with_spread("".join(measured)) - with_spread((DOCS / "results.md").read_text()) == set()
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_stored_results_are_named_with_the_command_that_writes_them(page: Path) -> None:
+    for paragraph in page.read_text().split("\n\n"):
+        if "`benchmarks/results" in paragraph:
+            assert re.search(r"`(python -m benchmarks|make (bench|frontier))", paragraph), paragraph
+
+
 def test_the_index_tells_the_purpose_of_every_page_in_the_order_of_the_contents() -> None:
     text = (DOCS / "index.md").read_text()
     told = re.findall(r"^- \[.+\]\((.+)\.md\): \w", text, re.MULTILINE)

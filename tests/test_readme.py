@@ -25,14 +25,6 @@ def test_every_public_name_is_in_the_table() -> None:
         assert re.search(rf"[`.]{name}`", README), name
 
 
-def test_linked_files_exist_and_commands_are_targets() -> None:
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / link).exists(), link
-    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    for command in re.findall(r"^make (\w+)", README, re.MULTILINE):
-        assert command in targets, command
-
-
 def test_ci_runs_exactly_the_test_command() -> None:
     commands = (ROOT / ".ci" / "run").read_text().splitlines()
     assert commands[-1] == "make test"
