@@ -65,16 +65,23 @@ soak: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
 	touch $@
 
-# What goes to the package index, and the files that a forge reads, checked.
+# What goes to the package index, and the files that a forge reads, checked; the attack on the wheel beside nothing but what it
+# requires, away from the sources.
 release: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build twine check-jsonschema
-	rm -rf dist
+	rm -rf dist runs/installed
 	$(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+	$(PYTHON) -m venv runs/installed
+	runs/installed/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	runs/installed/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl pytest hypothesis
+	cp -R tests runs/installed
+	touch runs/installed/pytest.ini
+	cd runs/installed && bin/python -m pytest --import-mode=importlib -ra -m "not slow" tests/attack
 
 .venv-oldest/ready: PYTHON := $(PYTHON_OLDEST)
 .venv-%/ready: pyproject.toml constraints-%.txt

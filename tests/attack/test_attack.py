@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +25,10 @@ from tests.attack.calls_segattr import CALLS as CALLS_SEGATTR
 from tests.attack.calls_segloss import CALLS as CALLS_SEGLOSS
 
 CALLS: Calls = CALLS_SEGLOSS | CALLS_SEGATTR
+# All else runs with what the library requires.
+FIGURES = {f"segattr.plot.{name}" for name in segattr.plot.__all__} - {"segattr.plot.overlay"}
+DRAWS = pytest.mark.skipif(find_spec("matplotlib") is None, reason="figures need matplotlib")
+EVERY = [pytest.param(name, marks=DRAWS) if name in FIGURES else name for name in CALLS]
 PACKAGES = (segloss, segattr, segattr.lrp, segattr.metrics, segattr.plot, segattr.refine)
 PUBLIC = [
     f"{package.__name__}.{name}"
@@ -55,7 +60,7 @@ def spoils_of(name: str) -> list[Spoil]:
     return spoils(fresh(name))
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_spoilt_argument_is_refused_by_name_or_gives_a_sound_result(name: str) -> None:
     """A sample, another one for each call."""
     every = spoils_of(name)
@@ -64,7 +69,7 @@ def test_a_spoilt_argument_is_refused_by_name_or_gives_a_sound_result(name: str)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", EVERY)
 def test_all_ways_to_spoil_an_argument(name: str) -> None:
     for spoil in spoils_of(name):
         assert_withstands(fresh(name), [spoil])
@@ -78,7 +83,7 @@ def assert_two_withstand(name: str, data: st.DataObject) -> None:
         assert_withstands(fresh(name), data.draw(choice))
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", EVERY)
 @settings(max_examples=10)
 @given(data=st.data())
 def test_two_spoilt_arguments(name: str, data: st.DataObject) -> None:
@@ -86,14 +91,14 @@ def test_two_spoilt_arguments(name: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", EVERY)
 @settings(max_examples=60)
 @given(data=st.data())
 def test_more_of_two_spoilt_arguments(name: str, data: st.DataObject) -> None:
     assert_two_withstand(name, data)
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", EVERY)
 def test_valid_arguments_are_accepted(name: str) -> None:
     call = fresh(name)
     if name == "segloss.ToleranceError":
@@ -274,7 +279,7 @@ def test_an_error_names_an_argument_at_its_place(message: str, named: bool) -> N
             assert_withstands(call, [("image", "torch.float64")])
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_default_device_changes_nothing(name: str) -> None:
     """Results are where the arguments are; the device meta stands for an accelerator."""
     if name in ("segattr.StochasticConv2d", "segloss.OODClusters.refit", "segloss.ToleranceError"):
