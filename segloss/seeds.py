@@ -22,6 +22,8 @@ from segloss.common.checks import (
 from segloss.common.reduction import LOG_FLOOR, Reduction, check_reduction, reduce, wide_dtype
 from segloss.common.settings import LossModule
 
+_ABSENT = 1e-30  # probability of what is not there: its logarithm is finite, its share in a sum nothing
+
 
 def partial_cross_entropy(
     logits: Tensor, labels: Tensor, *, ignore_index: int = 255, reduction: Reduction = "mean"
@@ -62,11 +64,10 @@ def partial_cross_entropy(
     target = labels.flatten(1).long()
     check_labels(target, logits.shape[1], ignore_index, "logits")
     log_probability = torch.log_softmax(logits.to(wide_dtype(logits)).flatten(2), 1)
-    per_pixel = F.nll_loss(log_probability, target, ignore_index=ignore_index, reduction="none")
-    per_image = per_pixel.clamp(max=-LOG_FLOOR).sum(1)
     if reduction == "none":
-        return per_image
-    total = per_image.sum()
+        per_pixel = F.nll_loss(log_probability, target, ignore_index=ignore_index, reduction="none")
+        return per_pixel.clamp(max=-LOG_FLOOR).sum(1)
+    total = F.nll_loss(log_probability, target, ignore_index=ignore_index, reduction="sum").clamp(max=-LOG_FLOOR)
     return total if reduction == "sum" else total / (target != ignore_index).sum().clamp(min=1)
 
 
@@ -125,8 +126,8 @@ def balanced_seeding(
     check_number("floor", floor, least=0)
     check_reduction(reduction)
     log_probability = _log_softmax(logits, floor).flatten(2)
-    picked = (seeds != 0).flatten(2)
-    per_class = torch.where(picked, log_probability, 0).sum(2).clamp(min=LOG_FLOOR)
+    picked = seeds.bool().flatten(2)
+    per_class = log_probability.masked_fill(~picked, 0).sum(2).clamp(min=LOG_FLOOR)
     count = picked.sum(2, dtype=torch.int32)
     of_background = torch.arange(logits.shape[1], device=logits.device) == background
     groups = [
@@ -202,18 +203,17 @@ def boundary_constraint(
     check_reduction(reduction)
     _check_clip(clip)
     check_fractions("refined", refined, "probabilities", 1e-3)
-    log_prediction = torch.log_softmax(logits.to(wide_dtype(logits)), 1).clamp(min=LOG_FLOOR)
-    target = refined.detach().to(log_prediction.dtype).clamp(min=0)
-    if clip is None:
-        negative = torch.addcmul(torch.special.entr(target), target, log_prediction)
-    else:
-        present = target > 0
-        log_ratio = log_prediction - torch.where(present, target, 1).log()
-        negative = torch.where(present, target * log_ratio.clamp(-math.log(clip[1]), -math.log(clip[0])), 0)
+    log_prediction = torch.log_softmax(logits.to(wide_dtype(logits)), 1)
+    target = refined.detach().to(log_prediction.dtype).clamp(min=_ABSENT)
+    log_ratio = log_prediction - target.log()
+    if clip is not None:
+        log_ratio = log_ratio.clamp(-math.log(clip[1]), -math.log(clip[0]))
+    negative = target * log_ratio
     if seeds is not None:
-        return reduce(-torch.where(seeds != 0, negative, 0).flatten(1).sum(1), reduction)
-    pixels = logits[0, 0].numel() if len(logits) else 1
-    return reduce(negative.flatten(1).sum(1) / -max(pixels, 1), reduction)
+        negative = torch.where(seeds != 0, negative, 0)
+    total = negative.flatten(1).sum(1).clamp(min=LOG_FLOOR)
+    pixels = logits[0, 0].numel() if seeds is None and len(logits) else 1
+    return reduce(total / -max(pixels, 1), reduction)
 
 
 class BoundaryConstraint(LossModule):
@@ -240,7 +240,17 @@ def _log_softmax(logits: Tensor, floor: float) -> Tensor:
 def _check_seeds(seeds: Tensor, logits: Tensor) -> None:
     check_real("seeds", seeds)
     check_like("seeds", seeds, logits.shape, "logits", logits)
-    require("seeds", seeds, lambda: ((seeds == 0) | (seeds == 1)).all(), lambda: "expected 0 or 1, got other values")
+
+    def likely() -> Tensor:
+        """Of values from 0 to 1 as many are not 0 as they sum to: quicker than to compare each."""
+        least, largest = torch.aminmax(seeds)
+        return (least >= 0) & (largest <= 1) & (seeds.sum() == seeds.bool().sum())
+
+    def fits() -> Tensor:
+        return ((seeds == 0) | (seeds == 1)).all()
+
+    if seeds.numel():
+        require("seeds", seeds, fits, lambda: "expected 0 or 1, got other values", likely)
 
 
 def _check_clip(clip: tuple[float, float] | None) -> None:

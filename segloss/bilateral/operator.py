@@ -131,10 +131,11 @@ def _by_tiles(values: Tensor, features: Tensor, plan: Plan) -> Tensor:
 def prepare(
     features: Tensor, plan: Plan, *, alternate: bool = False, filled: bool = False
 ) -> Callable[[Tensor], Tensor]:
-    """What :class:`Bilateral` makes of ``values [B, K, N]``, N > 0, by lattice or else by tiles; without gradients.
+    """What :class:`Bilateral` makes of ``values [B, K, N]``, N > 0, by lattice or else by tiles.
 
     For many values of the same features: the lattice, and which pairs of tiles count, are found once. Triton finds
-    pairs in next to no time, again for each of the values. ``alternate`` and ``filled`` are for the lattice.
+    pairs in next to no time, again for each of the values. ``alternate`` and ``filled`` are for the lattice. Values get
+    gradients, but not where orders alternate: that of one is the other.
     """
     device = features.device.type
     run: Callable[[Tensor], Tensor]
@@ -150,7 +151,20 @@ def prepare(
         with torch.no_grad(), torch.autocast(device, enabled=False), full_precision():
             return run(values)
 
-    return filtered
+    return filtered if alternate else partial(_Symmetric.apply, filtered)
+
+
+class _Symmetric(torch.autograd.Function):
+    """A linear map of values that is its own transpose: so is its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+        ctx.run = run
+        return run(values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, _Symmetric.apply(ctx.run, grad)
 
 
 def _bilateral_guide(grad: Tensor, values: Tensor, features: Tensor, *settings: Any) -> Tensor:

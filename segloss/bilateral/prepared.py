@@ -14,10 +14,11 @@ _METHODS = ("auto", "exact", "blocksparse", "lattice")  # those that know all of
 
 
 class PreparedFilter:
-    r""":func:`segloss.bilateral_filter` of one batch of images, for many values, without gradients.
+    r""":func:`segloss.bilateral_filter` of one batch of images, for many values, which get gradients.
 
     Which pairs of pixels count, or the lattice, is found once, when it is made; iterations on the same images, as those
-    of a dense CRF, pay for the products only.
+    of a dense CRF, and trainings that see them again, pay for the products only. The image and the sigmas are
+    constants.
 
     Args:
         image: guide, ``[B, C, *spatial]``, at least one pixel, in the unit of ``sigma_rgb``; the results have its dtype
@@ -26,7 +27,7 @@ class PreparedFilter:
         method: ``"exact"``, ``"blocksparse"``, ``"lattice"``, or ``"auto"``: exact below 2,500 pixels, then
             block-sparse.
         alternate: of the lattice, whose kernel is the mean of two that are not symmetric: take one of them in a call,
-            and the other in the next, at nearly half the time. For iterations.
+            and the other in the next, at nearly half the time. For iterations; without gradients.
         filled: of the lattice: with vertices that no pixel has, but two of their neighbours have. Nearer to the
             Gaussian, slower to make and to use.
 
@@ -68,6 +69,7 @@ class PreparedFilter:
             features = guide_features(image, sigma_rgb, sigma_xy, spacing)
         self._image = image
         self._dtype = features.dtype
+        self._alternate = alternate
         self._run = prepare(features, plan, alternate=alternate, filled=filled)
 
     def __call__(self, values: Tensor) -> Tensor:
@@ -75,7 +77,8 @@ class PreparedFilter:
 
         Raises:
             TypeError: ``values`` that are not floating point.
-            ValueError: another shape or device than that of the image, NaN or infinity.
+            ValueError: another shape or device than that of the image, NaN or infinity; with ``alternate``, values that
+                want a gradient.
         """
         check_floating("values", values)
         check_space("values", values, "[B, K, *spatial]")
@@ -83,6 +86,8 @@ class PreparedFilter:
         batch = values.shape[0] if images == 1 else images
         check_like("values", values, (batch, values.shape[1], *size), "image", self._image)
         check_finite("values", values)
+        if self._alternate and values.requires_grad and torch.is_grad_enabled():
+            raise ValueError("values: expected no gradient with alternate=True, got requires_grad; use torch.no_grad()")
         if values.numel() == 0:
             return values.to(self._dtype)
         return self._run(values.reshape(images, -1, values.shape[2:].numel()).to(self._dtype)).view(values.shape)
