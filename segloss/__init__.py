@@ -8,7 +8,7 @@ from segloss.affinity import (
     path_affinity,
     path_affinity_loss,
 )
-from segloss.bilateral import ToleranceError, bilateral_error, bilateral_filter
+from segloss.bilateral import PreparedFilter, ToleranceError, bilateral_error, bilateral_filter
 from segloss.bottleneck import RIBMargin, rib_margin
 from segloss.boundary import BoundaryLoss, boundary_loss, signed_distances
 from segloss.centroid import CentroidLoss, centroid_loss, centroids_from_labels
@@ -88,6 +88,7 @@ __all__ = [
     "PartialCrossEntropy",
     "PathAffinityLoss",
     "PottsCRF",
+    "PreparedFilter",
     "RIBMargin",
     "ReverseSizeKL",
     "SizeBarrier",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from segloss.bilateral.guide import check_guide, check_space, colour_sigma, guide_features
+from segloss.bilateral.guide import check_channels, check_guide, colour_sigma, guide_features
 from segloss.bilateral.operator import Bilateral
 from segloss.bilateral.plan import make_plan
 from segloss.common.checks import (
@@ -14,9 +14,7 @@ from segloss.common.checks import (
     check_like,
     check_spacing,
 )
-from segloss.common.reduction import LARGEST, wide_dtype
-
-_LARGEST_WIDE = 1e130  # of float64: squares of sums over an image are finite
+from segloss.common.reduction import wide_dtype
 
 
 def bilateral_filter(
@@ -103,7 +101,7 @@ def bilateral_filter(
         tensor([[[[4., 4.],
                   [4., 4.]]]])
     """
-    _check_values(values)
+    check_channels(values, values.dtype)
     check_guide(image, values, "values")
     check_spacing(spacing, image.dim() - 2, "image", image)
     sigma_rgb = colour_sigma(image, sigma_rgb)
@@ -150,7 +148,7 @@ def bilateral_error(
         >>> bool(bilateral_error(values, image, bilateral_filter(values, image, tolerance=1e-2)) < 1e-2)
         True
     """
-    _check_values(values)
+    check_channels(values, values.dtype)
     check_floating("filtered", filtered)
     check_like("filtered", filtered, values.shape, "values", values)
     check_finite("filtered", filtered)
@@ -161,9 +159,3 @@ def bilateral_error(
     features = guide_features(image.to(dtype), sigma_rgb, sigma_xy, spacing).detach()
     flat, result = (t.detach().flatten(2).to(dtype) for t in (values, filtered))
     return torch.ops.segloss.bilateral_error(flat, features, result)
-
-
-def _check_values(values: Tensor) -> None:
-    check_floating("values", values)
-    check_space("values", values, "[B, K, *spatial]")
-    check_finite("values", values, _LARGEST_WIDE if values.dtype == torch.float64 else LARGEST)

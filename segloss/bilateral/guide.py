@@ -20,6 +20,7 @@ SIGMA_RGB = 15 / 255  # of the filter and its losses, for RGB in [0, 1]
 MOST_AXES = 3  # of space: signals, images and volumes
 
 _NARROWEST = 1e-10  # smaller sigmas give the same kernel: no two different pixels meet
+_LARGEST_WIDE = 1e130  # of float64: squares of sums over an image are finite
 _FARTHEST = 1e14  # sigmas from the middle of an image: squares of what is beyond would overflow
 
 
@@ -56,6 +57,13 @@ def guide_colour(image: Tensor, sigma_rgb: float | Tensor) -> Tensor:
         reach = (high / 2 - low / 2).amax(1).unflatten(0, (-1, 1, *flat))
         shrink = (_FARTHEST * sigma / reach).clamp(max=1)
     return (image - middle) * shrink / sigma
+
+
+def check_channels(values: Tensor, dtype: torch.dtype) -> None:
+    """What is to be filtered in ``dtype``: ``[B, K, *spatial]``, no NaN, nothing whose sums could overflow."""
+    check_floating("values", values)
+    check_space("values", values, "[B, K, *spatial]")
+    check_finite("values", values, _LARGEST_WIDE if values.dtype == dtype == torch.float64 else LARGEST)
 
 
 def check_guide(image: Tensor, anchor: Tensor, name: str) -> None:

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from segloss.bilateral.guide import check_guide, check_space, colour_sigma, guide_features
+from segloss.bilateral.guide import check_channels, check_guide, colour_sigma, guide_features
 from segloss.bilateral.operator import prepare
 from segloss.bilateral.plan import make_plan
-from segloss.common.checks import check_choice, check_finite, check_floating, check_like, check_spacing, shape_text
+from segloss.common.checks import check_choice, check_has_values, check_like, check_spacing, shape_text
 
 _METHODS = ("auto", "exact", "blocksparse", "lattice")  # those that know all of an image before they see values
 
@@ -33,7 +33,8 @@ class PreparedFilter:
 
     Raises:
         TypeError, ValueError: as :func:`segloss.bilateral_filter`.
-        ValueError: ``method="lattice"`` and an image that it is not for.
+        ValueError: an image without pixels or without values, on the device meta; ``method="lattice"`` and an image
+            that it is not for.
 
     Source:
         The W of :func:`segloss.bilateral_filter`.
@@ -59,6 +60,7 @@ class PreparedFilter:
         filled: bool = False,
     ) -> None:
         check_guide(image, image, "image")
+        check_has_values("image", image)
         if image.numel() == 0:
             raise ValueError(f"image: expected at least one pixel, got {shape_text(image.shape)}")
         check_spacing(spacing, image.dim() - 2, "image", image)
@@ -77,15 +79,13 @@ class PreparedFilter:
 
         Raises:
             TypeError: ``values`` that are not floating point.
-            ValueError: another shape or device than that of the image, NaN or infinity; with ``alternate``, values that
-                want a gradient.
+            ValueError: another shape or device than that of the image, NaN, infinity or values beyond ±1e30 (±1e130
+                where both are float64); with ``alternate``, values that want a gradient.
         """
-        check_floating("values", values)
-        check_space("values", values, "[B, K, *spatial]")
+        check_channels(values, self._dtype)
         images, _, *size = self._image.shape
         batch = values.shape[0] if images == 1 else images
         check_like("values", values, (batch, values.shape[1], *size), "image", self._image)
-        check_finite("values", values)
         if self._alternate and values.requires_grad and torch.is_grad_enabled():
             raise ValueError("values: expected no gradient with alternate=True, got requires_grad; use torch.no_grad()")
         if values.numel() == 0:

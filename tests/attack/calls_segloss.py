@@ -165,6 +165,19 @@ def filtering(**settings: Any) -> Callable[[], Call]:
     return make
 
 
+def kept(values: Tensor, image: Tensor, **settings: Any) -> Tensor:
+    return segloss.PreparedFilter(image, **settings)(values)
+
+
+def preparing(**settings: Any) -> Callable[[], Call]:
+    def make() -> Call:
+        call = filtering(**settings)()
+        del call.arguments["precision"]
+        return Call(kept, call.arguments, of("values"), errors=call.errors)
+
+    return make
+
+
 def noise() -> Call:
     """Low rank cannot follow noise to this tolerance: the documented ToleranceError."""
     arguments = {"values": torch.randn(1, 2, 9, 9), "image": torch.rand(1, 3, 9, 9)}
@@ -333,6 +346,8 @@ CALLS: Calls = {
         | {"spacing": (1.0, 2.0)},
         lambda arguments: (len(arguments["values"]),),
     ),
+    "segloss.PreparedFilter": preparing(),
+    "segloss.PreparedFilter lattice": preparing(method="lattice"),
     "segloss.bilateral_filter": filtering(),
     "segloss.bilateral_filter blocksparse": filtering(method="blocksparse"),
     "segloss.bilateral_filter lowrank": filtering(method="lowrank"),
