@@ -53,11 +53,11 @@ WALKS: tuple[dict[str, Any], ...] = (
     {"beta": 10.0, "steps": 256, "scale": 1.5},
     {"beta": 10.0, "steps": 1024, "scale": 2.0},
 )
-AFFINITY_STEPS = (4, 16, 64, 256)  # of the walks over learned affinities; the last one is the papers'
+WALK_STEPS = (4, 16, 64, 256)  # of the walks over learned affinities; the last one is the papers'
 FINEST = 8  # stride of what AffinityNet and IRNet give
 RADIUS = 5
 SMALL = 160  # pixels of the images that segmentation networks train on
-STEPS = 200
+AFFINITY_STEPS, NETWORK_STEPS = 200, 300
 SPLITS: tuple[Split, ...] = ("held out", "val", "fit")
 
 
@@ -184,7 +184,7 @@ class Refiner:
             walked = random_walk(small, affinity.matrix(output), beta=affinity.beta, steps=steps)
             return {title: scaled(walked[0])}
 
-        settings = {"labels": content(labels), "steps": STEPS, "radius": RADIUS, "walk": steps}
+        settings = {"labels": content(labels), "steps": AFFINITY_STEPS, "radius": RADIUS, "walk": steps}
         return self._kept(one, title, source, images, settings)
 
     def _network(self, name: str, labels: list[Tensor]) -> "Neighbours":
@@ -198,11 +198,11 @@ class Refiner:
     def chosen_steps(self, name: str, source: Method, labels: list[Tensor]) -> int:
         """Of the walk, those of the best mIoU on images held out."""
         found, title = [], f"{MAPS} + {name}"
-        for steps in AFFINITY_STEPS:
+        for steps in WALK_STEPS:
             made = self.measured("held out", {title: self.affine(name, "held out", source, labels, steps)})
             found.append(best_threshold(made[f"sweep, {title}"]).miou)
             print(f"{title}, {steps} steps: {100 * found[-1]:.1f}", flush=True)
-        return AFFINITY_STEPS[found.index(max(found))]
+        return WALK_STEPS[found.index(max(found))]
 
 
 class Neighbours(nn.Module):
@@ -237,7 +237,7 @@ def train_affinity(work: Work, affinity: Affinity, labels: list[Tensor], name: s
         lambda output, batch: affinity.loss(output, batch["labels"][:, middle, middle]),
         config.stream(known, config.fit(mirror=True)),
         deeplab.optimizer(model, config.weights),
-        steps=STEPS,
+        steps=AFFINITY_STEPS,
         name=name,
         options=config,
     )
@@ -260,7 +260,7 @@ def on_labels(config: Config, labels: list[Tensor]) -> Config:
 
 
 def network_config(work: Work, seed: int, size: int = SMALL) -> Config:
-    preset = Config.PHOTOGRAPHS | {"frozen": True, "size": size, "steps": STEPS, "save_every": 50}
+    preset = Config.PHOTOGRAPHS | {"frozen": True, "size": size, "steps": NETWORK_STEPS, "save_every": 50}
     config = Config(data="voc", root=work.data, seed=seed, resume=True, **preset)
     return dataclasses.replace(config, out=work.folder / f"networks-{digest(plain(config))}")
 
@@ -335,10 +335,9 @@ def refined(refiner: Refiner) -> Refined:
     pictures.draw(located, shown, drawn | {name + CRF_MASKS: None for name in ends}, work.folder / "masks.jpg")
 
     small = network_config(work, 0).whole(maps.mapped(work, "fit"))
-    rough = refiner.maker.located({name: methods["fit"][name] for name in ("CAM", MAPS)}, small)
-    labels = {name: thresholded(rough, name, thresholds[name]) for name in ("CAM", MAPS)}
-    labels[WALKED_MAPS] = sure
-    labels[learned] = refiner.pseudo_labels(methods["fit"], learned, thresholds)
+    trained_on = ("CAM", MAPS, *ends)
+    located = refiner.maker.located({name: methods["fit"][name] for name in trained_on}, small)
+    labels = {name: thresholded(located, name, thresholds[name]) for name in trained_on}
     labels[TRUE] = [small.labels(i).as_subclass(Tensor).byte() for i in range(len(small))]
     return Refined(runs, labels, learned, better(ends), chosen)
 
@@ -389,7 +388,7 @@ def run(work: Work) -> Outcome:
     ]
     about = (
         f"{len(runs[best][0])} images; maps of one classifier; networks on {len(labels[TRUE])} images, {work.repeats}, "
-        f"{SMALL} pixels, {STEPS} steps, those on walked maps on pseudo-labels of the CRF; "
+        f"{SMALL} pixels, {NETWORK_STEPS} steps; "
         f"best of {len(WALKS)} walks on the images held out: {maps.told(walked)}"
     )
     return Outcome(figures, verdicts, about)
