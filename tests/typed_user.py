@@ -61,6 +61,7 @@ def tools(logits: Tensor, image: Tensor, labels: Tensor, tags: Tensor, sizes: Te
     assert_type(segloss.feature_affinity(features, radius=3), Tensor)
     assert_type(segloss.path_affinity(features, radius=3), Tensor)
     segloss.check_values(True)
+    assert_type(segloss.PreparedFilter(image)(logits), Tensor)
     try:
         filtered = segloss.bilateral_filter(logits, image, method="lowrank")
         assert_type(filtered, Tensor)
