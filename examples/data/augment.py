@@ -131,15 +131,15 @@ class _View:
         if pixels.shape[1:] != (self.height, self.width):
             pixels = interpolate(pixels[None], (self.height, self.width), mode="bilinear", antialias=True)[0]
             pixels = pixels.clamp(0, 1)  # rounding
-        padding = pixels.new_tensor(MEAN_COLOUR)[:, None, None].repeat(1, self.size, self.size)
-        return tv_tensors.wrap(self._window(pixels, padding), like=image)
+        return tv_tensors.wrap(self._window(pixels, pixels.new_tensor(MEAN_COLOUR)[:, None, None]), like=image)
 
     def _mask(self, mask: tv_tensors.Mask) -> tv_tensors.Mask:
         values = mask.as_subclass(Tensor)
-        rows, columns = _nearest(values.shape[-2], self.height), _nearest(values.shape[-1], self.width)
         integers = not (values.dtype.is_floating_point or values.dtype == torch.bool)
-        padding = values.new_full((*values.shape[:-2], self.size, self.size), VOID if integers else 0)
-        return tv_tensors.wrap(self._window(values[..., rows[:, None], columns], padding), like=mask)
+        if values.shape[-2:] != (self.height, self.width):
+            rows, columns = _nearest(values.shape[-2], self.height), _nearest(values.shape[-1], self.width)
+            values = values[..., rows[:, None], columns]
+        return tv_tensors.wrap(self._window(values, VOID if integers else 0), like=mask)
 
     def _boxes(self, boxes: tv_tensors.BoundingBoxes, height: int, width: int) -> tv_tensors.BoundingBoxes:
         factors = boxes.new_tensor([self.width / width, self.height / height] * 2)
@@ -149,13 +149,17 @@ class _View:
             x1, x2 = self.size - x2, self.size - x1
         return tv_tensors.wrap(torch.stack([x1, y1, x2, y2], 1), like=boxes, canvas_size=(self.size, self.size))
 
-    def _window(self, values: Tensor, padding: Tensor) -> Tensor:
-        """Puts what the window shows of a resized map on its padding."""
+    def _window(self, values: Tensor, padding: Tensor | int) -> Tensor:
+        """What the window shows of a resized map, on its padding."""
         top, bottom = max(self.top, 0), min(self.top + self.size, self.height)
         left, right = max(self.left, 0), min(self.left + self.size, self.width)
-        rows, columns = slice(top - self.top, bottom - self.top), slice(left - self.left, right - self.left)
-        padding[..., rows, columns] = values[..., top:bottom, left:right]
-        return padding.flip(-1) if self.mirror else padding
+        shown = values[..., top:bottom, left:right]
+        if shown.shape[-2:] != (self.size, self.size):
+            padded = shown.new_empty((*shown.shape[:-2], self.size, self.size))
+            padded[:] = padding
+            padded[..., top - self.top : bottom - self.top, left - self.left : right - self.left] = shown
+            shown = padded
+        return shown.flip(-1) if self.mirror else shown
 
 
 def _nearest(count: int, resized: int) -> Tensor:

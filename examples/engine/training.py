@@ -108,6 +108,7 @@ def seed_everything(seed: int) -> None:
     _seed(seed)
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # all of it is written before it is read
 
 
 def _seed(seed: int) -> None:
