@@ -133,7 +133,8 @@ def complete(sample: Sample, classes: int) -> Sample:
     images, which a sample has already, stay.
     """
     sample = dict(sample)
-    sample.setdefault("valid", tv_tensors.Mask(torch.ones(sample["image"].shape[1:], dtype=torch.bool)))
+    if "valid" not in sample:
+        sample["valid"] = tv_tensors.Mask(torch.ones(sample["image"].shape[1:], dtype=torch.bool))
     if "labels" in sample:
         sizes = class_sizes(sample["labels"], classes)
         sample.setdefault("sizes", sizes)

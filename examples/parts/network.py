@@ -42,9 +42,18 @@ class EncoderDecoder(nn.Module):
         x1 = self.down1((4 * image - 2).contiguous(memory_format=torch.channels_last))
         x2 = self.down2(x1)
         x = self.down3(x2)
-        x = self.up2(torch.cat([F.interpolate(x, size=x2.shape[2:], mode="bilinear"), x2], 1))
-        x = self.up1(torch.cat([F.interpolate(x, size=x1.shape[2:], mode="bilinear"), x1], 1))
+        x = self.up2(_beside(x, x2))
+        x = self.up1(_beside(x, x1))
         return F.interpolate(self.head(x), size=image.shape[2:], mode="bilinear")
+
+
+def _beside(coarse: Tensor, fine: Tensor) -> Tensor:
+    """Channels of both, the first ones at the resolution of the second."""
+    upsampled = F.interpolate(coarse, size=fine.shape[2:], mode="bilinear")
+    if upsampled.requires_grad:
+        # A slice of the gradient of both would be upsampled backwards in another memory format, ten times as slowly.
+        upsampled.register_hook(lambda grad: grad.contiguous(memory_format=torch.channels_last))
+    return torch.cat([upsampled, fine], 1)
 
 
 def tag_loss(logits: Tensor, tags: Tensor) -> Tensor:
