@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import skimage
-import sklearn
 import torch
 import torch.nn.functional as F
 from data.files import read_image
+from data.scenes import bundled_file
 from engine.command import check_least, output_folder, run
 from engine.processes import Device, pick_device
 from matplotlib.figure import Figure
@@ -82,8 +81,7 @@ class Shown(NamedTuple):
 
 
 def bundled() -> list[Path]:
-    folders = (Path(skimage.__file__).parent / "data", Path(sklearn.__file__).parent / "datasets" / "images")
-    return [next(folder / name for folder in folders if (folder / name).is_file()) for name in BUNDLED]
+    return [bundled_file(name) for name in BUNDLED]
 
 
 def load(path: Path, size: int, device: torch.device) -> Tensor:

@@ -10,17 +10,15 @@ or 2 of 255.
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import skimage
-import sklearn
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import binary_dilation
-from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -246,19 +244,32 @@ class Scenes(Dataset[Scene]):
 _BICUBIC = Image.Resampling.BICUBIC
 
 
+def bundled_file(name: str) -> Path:
+    """Path of a picture that scikit-image or scikit-learn brings along."""
+    folders = (_package("skimage") / "data", _package("sklearn") / "datasets" / "images")
+    return next(folder / name for folder in folders if (folder / name).is_file())
+
+
+def _package(name: str) -> Path:
+    """Folder of a package that is read, but not imported: scikit-learn takes as long to import as half of torch."""
+    spec = find_spec(name)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    return Path(spec.origin).parent
+
+
 @cache
 def _digits(split: Split) -> Pixels:
     """Handwritten digits cropped to 8 x 8, 0 to 240."""
     start, stop = SPLITS[split]
-    images = load_digits().images
+    images = np.loadtxt(_package("sklearn") / "datasets/data/digits.csv.gz", delimiter=",")[:, :-1].reshape(-1, 8, 8)
     return (images[int(start * len(images)) : int(stop * len(images))] * 15).astype(np.uint8)
 
 
 @cache
 def _region(name: str, split: Split) -> Image.Image:
     """The part of a bundled picture that belongs to a split, RGB."""
-    folders = (Path(skimage.__file__).parent / "data", Path(sklearn.__file__).parent / "datasets" / "images")
-    with Image.open(next(folder / name for folder in folders if (folder / name).is_file())) as file:
+    with Image.open(bundled_file(name)) as file:
         picture = file.convert("RGB")
     if name == "retina.jpg":  # without its black corners
         picture = picture.crop((300, 300, 1100, 1100))

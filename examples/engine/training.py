@@ -108,7 +108,8 @@ def seed_everything(seed: int) -> None:
     _seed(seed)
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # all of it is written before it is read
+    # All memory is written before it is read; the module has the attribute through a class of its own.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _seed(seed: int) -> None:
