@@ -148,7 +148,7 @@ def _weighted(tiles: Tiles, first: Tensor, second: Tensor) -> Iterator[_Pairs]:
     extent = centred.square().sum(1).amax(1)
     compact = extent[first] + extent[second] <= _COMPACT[features.dtype]
     step = max(1, _CHUNK // size**2)
-    buffer, apart = features.new_empty((2, step, size, size))
+    buffer = features.new_empty((step, size, size))
     for group, accurate in ((compact, True), (~compact, False)):
         for i, j in zip(first[group].split(step), second[group].split(step), strict=True):
             weights = buffer[: len(i)]
@@ -164,8 +164,7 @@ def _weighted(tiles: Tiles, first: Tensor, second: Tensor) -> Iterator[_Pairs]:
             else:
                 weights.copy_(-half.expand_as(weights))
                 for d in range(dims):
-                    torch.sub(a[:, d, :, None], b[:, d, None, :], out=apart[: len(i)])
-                    weights.sub_(apart[: len(i)].square_().mul_(LOG2E / 2))
+                    weights.sub_((a[:, d, :, None] - b[:, d, None, :]).square_().mul_(LOG2E / 2))
             yield _Pairs(i, j, a, b, weights.clamp_(min=UNDERFLOW).exp2_())
 
 
