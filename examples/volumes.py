@@ -58,7 +58,7 @@ class Config(training.Options):
     """Number of training volumes, of phantoms."""
     pretrain_steps: int = 300
     """Optimizer steps of the pretraining on tags from which all trainings start."""
-    steps: int = 500
+    steps: int = 250
     """Optimizer steps of each training."""
     batch_size: int = 8
     """Volumes of an optimizer step."""
@@ -220,7 +220,7 @@ def total(terms: Sequence[Loss], logits: Tensor, batch: Batch) -> Tensor:
     return sum(values[1:], values[0])
 
 
-def unet(classes: int) -> nn.Module:
+def unet(classes: int) -> nn.Sequential:
     """MONAI's UNet; slices are thick, so that its first step halves height and width only.
 
     Its last layer, a transposed convolution, has weights of its own for every other voxel: sizes can be met by stripes,
