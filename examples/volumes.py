@@ -235,8 +235,8 @@ def unet(classes: int) -> nn.Sequential:
         norm="BATCH",  # that of instances would hide how much of a class there is
         act="RELU",
     )
-    mean, back = nn.AvgPool3d((1, 2, 2)), nn.Upsample(scale_factor=(1, 2, 2), mode="trilinear")
-    return nn.Sequential(model, mean, back).to(memory_format=torch.channels_last_3d)  # a third faster on CPU
+    model = model.to(memory_format=torch.channels_last_3d)  # a third faster on CPU
+    return nn.Sequential(model, nn.AvgPool3d((1, 2, 2)), nn.Upsample(scale_factor=(1, 2, 2), mode="trilinear"))
 
 
 class Outcome(NamedTuple):
