@@ -112,7 +112,10 @@ def potts_crf(
         centred: with ``scale_factor``, take image and gate where S is taken, linear as S, and count the pixels that
             are made of valid ones alone.
         normalize: divide each image's loss by its number of valid ``"pixels"`` or ``"pairs"`` (their square), at the
-            scale of the computation; None for the formula.
+            scale of the computation; None for the formula. ``"pixels"`` makes a weight fit images of any size, but of
+            one resolution: at half of it, or half the ``scale_factor``, a pixel has a quarter of its neighbours, a
+            voxel an eighth, and the value shrinks by as much. ``"pairs"`` makes it fit another resolution, not another
+            size.
         method, tolerance, backend, precision: as in :func:`~segloss.bilateral_filter`.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` over the images.
 

@@ -163,6 +163,20 @@ def test_normalisation_divides_by_valid_pixels_or_pairs() -> None:
         torch.testing.assert_close(divided, plain / divisor)
 
 
+@pytest.mark.parametrize("spatial", [(12, 16), (6, 8, 8)])
+def test_only_the_loss_per_pair_is_the_same_at_twice_the_resolution(spatial: tuple[int, ...]) -> None:
+    """A pixel has 2 neighbours along each axis where it had 1."""
+    coarse = torch.rand(1, 3, *spatial, dtype=torch.float64), torch.rand(1, 3, *spatial, dtype=torch.float64)
+    fine = tuple(torch.nn.functional.interpolate(own, scale_factor=2) for own in coarse)
+    settings = {"sigma_rgb": 0.3, "sigma_xy": 4.0, "method": "exact"}
+    for normalize, factor in (("pixels", 2 ** len(spatial)), ("pairs", 1)):
+        low, high = (
+            segloss.potts_crf(*pair, spacing=(step,) * len(spatial), normalize=normalize, **settings)
+            for pair, step in ((coarse, 1.0), (fine, 0.5))
+        )
+        assert float(high / low) == pytest.approx(factor, rel=0.02)
+
+
 def test_scaling_shrinks_the_problem() -> None:
     image = picture("smooth", 16, 24)
     logits = torch.randn(1, 3, 16, 24, dtype=torch.float64)
