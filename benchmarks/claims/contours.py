@@ -63,7 +63,8 @@ class Tail(nn.Module):
         frozen = Segmenter(model.encoder, len(images[0].classes), strides=(STRIDE,))
         freeze(frozen, images, work.folder / f"features-{STRIDE}")
         self.before = frozen.encoder
-        self.layers, self.head = copy.deepcopy(model.encoder.features[model.fixed :]), copy.deepcopy(model.head)
+        self.layers = copy.deepcopy(model.encoder.features[model.fixed :])
+        self.head: nn.Module = copy.deepcopy(model.head)
 
     def forward(self, image: Tensor) -> Output:
         features = self.layers(self.before.pyramid(image)[STRIDE])
