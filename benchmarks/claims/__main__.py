@@ -12,7 +12,7 @@ from data.sample import DataError
 from engine.storage import StorageError
 
 from benchmarks.__main__ import HERE, environment
-from benchmarks.claims import contours, few_masks, maps, ood, refinement, report, seeds, sizes
+from benchmarks.claims import boxes, contours, few_masks, maps, ood, refinement, report, seeds, sizes
 from benchmarks.claims.shared import Outcome, Work
 
 CLAIMS: dict[str, Callable[[Work], Outcome]] = {
@@ -23,6 +23,7 @@ CLAIMS: dict[str, Callable[[Work], Outcome]] = {
     "few_masks": few_masks.run,
     "ood": ood.run,
     "seeds": seeds.run,
+    "boxes": boxes.run,
 }
 
 

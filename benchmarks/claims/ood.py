@@ -152,44 +152,35 @@ def described(model: TagClassifier | contours.Tail, images: Images) -> dict[str,
 
 
 class Method(NamedTuple):
-    """How a classifier trains on.
+    """How a classifier trains on with images that show no class.
 
     Attributes:
-        source: of the images without a class; None for the training images alone.
-        weight: of the distance to these; 0 for their classification alone.
+        source: of these images.
+        weight: of the distance to them; 0 for their classification alone.
     """
 
-    source: str | None
+    source: str
     weight: float = 0.0
 
 
-def train(work: Work, seed: int, method: Method | None) -> dict[str, Tensor]:
+ALONE, PLAIN, BEFORE = "classified alone", "training images alone", "before"
+
+
+def train(work: Work, seed: int, method: Method | str) -> dict[str, Tensor]:
     """What :func:`benchmarks.claims.maps.assess` finds for the CAMs of a classifier, logits and tags, by split.
 
     Args:
         work: the photographs and the folder.
         seed: of the order of the images.
-        method: None for the classifier before the training.
+        method: ``PLAIN`` for the classifier of claim 5 that trains on with average pooling, ``BEFORE`` for none.
     """
-    config = config_of(work, seed)
 
     def make() -> dict[str, Tensor]:
-        images, found = contours.kept(work), hard(work, method.source)[0] if method and method.source else None
-        seen = [*images.values(), *([found] if found else [])]
-        model = contours.Tail(maps.classifier(work), seen, work).eval()
-        if method:
-            data: Images = WithOOD(images["fit"], found) if found else images["fit"]
-            training.seed_everything(seed)
-            clusters = fitted(model, images["fit"], found) if found and method.weight else None
-            training.train(
-                model,
-                loss_of(clusters, method.weight),
-                config.stream(data, config.fit(mirror=True)),
-                torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=1e-2),
-                steps=contours.STEPS * len(data) // len(images["fit"]),  # as many epochs of the training images
-                name=f"{method.source} {method.weight}, seed {seed}",
-                options=config,
-            )
+        if isinstance(method, Method):
+            model = trained(work, seed, method)
+        else:
+            model = contours.trained(work, seed, contours.Weights(0, 0) if method == PLAIN else None)
+        images = contours.kept(work)
         return {
             f"{split}, {name}": values
             for split in ("held out", "val")
@@ -197,7 +188,26 @@ def train(work: Work, seed: int, method: Method | None) -> dict[str, Tensor]:
             for name, values in found.items()
         }
 
-    return work.once(f"W-OoD, {method}, seed {seed}", plain(config) | {"method": method, "parts": PARTS}, make)
+    settings = plain(config_of(work, seed)) | {"method": method, "parts": PARTS, "clusters": CLUSTERS}
+    return work.once(f"W-OoD, {method}, seed {seed}", settings, make)
+
+
+def trained(work: Work, seed: int, method: Method) -> contours.Tail:
+    config, images, (found, _) = config_of(work, seed), contours.kept(work), hard(work, method.source)
+    model = contours.Tail(maps.classifier(work), [*images.values(), found], work).eval()
+    clusters = fitted(model, images["fit"], found) if method.weight else None
+    data = WithOOD(images["fit"], found)
+    training.seed_everything(seed)
+    training.train(
+        model,
+        loss_of(clusters, method.weight),
+        config.stream(data, config.fit(mirror=True)),
+        torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=1e-2),
+        steps=contours.STEPS * len(data) // len(images["fit"]),  # as many epochs of the training images
+        name=f"{method.source}, {method.weight}, seed {seed}",
+        options=config,
+    )
+    return model
 
 
 def fitted(model: contours.Tail, images: Images, found: Images) -> segloss.OODClusters:
@@ -212,7 +222,7 @@ def fitted(model: contours.Tail, images: Images, found: Images) -> segloss.OODCl
 def loss_of(clusters: segloss.OODClusters | None, weight: float) -> training.Loss:
     def loss(output: Output, batch: Batch) -> Tensor:
         features, logits = (maps.mean((2, 3)) for maps in output)
-        known = ~batch["ood"] if "ood" in batch else torch.ones(len(logits), dtype=torch.bool)
+        known = ~batch["ood"]
         tags = present(batch)[known]
         value = segloss.ood_classification(logits[known], tags, logits[~known])
         return value + weight * clusters(features[known], tags) if clusters else value
@@ -238,9 +248,6 @@ def pixels(made: Mapping[str, Tensor], measure: Literal["precision", "recall"]) 
     return 100 * float(getattr(best, measure)[1:].nanmean())
 
 
-ALONE, PLAIN = "classified alone", "training images alone"
-
-
 def run(work: Work) -> Outcome:
     counted = {source: hard(work, source)[1] for source in SOURCES}
     about = "; ".join(
@@ -250,14 +257,14 @@ def run(work: Work) -> Outcome:
     tested = [source for source, number in counted.items() if number >= LEAST]
     if not tested:
         return Outcome({}, [Verdict("W-OoD adds to mIoU of CAM", "49.5 to 53.3", None)], about)
-    methods: dict[str, Method | None] = {"before": None, PLAIN: Method(None)}
+    methods: dict[str, Method | str] = {BEFORE: BEFORE, PLAIN: PLAIN}
     for source in tested:
         ahead = {weight: train(work, 0, Method(source, weight)) for weight in WEIGHTS}
         best = max(WEIGHTS, key=lambda weight: best_threshold(ahead[weight]["held out, sweep, CAM"]).miou)
         methods |= {f"{source}, {ALONE}": Method(source), f"{source}, W-OoD": Method(source, best)}
         about += f"; weight {best:g} for {source}"
     made = {
-        name: [train(work, seed, method) for seed in range(work.seeds if method else 1)]
+        name: [train(work, seed, method) for seed in range(1 if name == BEFORE else work.seeds)]
         for name, method in methods.items()
     }
     runs: dict[str, Runs] = {name: [own["val, CAM"] for own in of] for name, of in made.items()}
@@ -303,5 +310,5 @@ def run(work: Work) -> Outcome:
                 most=2.0,
             ),
         ]
-    images = len(runs["before"][0])
+    images = len(runs[BEFORE][0])
     return Outcome(figures, verdicts, f"{images} images, {work.repeats}, {contours.STEPS} steps without them; {about}")

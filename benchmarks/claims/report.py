@@ -20,6 +20,7 @@ TITLES = {
     "few_masks": "4. Few masks",
     "ood": "6. W-OoD",
     "seeds": "7. FickleNet, seed growing, constrain to boundary",
+    "boxes": "8. BBAM",
 }
 
 

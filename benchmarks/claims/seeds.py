@@ -1,9 +1,9 @@
 """Claim 7: FickleNet's layer covers more of objects; networks on few sure pixels gain by growing and boundaries.
 
-The claims of Jungbeom Lee's dissertation, sections 2.3.2 and 3.2.1. FickleNet's layer is the last one of a pretrained
-network whose last layers train with it; its maps are compared with CAMs of the network that trained as long with the
-usual head. Light decoders on frozen features train on the sure pixels of CAM's and of AdvCAM's maps: on these alone,
-with deep seeded region growing, constrained to boundaries, and with both (DSRG).
+The claims of Jungbeom Lee's dissertation, sections 2.3.2 and 3.2.1. FickleNet's layer takes the place of the head of a
+pretrained network, on whose last features it trains; its maps are compared with CAMs of the usual head. Light decoders
+on frozen features train on the sure pixels of CAM's and of AdvCAM's maps: on these alone, with deep seeded region
+growing, constrained to boundaries, and with both (DSRG).
 """
 
 import dataclasses
@@ -13,19 +13,20 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from data.sample import VOID, Batch, Images, Sample
+from data.stream import Whole
 from engine import training
-from engine.per_image import each_image
+from engine.per_image import each_image, read
 from isl_fsl import Config, average
 from parts import deeplab
 from parts.localise import Method
 from parts.settings import PHOTOGRAPHS
-from parts.tag_classifier import Output, plain, present
+from parts.tag_classifier import TagClassifier, plain, present
 from parts.tag_classifier import digest as digest_of_weights
 from pseudo_labels import Relabelled, build_network
 from torch import Tensor
 
 import segloss
-from benchmarks.claims import contours, maps, refinement, sizes
+from benchmarks.claims import maps, refinement, sizes
 from benchmarks.claims.maps import Maker
 from benchmarks.claims.refinement import TRUE, Refiner
 from benchmarks.claims.shared import Outcome, Runs, Split, Verdict, Work, difference, digest, estimate, share
@@ -34,13 +35,13 @@ from segattr.ficklenet import stochastic_grad_cam
 from segattr.networks import evaluating
 from segattr.refine import dense_crf, grow_seeds
 
-KERNEL, DROP, PASSES, THRESHOLD = 9, 0.9, 200, 0.35  # FickleNet's
-FICKLE, WINDOW, CAM = "FickleNet", "window of 9 cells", "CAM"
-HEADS: dict[str, float | None] = {CAM: None, WINDOW: 0.0, FICKLE: DROP}  # and the rates at which they hide units
-LARGEST, MEAN = "largest of the passes", "mean of the passes"
+DROP, PASSES, THRESHOLD = 0.9, 200, 0.35  # FickleNet's
 STRIDE: Literal[16, 32] = 16  # of the maps
-STEPS = 120  # of classifiers, eight epochs
-RATES = (1e-4, 1e-3)  # of layers, and of a head, which may be a new one
+KERNEL = 5  # 80 pixels; FickleNet's 9 cells of its stride, 8, are 72
+FICKLE, WINDOW, CAM = "FickleNet", "no unit hidden", "CAM"
+HEADS = {WINDOW: 0.0, FICKLE: DROP}  # rates at which layers hide units
+LARGEST, MEAN = "largest of the passes", "mean of the passes"
+STEPS = 150  # of these layers, ten epochs
 
 MAPS = ("CAM", "AdvCAM")
 
@@ -62,81 +63,99 @@ TERMS = {
 SHRUNK = 4  # times, images for the CRF
 
 
-def classifier(work: Work, head: str, seed: int) -> contours.Tail:
-    """Trained on tags, with a head."""
-    config, images, drop = config_of(work, seed), contours.kept(work), HEADS[head]
-    start = maps.classifier(work, stride=STRIDE)
-    model = contours.Tail(start, list(images.values()), work).eval()
-    training.seed_everything(seed)
-    if drop is not None:
-        model.head = StochasticConv2d(start.head.in_channels, start.head.out_channels, KERNEL, drop)
-    layers, own = model.layers.parameters(), model.head.parameters()
-    groups = [{"params": values, "lr": rate} for values, rate in zip((layers, own), RATES, strict=True)]
+def config_of(work: Work, seed: int) -> Config:
+    preset = Config.PHOTOGRAPHS | {"steps": STEPS, "save_every": 50}
+    config = Config(data="voc", root=work.data, seed=seed, resume=True, **preset)
+    return dataclasses.replace(config, out=work.folder / f"fickle-{digest(plain(config))}")
 
-    def loss(output: Output, batch: Batch) -> Tensor:
-        return average(output[1], present(batch))
+
+class Features(Images):
+    """The last features of images in place of these, made once; they stay in memory.
+
+    Args:
+        work: has the folder of the features.
+        split: of the images.
+        model: whose features they are.
+    """
+
+    def __init__(self, work: Work, split: Split, model: TagClassifier) -> None:
+        images, folder = Whole(work.part(split), config_of(work, 0).fit()), work.folder / f"last-{STRIDE}"
+        self.names, self.classes = images.names, images.classes
+
+        def one(sample: Sample) -> dict[str, Tensor]:
+            with torch.no_grad(), evaluating(model):
+                features, _ = model(sample["image"].as_subclass(Tensor)[None])
+            return {"features": features[0].half(), "tags": sample["tags"]}
+
+        each_image(one, images, folder, settings={"weights": digest_of_weights(model)}, name="features")
+        self._found = [read(folder, name) for name in self.names]
+
+    def __getitem__(self, index: int) -> Sample:
+        found = self._found[index]
+        return {"image": found["features"].float(), "tags": found["tags"]}
+
+
+def layer(work: Work, name: str, seed: int, images: Images) -> StochasticConv2d:
+    """Trained on the features of images."""
+    config, (_, channels, *_) = config_of(work, seed), images[0]["image"][None].shape
+    training.seed_everything(seed)
+    model = StochasticConv2d(channels, len(images.classes) - 1, KERNEL, HEADS[name])
+
+    def loss(scores: Tensor, batch: Batch) -> Tensor:
+        return average(scores, present(batch))
 
     training.train(
         model,
         loss,
-        config.stream(images["fit"], config.fit(mirror=True)),
-        torch.optim.AdamW(groups, weight_decay=1e-2),
+        config.stream(images),
+        torch.optim.AdamW(model.parameters(), PHOTOGRAPHS.rates[0], weight_decay=1e-2),
         steps=STEPS,
-        name=f"{head}, seed {seed}",
+        name=f"{name}, seed {seed}",
         options=config,
     )
     return model
 
 
-def config_of(work: Work, seed: int) -> Config:
-    preset = Config.PHOTOGRAPHS | {"steps": STEPS, "save_every": 20}
-    config = Config(data="voc", root=work.data, seed=seed, resume=True, **preset)
-    return dataclasses.replace(config, out=work.folder / f"fickle-{digest(plain(config))}")
-
-
-def passes(model: contours.Tail) -> Callable[[Sample], dict[str, Tensor]]:
-    """Work for each image: the largest and the mean of the maps of all passes, each over its maximum.
+def passes(head: StochasticConv2d) -> Callable[[Sample], dict[str, Tensor]]:
+    """Work for the features of each image: the largest and the mean of the maps of all passes, each over its maximum.
 
     For one class, the labels of :func:`segattr.ficklenet` are where the largest is above the threshold.
     """
-    head = model.head
-    assert isinstance(head, StochasticConv2d)
 
+    @torch.no_grad()
     def work(sample: Sample) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(0)  # a new one for each image: results depend on that alone
-        with torch.no_grad(), evaluating(model):
-            features, _ = model(sample["image"].as_subclass(Tensor)[None])
-            weight = head.weight[sample["tags"][1:] > 0]
-            found = [
-                segloss.max_normalize(stochastic_grad_cam(features, weight, keep, drop=head.drop))[0]
-                for keep in (head.draw(features, generator) for _ in range(PASSES if head.drop else 1))
-            ]
+        features, weight = sample["image"][None], head.weight[sample["tags"][1:] > 0]
+        found = []
+        for _ in range(PASSES if head.drop else 1):
+            keep = head.draw(features, generator)
+            found.append(segloss.max_normalize(stochastic_grad_cam(features, weight, keep, drop=head.drop))[0])
         return {LARGEST: torch.stack(found).amax(0), MEAN: torch.stack(found).mean(0)}
 
     return work
 
 
-def mapped(work: Work, head: str, seed: int) -> dict[str, Tensor]:
+def mapped(work: Work, seed: int) -> dict[str, Tensor]:
     """Counts on val of the masks of the best threshold, by the names of maps; FickleNet's at its own threshold, too."""
 
     def make() -> dict[str, Tensor]:
-        images, model = contours.kept(work)["val"], classifier(work, head, seed)
-        if head == CAM:
-            return {CAM: maps.assess(maps.Mapped(images, model), [CAM])[CAM]}
-        depends = {"weights": digest_of_weights(model), "passes": PASSES}
-        folder = f"{head}-{digest(depends)}".replace(" ", "_")
-        each_image(passes(model), images, work.folder / "maps" / folder, settings=depends, name=head)
-        names = {head: LARGEST} | ({f"{head}, {MEAN}": MEAN} if head == FICKLE else {})
-        located = Maker(work, maps.classifier(work)).located(
-            {name: Method(folder, (kind,)) for name, kind in names.items()}, images
-        )
-        found = {name: maps.assess(located, [name])[name] for name in names}
-        if head == FICKLE:
-            found[f"{head} at {THRESHOLD}"] = maps.at_thresholds(located, {head: THRESHOLD})[head]
-        return found
+        model, images = maps.classifier(work, stride=STRIDE), maps.photographs(work, "val")
+        fit, val = (Features(work, split, model) for split in ("fit", "val"))
+        methods = {}
+        for name in HEADS:
+            head = layer(work, name, seed, fit)
+            depends = {"weights": digest_of_weights(head), "passes": PASSES}
+            folder = f"{name}-{digest(depends)}".replace(" ", "_")
+            each_image(passes(head), val, work.folder / "maps" / folder, settings=depends, name=name)
+            methods[name] = Method(folder, (LARGEST,))
+        methods[f"{FICKLE}, {MEAN}"] = methods[FICKLE]._replace(maps=(MEAN,))
+        located = Maker(work, model).located(methods, images)
+        found = {name: own for name, own in maps.assess(located, [*methods]).items() if name in methods}
+        found[f"{FICKLE} at {THRESHOLD}"] = maps.at_thresholds(located, {FICKLE: THRESHOLD})[FICKLE]
+        return found | {CAM: maps.variant(work, maps.config_of(work).size, STRIDE)[CAM]}
 
-    settings = plain(config_of(work, seed)) | {"passes": PASSES, "rates": RATES}
-    return work.once(f"{head}, stride {STRIDE}, seed {seed}", settings, make)
+    settings = plain(config_of(work, seed)) | {"passes": PASSES, "kernel": KERNEL, "stride": STRIDE}
+    return work.once(f"FickleNet, seed {seed}", settings, make)
 
 
 def sown(images: Images, name: str, threshold: float) -> list[Tensor]:
@@ -222,7 +241,7 @@ def known(labels: list[Tensor]) -> float:
 
 def run(work: Work) -> Outcome:
     seeds = range(work.seeds)
-    made = [{name: own for head in HEADS for name, own in mapped(work, head, seed).items()} for seed in seeds]
+    made = [mapped(work, seed) for seed in seeds]
     runs: dict[str, Runs] = {name: [own[name] for own in made] for name in made[0]}
     labels = labels_of(work)
     networks: dict[str, Runs] = {
@@ -238,7 +257,7 @@ def run(work: Work) -> Outcome:
     figures |= {f"network on {name}": estimate(own) for name, own in networks.items()}
     verdicts = [
         Verdict(f"maps of FickleNet are better than {words}", "", difference(runs[FICKLE], runs[other]), 0.0)
-        for other, words in ((CAM, "CAM of a network with the usual head"), (WINDOW, "those without hidden units"))
+        for other, words in ((CAM, "CAM of the usual head"), (WINDOW, "those of the layer without hidden units"))
     ]
     for name in MAPS:
         gains = (
@@ -261,8 +280,8 @@ def run(work: Work) -> Outcome:
     )
     sure = " and ".join(f"{known(own):.0f}% of {name}" for name, own in labels.sure.items())
     about = (
-        f"{len(runs[CAM][0])} images, {work.repeats}; classifiers with maps of stride {STRIDE}, {STEPS} steps; "
-        f"networks on {len(labels.whole[TRUE])} images, {refinement.SMALL} pixels, {refinement.STEPS} steps; "
-        f"pixels that are seeds: {sure}"
+        f"{len(runs[CAM][0])} images, {work.repeats}; maps of stride {STRIDE}, layers of {KERNEL} cells, "
+        f"{STEPS} steps; networks on {len(labels.whole[TRUE])} images, {refinement.SMALL} pixels, "
+        f"{refinement.STEPS} steps; pixels that are seeds: {sure}"
     )
     return Outcome(figures, verdicts, about)
