@@ -102,7 +102,10 @@ class Windows(Images):
 
     def __init__(self, images: Images, found: Sequence[Window]) -> None:
         self.classes = images.classes
-        self.names = [f"{images.names[own.image]}, {own.rows.start}, {own.columns.start}" for own in found]
+        self.names = [
+            f"{images.names[own.image]} {own.rows.start}-{own.rows.stop} {own.columns.start}-{own.columns.stop}"
+            for own in found
+        ]
         self._images, self._windows = images, found
 
     def __getitem__(self, index: int) -> Sample:
