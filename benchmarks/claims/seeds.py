@@ -29,7 +29,7 @@ import segloss
 from benchmarks.claims import maps, refinement, sizes
 from benchmarks.claims.maps import Maker
 from benchmarks.claims.refinement import TRUE, Refiner
-from benchmarks.claims.shared import Outcome, Runs, Split, Verdict, Work, difference, digest, estimate, share
+from benchmarks.claims.shared import Measure, Outcome, Runs, Split, Verdict, Work, difference, digest, estimate, share
 from segattr import StochasticConv2d
 from segattr.ficklenet import stochastic_grad_cam
 from segattr.networks import evaluating
@@ -253,11 +253,17 @@ def run(work: Work) -> Outcome:
         name: [refinement.train_network_on(work, own, name, seed) for seed in seeds]
         for name, own in labels.whole.items()
     }
-    figures = {name: estimate(own) for name, own in runs.items()}
+    measures: tuple[Measure, ...] = ("mIoU", "F")
+    figures = {f"{name}, {measure}": estimate(own, measure) for measure in measures for name, own in runs.items()}
     figures |= {f"network on {name}": estimate(own) for name, own in networks.items()}
+    kinds: tuple[tuple[str, str, Measure], ...] = (
+        (CAM, "CAM of the usual head", "mIoU"),
+        (CAM, "CAM of the usual head, by F", "F"),
+        (WINDOW, "those of the layer without hidden units", "mIoU"),
+    )
     verdicts = [
-        Verdict(f"maps of FickleNet are better than {words}", "", difference(runs[FICKLE], runs[other]), 0.0)
-        for other, words in ((CAM, "CAM of the usual head"), (WINDOW, "those of the layer without hidden units"))
+        Verdict(f"maps of FickleNet are better than {words}", "", difference(runs[FICKLE], runs[other], measure), 0.0)
+        for other, words, measure in kinds
     ]
     for name in MAPS:
         gains = (
