@@ -7,9 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data.sample import Stacked
 
-from benchmarks.claims import report, shared, sizes
+from benchmarks.claims import __main__ as command
+from benchmarks.claims import boxes, ood, report, seeds, shared, sizes
 from benchmarks.claims.shared import Estimate, Outcome, Verdict, Work, best_threshold, counts, score
+from segattr import StochasticConv2d, ficklenet
 from segattr.metrics import best_threshold_miou, contour_f, region_similarity
 from tests.forked import run
 from tests.tiny_photographs import write_tiny_photographs
@@ -162,6 +165,102 @@ def test_too_few_photographs_are_refused(work: Work) -> None:
     path.write_text("\n".join(path.read_text().splitlines()[:4]) + "\n")
     with pytest.raises(ValueError, match=r"expected more than 5 images in the list train, got 4$"):
         Work(work.data, work.folder).check()
+
+
+def test_every_claim_has_a_title() -> None:
+    assert {*command.CLAIMS} == {*report.TITLES}
+
+
+def test_windows_show_background_only() -> None:
+    labels = torch.zeros(2, 30, 40, dtype=torch.int64)
+    labels[0, :12, 20:], labels[1] = 1, 1
+    images = Stacked(("background", "cat"), torch.rand(2, 3, 30, 40), labels)
+    found = [*ood.windows(images)]
+    assert {own.image for own in found} == {0}
+    parts = ood.Windows(images, found)
+    assert len({*parts.names}) == len(parts)
+    for i in range(len(parts)):
+        sample = parts[i]
+        assert sample["image"].shape[1:] == sample["labels"].shape
+        assert not sample["labels"].any()
+
+
+def test_windows_do_not_touch_void() -> None:
+    labels = torch.zeros(1, 12, 12, dtype=torch.int64)
+    labels[0, 5, 5] = shared.VOID
+    images = Stacked(("background", "cat"), torch.rand(1, 3, 12, 12), labels)
+    found = {(own.rows.start, own.columns.start) for own in ood.windows(images) if own.rows.stop - own.rows.start == 6}
+    assert found == {(0, 6), (3, 6), (6, 0), (6, 3), (6, 6)}
+
+
+def test_bundled_photographs_show_none_of_the_classes() -> None:
+    assert {*ood.BUNDLED} - {*ood.Bundled(("background", "cat", "person")).names} == {
+        "astronaut.png",
+        "camera.png",
+        "chelsea.png",
+    }
+    images = ood.Bundled(("background", "sheep"))
+    for i in (0, len(images) - 1):
+        assert not images[i]["labels"].any()
+        assert images[i]["image"].shape[1:] == images[i]["labels"].shape
+
+
+def test_f1_of_tags_is_a_mean_over_the_classes() -> None:
+    logits, tags = torch.tensor([[2.0, -1], [1, 3], [-1, 2]]), torch.tensor([[1, 0], [0, 1], [0, 1]])
+    assert ood.f1({"val, logits": logits, "val, tags": tags}) == pytest.approx(100 * (2 / 3 + 1) / 2)
+
+
+def test_without_hard_images_w_ood_is_not_testable(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ood, "hard", lambda work, source: (None, 3))
+    outcome = ood.run(work)
+    assert [verdict.holds for verdict in outcome.verdicts] == ["not testable"]
+    assert "3 of 560 photographs are taken for a class" not in outcome.about  # astronaut and cat are classes here
+    assert "3 of" in outcome.about
+
+
+def test_seeds_are_what_maps_are_sure_of() -> None:
+    scores = torch.tensor([[[0.0, 0.2, 0.3, 0.7, 0.9]], [[0.1, 0.1, 0.0, 0.0, 0.95]]])
+    image = torch.rand(1, 3, 1, 5)
+    images = Stacked(("background", "cat", "dog"), image, torch.zeros(1, 1, 5).long(), CAM=scores[None])
+    (labels,) = seeds.sown(images, "CAM", 0.5)
+    assert labels.tolist() == [[0, 0, 255, 255, 2]]
+
+
+def test_growing_and_constraint_add_to_the_loss_of_seeds() -> None:
+    labels = torch.full((1, 16, 16), 255)
+    labels[:, :4], labels[:, 12:, 8] = 0, 1
+    logits = torch.zeros(1, 3, 16, 16)
+    logits[:, 0, :8], logits[:, 1, 8:12], logits[:, 1, 12:] = 9, 3, 6  # less sure where no seeds are
+    batch = {"labels": labels, "tags": torch.tensor([[1, 1, 0]]), "image": torch.rand(1, 3, 16, 16)}
+    batch["valid"] = torch.ones(1, 16, 16, dtype=torch.bool)
+    alone, grown, constrained = (seeds.loss_of(seeds.TERMS[name])(logits, batch) for name in [*seeds.TERMS][:3])
+    assert grown > alone
+    assert constrained > alone
+
+
+def test_passes_are_those_of_ficklenet() -> None:
+    head = StochasticConv2d(4, 3, seeds.KERNEL, seeds.DROP)
+    features = torch.rand(4, 6, 6)
+    found = seeds.passes(head)({"image": features, "tags": torch.tensor([1, 0, 1, 0])})
+    labels = ficklenet(
+        features[None],
+        head,
+        passes=seeds.PASSES,
+        threshold=0.35,
+        tags=torch.tensor([[0, 1, 0]]),
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert torch.equal(found[seeds.LARGEST][0] > 0.35, labels[0] == 1)
+
+
+def test_boxes_are_those_of_connected_parts() -> None:
+    labels = torch.zeros(64, 64, dtype=torch.int64)
+    labels[2:20, 3:23], labels[30:60, 3:40], labels[40:45, 50:55] = 1, 1, 2
+    masks, classes = boxes.objects(labels, 3)
+    assert classes.tolist() == [1, 1]
+    assert boxes.around(masks).tolist() == [[3, 2, 23, 20], [3, 30, 40, 60]]
+    assert torch.equal(boxes.filled(boxes.around(masks))[:, :64, :64], masks)
+    assert boxes.objects(torch.zeros_like(labels), 3)[0].shape == (0, 64, 64)
 
 
 @pytest.mark.slow

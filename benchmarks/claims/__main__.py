@@ -12,7 +12,7 @@ from data.sample import DataError
 from engine.storage import StorageError
 
 from benchmarks.__main__ import HERE, environment
-from benchmarks.claims import contours, few_masks, maps, refinement, report, sizes
+from benchmarks.claims import boxes, contours, few_masks, maps, ood, refinement, report, seeds, sizes
 from benchmarks.claims.shared import Outcome, Work
 
 CLAIMS: dict[str, Callable[[Work], Outcome]] = {
@@ -21,6 +21,9 @@ CLAIMS: dict[str, Callable[[Work], Outcome]] = {
     "contours": contours.run,
     "refinement": refinement.run,
     "few_masks": few_masks.run,
+    "ood": ood.run,
+    "seeds": seeds.run,
+    "boxes": boxes.run,
 }
 
 

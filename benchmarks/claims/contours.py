@@ -63,10 +63,11 @@ class Tail(nn.Module):
         frozen = Segmenter(model.encoder, len(images[0].classes), strides=(STRIDE,))
         freeze(frozen, images, work.folder / f"features-{STRIDE}")
         self.before = frozen.encoder
-        self.layers, self.head = copy.deepcopy(model.encoder.features[model.fixed :]), copy.deepcopy(model.head)
+        self.layers = copy.deepcopy(model.encoder.features[model.fixed :])
+        self.head: nn.Module = copy.deepcopy(model.head)
 
     def forward(self, image: Tensor) -> Output:
-        features = self.layers(self.before.pyramid(image)[STRIDE])
+        features = self.layers(self.before.pyramid(image)[STRIDE].contiguous(memory_format=torch.channels_last))
         return features, self.head(features)
 
 
@@ -91,29 +92,35 @@ def train(work: Work, seed: int, weights: Weights | None) -> dict[str, Tensor]:
         seed: of the order of the images.
         weights: of the losses; None for the classifier before the training.
     """
-    config = config_of(work, seed)
 
     def make() -> dict[str, Tensor]:
-        images = kept(work)
-        model = Tail(maps.classifier(work), list(images.values()), work).eval()
-        if weights:
-            training.seed_everything(seed)
-            training.train(
-                model,
-                loss_of(weights),
-                config.stream(images["fit"], config.fit(mirror=True)),
-                torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=1e-2),
-                steps=STEPS,
-                name=f"ISL {weights.isl}, FSL {weights.fsl}, seed {seed}",
-                options=config,
-            )
+        images, model = kept(work), trained(work, seed, weights)
         return {
             f"{split}, {name}": values
             for split in ("held out", "val")
             for name, values in maps.assess(maps.Mapped(images[split], model), ["CAM"]).items()
         }
 
-    return work.once(f"contours, {weights}, seed {seed}", plain(config) | {"weights": weights}, make)
+    settings = plain(config_of(work, seed)) | {"weights": weights}
+    return work.once(f"contours, {weights}, seed {seed}", settings, make)
+
+
+def trained(work: Work, seed: int, weights: Weights | None) -> Tail:
+    """The classifier itself; a training that was finished before is not repeated."""
+    config, images = config_of(work, seed), kept(work)
+    model = Tail(maps.classifier(work), list(images.values()), work).eval()
+    if weights:
+        training.seed_everything(seed)
+        training.train(
+            model,
+            loss_of(weights),
+            config.stream(images["fit"], config.fit(mirror=True)),
+            torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=1e-2),
+            steps=STEPS,
+            name=f"ISL {weights.isl}, FSL {weights.fsl}, seed {seed}",
+            options=config,
+        )
+    return model
 
 
 def config_of(work: Work, seed: int) -> Config:

@@ -18,6 +18,9 @@ TITLES = {
     "contours": "5. ISL and FSL",
     "refinement": "3. Refinement and networks",
     "few_masks": "4. Few masks",
+    "ood": "6. W-OoD",
+    "seeds": "7. FickleNet, seed growing, constrain to boundary",
+    "boxes": "8. BBAM",
 }
 
 
