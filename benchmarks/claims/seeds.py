@@ -288,6 +288,6 @@ def run(work: Work) -> Outcome:
     about = (
         f"{len(runs[CAM][0])} images, {work.repeats}; maps of stride {STRIDE}, layers of {KERNEL} cells, "
         f"{STEPS} steps; networks on {len(labels.whole[TRUE])} images, {refinement.SMALL} pixels, "
-        f"{refinement.STEPS} steps; pixels that are seeds: {sure}"
+        f"{refinement.NETWORK_STEPS} steps; pixels that are seeds: {sure}"
     )
     return Outcome(figures, verdicts, about)
