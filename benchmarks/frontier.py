@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from torch import Tensor
 from tqdm import tqdm
 
@@ -410,7 +411,7 @@ def picture(rows: list[Row], side: int, path: Path) -> None:
                 [r["time_ratio"] for r in points],
                 [r["error"] for r in points],
                 color=f"C{index}",
-                marker="*so^vDPX<>"[index],
+                marker=Line2D.filled_markers[index],
                 markerfacecolor="none" if normalised(kind) else None,
                 linewidth=1,
                 label=kind + (" (normalised)" if normalised(kind) else ""),

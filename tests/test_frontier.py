@@ -182,6 +182,12 @@ def test_the_report_has_wins_and_losses_refusals_and_peers_left_out(tmp_path: Pa
     assert panels.std() > 0.05
 
 
+def test_the_picture_has_a_mark_for_each_family_of_methods_and_each_peer(tmp_path: Path) -> None:
+    rows = [frontier.new_row(method, Problem("china", 24, 2), "") for method in (*METHODS, *PEERS)]
+    frontier.picture([row | {"time_ratio": 1.0, "error": 0.1} for row in rows], 24, tmp_path / "frontier.png")
+    assert imread(tmp_path / "frontier.png").std() > 0.05
+
+
 def windowed(name: str, image: Tensor, values: Tensor, side: int) -> Tensor:
     """What the filters of a window compute, normalised, ``[N, K]``."""
     colour, grid = image[0].double().flatten(1), torch.cartesian_prod(*2 * [torch.arange(side).double()])
