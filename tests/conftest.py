@@ -1,7 +1,7 @@
 """Settings of the whole suite, and the golden arrays."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +32,12 @@ def golden() -> Callable[[str], dict[str, Tensor]]:
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _seed() -> Iterator[None]:
+    """The same numbers for every test, whatever ran before; the examples' seeding sets the rest of it."""
     torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -101,7 +101,7 @@ def bilateral_filter(
         tensor([[[[4., 4.],
                   [4., 4.]]]])
     """
-    check_channels(values, values.dtype)
+    check_channels(values)
     check_guide(image, values, "values")
     check_spacing(spacing, image.dim() - 2, "image", image)
     sigma_rgb = colour_sigma(image, sigma_rgb)
@@ -148,7 +148,7 @@ def bilateral_error(
         >>> bool(bilateral_error(values, image, bilateral_filter(values, image, tolerance=1e-2)) < 1e-2)
         True
     """
-    check_channels(values, values.dtype)
+    check_channels(values)
     check_floating("filtered", filtered)
     check_like("filtered", filtered, values.shape, "values", values)
     check_finite("filtered", filtered)

@@ -59,8 +59,8 @@ def guide_colour(image: Tensor, sigma_rgb: float | Tensor) -> Tensor:
     return (image - middle) * shrink / sigma
 
 
-def check_channels(values: Tensor, dtype: torch.dtype) -> None:
-    """What is to be filtered in ``dtype``: ``[B, K, *spatial]``, no NaN, nothing whose sums could overflow."""
+def check_channels(values: Tensor, dtype: torch.dtype = torch.float64) -> None:
+    """What is to be filtered, in ``dtype`` at most: ``[B, K, *spatial]``, no NaN, nothing whose sums could overflow."""
     check_floating("values", values)
     check_space("values", values, "[B, K, *spatial]")
     check_finite("values", values, _LARGEST_WIDE if values.dtype == dtype == torch.float64 else LARGEST)

@@ -51,10 +51,8 @@ class Fixed(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def _leave_global_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _leave_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def photos(count: int = 10, dtype: torch.dtype = torch.float32) -> Stacked:
