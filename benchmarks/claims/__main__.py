@@ -31,12 +31,22 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.claims", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder in the layout of VOC 2012")
     parser.add_argument("--claims", nargs="+", choices=CLAIMS, default=[*CLAIMS], help="only these; all by default")
-    parser.add_argument("--seeds", type=int, default=3, help="trainings of each kind")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of each kind (default: 3)")
     parser.add_argument(
-        "--images", type=int, default=0, help="images that get maps, the first ones of val and of train; 0 for all"
+        "--images",
+        type=int,
+        default=0,
+        help="images that get maps, the first ones of val and of train (default: 0, all)",
     )
-    parser.add_argument("--work", type=Path, default=Path("runs/claims"), help="folder in which stages are kept")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "claims", help="folder of the results")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/claims"), help="folder in which stages are kept (default: runs/claims)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=HERE / "results" / "claims",
+        help="folder of the results (default: benchmarks/results/claims)",
+    )
     options = parser.parse_args(words)
     if options.seeds < 1 or options.images < 0:
         parser.error(f"--seeds, --images: expected at least 1 and 0, got {options.seeds} and {options.images}")
