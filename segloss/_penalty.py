@@ -17,7 +17,7 @@ def penalty(excess: Tensor, t: float | None) -> Tensor:
     """
     if t is None:
         return excess.clamp(min=0) ** 2
-    scale = excess.new_tensor(t)  # torch.compile makes one graph for all numbers that a schedule gives
+    scale = excess.new_full((), t)  # torch.compile makes one graph for all numbers that a schedule gives
     inside = excess <= -(scale**-2)
     barrier = -where(inside, -excess, 1).log() / scale
     return where(inside, barrier, scale * excess + (2 * scale.log() + 1) / scale)

@@ -177,7 +177,7 @@ def _interval(methods: Sequence[Runs], combine: Callable[..., NDArray[np.float64
         n_resamples=RESAMPLES,
         batch=50,
         method="percentile",
-        rng=np.random.default_rng(0),
+        random_state=np.random.default_rng(0),  # rng of newer versions of scipy
     ).confidence_interval
     values = each(images)
     spread = float(np.std(values, ddof=1)) if count > 1 else float("nan")
