@@ -29,6 +29,13 @@ def environment() -> dict[str, Any]:
     }
 
 
+def store(path: Path, report: dict[str, Any], table: str) -> str:
+    """Writes a report and its table to ``path`` with the endings .json and .md, and returns the table."""
+    path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    path.with_suffix(".md").write_text(table)
+    return table
+
+
 def processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
@@ -99,10 +106,7 @@ def main() -> int:
         if status:
             return status  # a failed correctness check: nothing is written
         rows = collect(json.loads(report.read_text()))
-    (options.out / "cpu.json").write_text(json.dumps({"environment": where, "results": rows}, indent=1) + "\n")
-    table = markdown(rows, where)
-    (options.out / "cpu.md").write_text(table)
-    print(table)
+    print(store(options.out / "cpu", {"environment": where, "results": rows}, markdown(rows, where)))
     return 0
 
 

@@ -7,7 +7,6 @@ pixel to itself. Memory is the peak above the inputs. Growth is that with pixels
 photograph, which is larger than 1024 x 1024, with the first preset. Writes dense_crf.json and dense_crf.md.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.__main__ import HERE, environment
+from benchmarks.__main__ import HERE, environment, store
 from benchmarks.frontier import Parser, count, one_thread
 from benchmarks.memory import peak_bytes
 from benchmarks.photos import bundled
@@ -193,12 +192,8 @@ def main() -> int:
                     truth = truths(name, preset, classes, options.truths) if classes in options.classes else None
                     rows += compare(name, preset, classes, options.rounds, truth)
         grown = growth(options.rounds)
-    (options.out / "dense_crf.json").write_text(
-        json.dumps({"environment": where, "results": rows, "growth": grown}, indent=1) + "\n"
-    )
-    table = markdown(rows, grown, where)
-    (options.out / "dense_crf.md").write_text(table)
-    print(table)
+    report = {"environment": where, "results": rows, "growth": grown}
+    print(store(options.out / "dense_crf", report, markdown(rows, grown, where)))
     return 0
 
 

@@ -5,7 +5,6 @@ number of channels; the first photograph also at the other sizes and numbers of 
 """
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -26,7 +25,7 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.__main__ import HERE, environment
+from benchmarks.__main__ import HERE, environment, store
 from benchmarks.baselines import dense_filter
 from benchmarks.memory import peak_bytes
 from benchmarks.peers import PEERS, UNUSABLE, Filter
@@ -465,9 +464,7 @@ def main() -> int:
             report = run(**{**(QUICK if options.quick else DEFAULT), **given}, with_memory=not options.quick)
         except Wrong as error:
             parser.exit(1, f"{error}\n")
-    (options.out / "frontier.json").write_text(json.dumps(report, indent=1) + "\n")
-    table = markdown(report)
-    (options.out / "frontier.md").write_text(table)
+    table = store(options.out / "frontier", report, markdown(report))
     picture(report["results"], report["settings"]["shared_side"], options.out / "frontier.png")
     print(table)
     return 0

@@ -5,7 +5,6 @@ values. Both run in turns, in random order; the ratio is the median over the rou
 thread, of the clock on more. "Unchecked" is without a look at the values. Writes losses.json and losses.md.
 """
 
-import json
 import random
 import sys
 import time
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import segloss
-from benchmarks.__main__ import HERE, environment
+from benchmarks.__main__ import HERE, environment, store
 from benchmarks.baselines import naive_size_kl
 from benchmarks.frontier import Parser, count
 from segloss.common import checks
@@ -179,8 +178,7 @@ def main() -> None:
             rows.append({"loss": loss, "shape": f"{batch} x {side}"} | measure(pair, rounds, clock))
             print(f"{batch:>3} x {side:<4}{loss:<24}{rows[-1]['ratio']:>6.2f}{rows[-1]['unchecked']:>6.2f}", flush=True)
     where = environment()
-    (options.out / "losses.json").write_text(json.dumps({"environment": where, "results": rows}, indent=2) + "\n")
-    (options.out / "losses.md").write_text(markdown(rows, where))
+    store(options.out / "losses", {"environment": where, "results": rows}, markdown(rows, where))
 
 
 if __name__ == "__main__":

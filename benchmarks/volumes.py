@@ -8,7 +8,6 @@ beyond the inputs and the gradient, in bytes a voxel and class. MONAI has a CRF 
 lacks the compiled extension that they need: they cannot run here. Writes volumes.json and volumes.md.
 """
 
-import json
 import math
 import sys
 import time
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import segloss
-from benchmarks.__main__ import HERE, environment
+from benchmarks.__main__ import HERE, environment, store
 from benchmarks.frontier import Parser, count, one_thread
 from benchmarks.memory import peak_bytes
 from segloss.bilateral import guide_features
@@ -202,12 +201,8 @@ def main() -> int:
         where = environment()
         rows = compare(options.rounds)
         grown = growth(options.rounds)
-    (options.out / "volumes.json").write_text(
-        json.dumps({"environment": where, "results": rows, "growth": grown}, indent=1) + "\n"
-    )
-    table = markdown(rows, grown, where)
-    (options.out / "volumes.md").write_text(table)
-    print(table)
+    report = {"environment": where, "results": rows, "growth": grown}
+    print(store(options.out / "volumes", report, markdown(rows, grown, where)))
     return 0
 
 

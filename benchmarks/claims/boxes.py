@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from data.sample import Batch, Images, Sample
+from data.sample import Images, Sample
 from engine import training
 from parts import deeplab
-from parts.detector import RoIAlign
+from parts.detector import RoIAlign, loss_of
 from parts.frozen import freeze
 from parts.pretrained import Segmenter, pretrained
 from parts.tag_classifier import plain
@@ -141,14 +141,9 @@ def trained(work: Work, seed: int, images: Sequence[Boxed]) -> Detector:
     model = Detector(len(images[0].classes))
     freeze(model.decoder, images, work.folder / "features")
 
-    def loss(image: Tensor, batch: Batch) -> Tensor:
-        pairs = zip(batch["boxes"], batch["box_labels"], strict=True)
-        targets = [{"boxes": boxes, "labels": labels} for boxes, labels in pairs]
-        return torch.stack(list(model.network(list(image), targets).values())).sum()
-
     training.train(
         model,
-        loss,
+        loss_of(model.network),
         config.stream(images[0], config.fit(mirror=True)),
         torch.optim.AdamW(model.parameters(), RATE, weight_decay=1e-2),
         steps=STEPS,

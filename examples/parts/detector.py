@@ -110,19 +110,25 @@ class Later(nn.Module):
         return image
 
 
+def loss_of(detector: FasterRCNN) -> training.Loss:
+    """The sum of a detector's own losses, of images and the boxes and box labels of their batch."""
+
+    def loss(image: Tensor, batch: Batch) -> Tensor:
+        pairs = zip(batch["boxes"], batch["box_labels"], strict=True)
+        targets = [{"boxes": boxes, "labels": labels} for boxes, labels in pairs]
+        return torch.stack(list(detector(list(image), targets).values())).sum()
+
+    return loss
+
+
 def train_detector(scenes: Scenes, steps: int, options: training.Options) -> FasterRCNN:
     """A detector trained on the boxes of scenes, in one process."""
     images = Boxed(scenes)
     model = Later(faster_rcnn(scenes.size, len(images.classes))).to(pick_device(options.device))
 
-    def loss(image: Tensor, batch: Batch) -> Tensor:
-        pairs = zip(batch["boxes"], batch["box_labels"], strict=True)
-        targets = [{"boxes": boxes, "labels": labels} for boxes, labels in pairs]
-        return torch.stack(list(model.detector(list(image), targets).values())).sum()
-
     training.train(
         model,
-        loss,
+        loss_of(model.detector),
         options.stream(images, Fit(scenes.size, mirror=True)),
         torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=1e-2),
         steps=steps,
