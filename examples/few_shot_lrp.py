@@ -65,8 +65,10 @@ class Config(Options):
     a package, others are downloaded."""
     rule: Literal["zero", "epsilon_plus"] = "zero"
     """Rule of unrolled LRP: zero, which is the paper's; or epsilon_plus, whose heatmaps are smooth."""
+    rate: float = 1e-3
+    """Learning rate of new weights."""
     pretrained_rate: float = 1e-5
-    """Learning rate of weights of ImageNet; new ones have 1e-3."""
+    """Learning rate of weights of ImageNet."""
     pretrain_steps: int = 1000
     """Optimizer steps of the classifier, on tags."""
     steps: int = 250
@@ -82,7 +84,7 @@ class Config(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_least(self, pretrain_steps=0, steps=1, repeats=1, pretrained_rate=0)
+        check_least(self, pretrain_steps=0, steps=1, repeats=1, rate=0, pretrained_rate=0)
         if not self.labelled or min(self.labelled) < 0:
             raise ValueError(f"--labelled: expected numbers of at least 0, got {self.labelled}")
         if self.network.startswith("small") and self.weights not in ("none", "imagenet"):
@@ -112,7 +114,6 @@ METHODS = {
     "U-Net": Method(FREE | {"skip": "concat"}, tags=False),
     "multi-task U-Net": Method(FREE | {"skip": "concat"}, tags=True),
 }
-RATE = 1e-3  # of new weights
 TAGS_WEIGHT = 10.0  # of the loss of the tags: that of the authors' code, where with 1 the F1 score falls more
 SHOWN = 5
 
@@ -174,7 +175,7 @@ def optimizer(model: Normalised, encoder: nn.Module, config: Config) -> torch.op
     known = [*encoder[0].parameters()] if config.pretrained else []  # type: ignore[index]
     ours = {*known}
     new = [p for p in model.parameters() if p.requires_grad and p not in ours]
-    groups = [{"params": new, "lr": RATE}, *([{"params": known, "lr": config.pretrained_rate}] if known else [])]
+    groups = [{"params": new, "lr": config.rate}, *([{"params": known, "lr": config.pretrained_rate}] if known else [])]
     return torch.optim.AdamW(groups)
 
 
