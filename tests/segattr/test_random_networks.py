@@ -1,4 +1,4 @@
-"""Networks under attack: random classifiers of the kinds that users have, in any mode, precision and layout of memory.
+"""Networks under attack: random classifiers of the kinds that users have, in any mode and layout of memory.
 
 A call gives what its definition says or an error that names an argument, the same twice, and leaves all else as it was.
 """
@@ -26,7 +26,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 NAMED = re.compile(r"(model|images|x|clf|example): ")
 # Networks that no gradient can be had of, and those without a parameter that their maps depend on.
 HOPELESS = ("in place that overwrites", "expected parameters to train")
-LOW = (torch.float32, torch.bfloat16)
 
 
 # --- one call
@@ -204,12 +203,4 @@ def test_split_networks(drawn: Drawn) -> None:
 @settings(max_examples=30)
 @given(networks())
 def test_more_networks(check: Callable[[Drawn], None], drawn: Drawn) -> None:
-    check(drawn)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("check", [check_unrolled, check_split])
-@settings(max_examples=10)
-@given(networks(LOW))
-def test_networks_of_lower_precision(check: Callable[[Drawn], None], drawn: Drawn) -> None:
     check(drawn)
