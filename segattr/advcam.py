@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from segattr.cam import check_maps, normalize_each
+from segattr.networks.backward import followed
 from segattr.networks.classes import Classes, Maps, Pairs, typed
 from segattr.networks.classifier import Classifier, as_classifier, check_images, undisturbed
 from segattr.networks.features import Features, count_classes, feature_maps, head_gradient, head_logits
@@ -150,7 +151,9 @@ class _Climb:
             if remaining:
                 first = r.detach() if first is None else first
                 objective = (score - self.penalty * self._deviation(r, first)).sum()
-                x = self._step(x.detach(), _gradient(features, x, torch.autograd.grad(objective, leaves)), start)
+                with followed("clf"):
+                    gradient = _gradient(features, x, torch.autograd.grad(objective, leaves))
+                x = self._step(x.detach(), gradient, start)
         return total
 
     def _single(self, features: Features, images: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from segattr.networks.backward import followed
 from segattr.networks.detector import (
     Detector,
     check_boxes,
@@ -249,7 +250,8 @@ class _Solve:
             if not parts.requires_grad:
                 raise ValueError("detector: expected outputs that autograd can follow to the images, got detached ones")
             loss = factor * self.sparsity * masks.abs().sum() + factor * parts.sum()
-            masks.grad = torch.autograd.grad(loss, masks)[0]
+            with followed("detector"):
+                masks.grad = torch.autograd.grad(loss, masks)[0]
             with torch.device("cpu"):  # where Adam counts its steps: torch 2.7 would do it on the default device
                 optimizer.step()
             with torch.no_grad():

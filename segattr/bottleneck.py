@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from segattr.cam import normalize_each
+from segattr.networks.backward import followed
 from segattr.networks.classes import Classes, Maps, check_classes
-from segattr.networks.classifier import Classifier, as_classifier, check_images, taking
+from segattr.networks.classifier import Classifier, as_classifier, check_images, taking, tracked, undisturbed
 from segattr.networks.features import Features, checked_features, count_classes, head_gradient, head_logits
 from segattr.networks.modes import evaluating
 from segattr.networks.reader.record import attributes_kept
@@ -175,8 +176,8 @@ def rib(
         ValueError: shapes or devices that do not fit each other,
             tags other than 0 and 1, NaN or infinite images, companions for fewer than ``steps`` steps, negative
             ``steps``, ``lr`` of 0 or less, a ``margin`` outside ±1e30, an unknown ``pool`` or ``norm``, ``frozen``
-            modules that are not of the classifier, or that leave nothing to train; maps that are NaN or infinite, or
-            become so as weights diverge.
+            modules that are not of the classifier, or that leave nothing to train, features without parameters before a
+            head that is not linear; maps that are NaN or infinite, or become so as weights diverge.
 
     Source:
         Reducing the information bottleneck, the dissertation's sec. 3.4.3. The sum of eq. (2.1) as printed is
@@ -197,7 +198,7 @@ def rib(
     check_images(images)
     clf = as_classifier(clf, images)
     with evaluating(clf):
-        count = count_classes(clf, images)
+        count = undisturbed(clf, partial(count_classes, clf, images))
     check_tags(tags, images, "images", classes=count)
     check_int("steps", steps)
     check_number("steps", steps, least=0)
@@ -225,7 +226,7 @@ def rib(
         torch.enable_grad(),
     ):
         with taking("images", images):
-            maps = [] if len(images) else [model(images)[0].detach()]
+            maps = [] if len(images) else [undisturbed(model, lambda: model(images)[0].detach(), constant=True)]
         for image, tag in zip(images.detach(), tags, strict=True):
             copy = _Copy(model, fixed, lr, reference)
             # Copies of images, here and below: autograd cannot use tensors that were made in inference mode.
@@ -293,7 +294,7 @@ class _Copy:
         self.state = {name: buffer.clone() for name, buffer in model.named_buffers()}
         groups: list[dict[str, Any]] = [{"params": []}, {"params": []}]
         for name, parameter in model.named_parameters():
-            self.state[name] = parameter.detach()
+            self.state[name] = tracked(parameter.detach())
             if id(parameter) not in fixed:
                 self.state[name] = parameter.detach().clone().requires_grad_()
                 groups[id(parameter) in last]["params"].append(self.state[name])
@@ -307,9 +308,16 @@ class _Copy:
 
     def descend(self, loss: Tensor, left: float) -> None:
         """A step of the optimiser, with this share of the steps left."""
+        if not loss.requires_grad:
+            raise ValueError(
+                "clf: expected parameters to train that the maps depend on, got none (see frozen): of heads only one "
+                "linear layer after global average pooling is trained, others are constants"
+            )
         groups = self.optimizer.param_groups
         weights = [weight for group in groups for weight in group["params"]]
-        for weight, gradient in zip(weights, torch.autograd.grad(loss, weights, allow_unused=True), strict=True):
+        with followed("clf"):
+            gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+        for weight, gradient in zip(weights, gradients, strict=True):
             weight.grad = gradient
         for group, rate in zip(groups, self.rates, strict=True):
             group["lr"] = rate * left**0.9 if self.reference else rate

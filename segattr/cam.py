@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from segattr.networks.classes import Classes, Maps, Pairs, typed
-from segattr.networks.classifier import as_classifier, check_images, undisturbed
+from segattr.networks.classifier import as_classifier, check_images, tracked, undisturbed
 from segattr.networks.features import feature_maps
 from segattr.networks.spatial import size_text
 from segloss import max_normalize
@@ -81,7 +81,7 @@ def cam(clf: nn.Module, images: Tensor, classes: Classes | None = None, *, norm:
     pairs = Pairs.of(classes, len(images), classifier.num_classes, images.device)
 
     def rows() -> Tensor:
-        features, _ = feature_maps(classifier, images)
+        features, _ = feature_maps(classifier, tracked(images))
         # Each class is projected once, however many images want it.
         wanted, position = pairs.classes.unique(return_inverse=True)
         weight = widen(classifier.class_weight())[wanted]

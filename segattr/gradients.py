@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from segattr.cam import NORMS, check_maps, normalize
 from segattr.networks.classes import Classes, Maps, Pairs, typed
-from segattr.networks.classifier import as_classifier, check_images, undisturbed
+from segattr.networks.classifier import as_classifier, check_images, tracked, undisturbed
 from segattr.networks.features import Features, feature_maps, head_gradient, head_logits
 from segattr.networks.spatial import axes, size_text
 from segloss.common.checks import check_bool, check_choice, check_real, shape_text
@@ -112,7 +112,7 @@ def grad_cam(
 
     def maps() -> Maps:
         with torch.set_grad_enabled(differentiable):
-            features = feature_maps(classifier, images)
+            features = feature_maps(classifier, tracked(images))
         with torch.enable_grad():
             leaf = features.maps if features.maps.requires_grad else features.maps.detach().requires_grad_()
             logits = head_logits(classifier, Features(leaf, features.rest), images, pixels)

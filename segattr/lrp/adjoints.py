@@ -401,8 +401,15 @@ def max_pool(x: Tensor, kernel_size: Any, *args: Any, **kwargs: Any) -> Linearis
     return _maximum(x, *pool(x, kernel_size, *args, **{**kwargs, "return_indices": True}))
 
 
+@adjoint(*(f"{kind}max_pool{d}d_with_indices" for kind in ("", "adaptive_") for d in (1, 2, 3)))
+def max_pool_with_indices(x: Tensor, *args: Any, call: Callable[..., Any], **kwargs: Any) -> Linearised:
+    return _with_indices(x, *call(x, *args, **kwargs))
+
+
 @adjoint(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 def _max_pool(module: nn.MaxPool2d, x: Tensor) -> Linearised:
+    if module.return_indices:
+        return _with_indices(x, *module(x))
     return max_pool(x, module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode)
 
 
@@ -414,6 +421,8 @@ def adaptive_max_pool(x: Tensor, output_size: Any, return_indices: bool = False)
 
 @adjoint(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)
 def _adaptive_max_pool(module: nn.AdaptiveMaxPool2d, x: Tensor) -> Linearised:
+    if module.return_indices:
+        return _with_indices(x, *module(x))
     return adaptive_max_pool(x, module.output_size)
 
 
@@ -426,6 +435,12 @@ def _maximum(x: Tensor, output: Tensor, indices: Tensor) -> Linearised:
         return values.new_zeros(*values.shape[:3], size.numel()).scatter_add(3, places, values).unflatten(3, size)
 
     return Linearised(output, back)
+
+
+def _with_indices(x: Tensor, output: Tensor, indices: Tensor) -> Linearised:
+    """Of an operation that also gives the indices of the maxima, which carry nothing."""
+    back = _maximum(x, output, indices).adjoint
+    return Linearised((output, indices), lambda gradients: back(gradients[0]))
 
 
 @adjoint(F.avg_pool2d, F.avg_pool3d)

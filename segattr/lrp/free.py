@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from segattr.lrp.plan import Operation, Plan, Plans
 from segattr.networks.classes import Classes, Maps, ScoresAndMaps, check_classes
-from segattr.networks.classifier import check_layout, taking
+from segattr.networks.classifier import check_layout, taking, tracked
 from segattr.networks.modes import evaluating
 from segattr.networks.reader.record import IMAGES, Result
 from segattr.networks.spatial import CONVOLUTIONS
@@ -109,7 +109,7 @@ class FreeDecoder(nn.Module):
         check_finite("x", x)
         with taking("x", x):
             plan = self.plans.plan(x)
-            results = plan.run(self.encoder, x)[0]
+            results = plan.run(self.encoder, tracked(x))[0]
         maps = results[self.bottleneck]
         for level in self.decoder:
             maps = level(maps, results)

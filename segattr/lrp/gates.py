@@ -80,7 +80,8 @@ def group_norm(
         groups = gradient.reshape(*gradient.shape[:2], num_groups, -1) * gate
         return (groups - groups.mean(3, keepdim=True)).reshape(gradient.shape)
 
-    output = F.group_norm(x, num_groups, weight, bias, eps)
+    # Torch's backward pass of a few channels that lie last in memory ends the process.
+    output = F.group_norm(x.contiguous(), num_groups, weight, bias, eps)
     return Linearised(output, back, {} if bias is None else {"bias": bias})
 
 

@@ -25,7 +25,8 @@ _MOVES = frozenset(
         *("takealongdim", "maskedselect", "flip", "fliplr", "flipud", "roll", "rot90", "diagonal", "pad"),
         *("constantpadnd", "repeat", "repeatinterleave", "tile", "expand", "expandas", "broadcastto", "tril", "triu"),
         *("pixelshuffle", "pixelunshuffle", "channelshuffle", "nativechannelshuffle", "identity", "max", "min"),
-        *(f"{kind}{d}" for kind in ("maxpool", "adaptivemaxpool") for d in ("1d", "2d", "3d")),
+        *(f"{kind}{d}" for kind in ("maxpool", "adaptivemaxpool", "maxunpool") for d in ("1d", "2d", "3d")),
+        *(f"{kind}{d}withindices" for kind in ("maxpool", "adaptivemaxpool") for d in ("1d", "2d", "3d")),
         *("amax", "amin", "maximum", "minimum", "fmax", "fmin", "topk", "sort", "msort", "kthvalue", "median"),
         *("where", "maskedfill", "setitem", "indexput", "indexcopy", "indexfill", "scatter", "selectscatter"),
         *("slicescatter", "asstrided", "unfold", "overwritten", "contiguous", "clone", "positive", "to", "type"),
@@ -45,6 +46,7 @@ _KEEP_SIGN = frozenset(
             for kind in ("dropout", "maxpool", "adaptivemaxpool", "avgpool", "adaptiveavgpool")
             for d in ("1d", "2d", "3d")
         ),
+        *(f"{kind}{d}withindices" for kind in ("maxpool", "adaptivemaxpool") for d in ("1d", "2d", "3d")),
     )
 )
 

@@ -38,6 +38,7 @@ _CARRIERS: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(("layer_norm", "group_norm", "instance_norm", "rms_norm", "prelu", "clamp", "masked_fill"), (0,)),
     **dict.fromkeys(("expand_as", "view_as", "reshape_as", "type_as", "grid_sample", "gather", "getitem"), (0,)),
     **dict.fromkeys(("index_select", "take_along_dim", "masked_select", "clamp_min", "clamp_max", "clip", "to"), (0,)),
+    **dict.fromkeys((f"max_unpool{n}d" for n in (1, 2, 3)), (0,)),
     "bilinear": (0,),
     "scaled_dot_product_attention": (2,),
     "addcdiv": (0, 1),
@@ -56,7 +57,13 @@ _CARRIERS: dict[str, tuple[int, ...]] = {
 _NAMES = ({"input", "query", "tensors", "self"}, {"other", "key", "mat2", "exponent"})
 _THIRD = {"scaled_dot_product_attention": {"value"}}
 # Operations that also give indices.
-CHOOSING = frozenset(("max", "min", "median", "nanmedian", "mode", "sort", "topk", "kthvalue", "cummax", "cummin"))
+CHOOSING = frozenset(
+    (
+        *("max", "min", "median", "nanmedian", "mode", "sort", "topk", "kthvalue", "cummax", "cummin"),
+        *(f"{kind}max_pool{d}d_with_indices" for kind in ("", "adaptive_") for d in (1, 2, 3)),
+        *(f"{kind}MaxPool{d}d" for kind in ("", "Adaptive") for d in (1, 2, 3)),
+    )
+)
 
 
 class Arguments(NamedTuple):

@@ -35,6 +35,9 @@ from segattr.lrp.call import Call
         "upsample_bilinear",
         "kron",
         "masked_select",
+        "max_unpool1d",
+        "max_unpool2d",
+        "max_unpool3d",
         "narrow",
     ),
     *("pixel_shuffle", "pixel_unshuffle", "repeat", "repeat_interleave", "roll", "rot90", "select"),
@@ -71,7 +74,7 @@ def affine_map(*args: Any, call: Callable[..., Any], roles: Any, **kwargs: Any) 
     return Linearised(call(*args, **kwargs), back, {"constant": constant})
 
 
-@adjoint("cummax", "kthvalue", "median", "sort", "topk", "adaptive_max_pool2d_with_indices", "msort")
+@adjoint("cummax", "kthvalue", "median", "sort", "topk", "msort")
 def local_map(*args: Any, call: Callable[..., Any], roles: Any, **kwargs: Any) -> Linearised:
     """The linear map that an operation is around its arguments, of which it chooses some."""
     return Linearised(call(*args, **kwargs), _transposed(call, args, kwargs, roles, Tensor.detach))

@@ -15,7 +15,7 @@ from segattr.lrp.plan import Operation, Plan, Plans, Saved
 from segattr.lrp.relevance import over
 from segattr.lrp.rules import STABILIZER, Epsilon, Rule
 from segattr.networks.classes import Classes, Maps, ScoresAndMaps, check_classes
-from segattr.networks.classifier import Classifier, check_images, check_layout, taking
+from segattr.networks.classifier import Classifier, check_images, check_layout, taking, tracked
 from segattr.networks.reader.read import unwrapped
 from segattr.networks.reader.record import IMAGES, Result
 from segloss.common.checks import check_choice, check_finite, check_floating, check_int, check_number, shape_text
@@ -56,6 +56,7 @@ class UnrolledLRP(nn.Module):
         """
         _check_chunk(self.chunk)  # which may have been set since
         plan = self._plan(x)
+        x = tracked(x)
         scores, tape = self._encode(plan, x)
         start, counts = _start(scores, classes, plan.choice is not None)
         chunk = self.chunk or (start.shape[1] if scores.requires_grad else _at_once(x, start.shape[1]))
@@ -92,7 +93,7 @@ class UnrolledLRP(nn.Module):
             TypeError, ValueError: as :meth:`forward`.
         """
         plan = self._plan(x)
-        scores, tape = self._encode(plan, x)
+        scores, tape = self._encode(plan, tracked(x))
         start = _start(scores, None, plan.choice is not None)[0]
         adding = [operation for operation in plan.carrying if tape[operation.name].adds]
         if all(map(plan.apart, adding)):

@@ -201,12 +201,18 @@ def undisturbed(network: Callable[..., Any], function: Callable[[], Any], *, con
     """
     caller = _Caller(network)
     state = {name: buffer.clone() for name, buffer in caller.named_buffers()}  # batch statistics go to the copies
-    if constant:
-        state |= {name: parameter.detach() for name, parameter in caller.named_parameters()}
+    for name, parameter in caller.named_parameters():
+        if constant or parameter.is_inference():
+            state[name] = tracked(parameter.detach())
     elsewhere = torch.accelerator.current_accelerator() or torch.device("cpu")  # functions do not tell
     device = next((tensor.device for tensor in state.values()), elsewhere)
     with torch.autocast(device.type, enabled=False), attributes_kept(list(caller.modules())):
         return functional_call(caller, state, (function,))
+
+
+def tracked(tensor: Tensor) -> Tensor:
+    """Itself; of one that was made in inference mode a copy, as autograd can use no such tensor."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from segattr.networks.backward import followed
 from segattr.networks.layout import SPATIAL, Layout, layouts
 from segattr.networks.modes import evaluating
 from segattr.networks.reader.graph import Different, Graph, Size, common, dependents, needed, results_in, run, store
@@ -23,6 +24,7 @@ _IDENTITIES = ("identity", "dropout", "dropout2d", "dropout3d", "feature_dropout
 _POOLS = (
     *(f"{average}{count}d" for average in ("adaptiveavgpool", "adaptive_avg_pool") for count in (1, 2, 3)),
     *(f"{maximum}{count}d" for maximum in ("adaptivemaxpool", "adaptive_max_pool") for count in (2, 3)),
+    *(f"adaptive_max_pool{count}d_with_indices" for count in (2, 3)),
     *(f"{window}{count}d" for window in ("avgpool", "avg_pool") for count in (2, 3)),
 )
 _POWERS = ("clamp", "clamp_min", "pow", "square", "abs")  # what generalised means do before they average
@@ -71,7 +73,7 @@ class Cut:
 
     def features(self, images: Tensor) -> Maps:
         parts = self._parts(self.reader.graph(images))
-        results = {IMAGES: images}
+        results = {IMAGES: images.clone()}  # which the network may overwrite
         _run(parts.before, self.model, results, len(images))
         return _maps(results[parts.cut], parts.layout)
 
@@ -107,7 +109,7 @@ class Cut:
 
     def _replayed(self, graph: Graph, images: Tensor) -> Tensor:
         parts = self._parts(graph)
-        results = {IMAGES: images}
+        results = {IMAGES: images.clone()}
         _run(parts.before, self.model, results, len(images))
         _run(parts.after, self.model, results, len(images))
         return results[parts.output]
@@ -214,8 +216,8 @@ def _is_felt(graph: Graph, model: nn.Module, point: Result, layout: Layout) -> b
     images = torch.randn(graph.shapes[IMAGES], generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(
         graph.device, graph.dtype
     )
-    with untouched(model), evaluating(model):
-        _fill_zeros(model)
+    with torch.inference_mode(False), untouched(model), evaluating(model):
+        _make_felt(model)
         results = {IMAGES: images}
         with torch.no_grad():
             _run(parts.before, model, results, len(images))
@@ -225,16 +227,20 @@ def _is_felt(graph: Graph, model: nn.Module, point: Result, layout: Layout) -> b
             leaf = maps.detach().clone().requires_grad_()
             results = {parts.cut: _value(leaf, tokens, layout)}
             _run(parts.after, model, results, len(images))
-            (gradient,) = torch.autograd.grad(results[parts.output].sum(), leaf, allow_unused=True)
+            with followed("model"):
+                (gradient,) = torch.autograd.grad(results[parts.output].sum(), leaf, allow_unused=True)
     return gradient is not None and bool(gradient.any())
 
 
-def _fill_zeros(model: nn.Module) -> None:
-    """Puts other weights in place of those that are all zero, as heads and scales of branches often are at first."""
+def _make_felt(model: nn.Module) -> None:
+    """Puts other weights in place of those that are all zero, as heads and scales of branches often are at first.
+
+    And copies in place of those that were made in inference mode, which autograd cannot use.
+    """
     for module in model.modules():
         for name, weight in module._parameters.items():
-            if weight is not None and not weight.any():
-                module._parameters[name] = nn.Parameter(torch.rand_like(weight))
+            if weight is not None and (weight.is_inference() or not weight.any()):
+                module._parameters[name] = nn.Parameter(weight.clone() if weight.any() else torch.rand_like(weight))
 
 
 def _before_head(graph: Graph, model: nn.Module, last: Result, known: dict[Result, Layout]) -> Result:
@@ -411,7 +417,7 @@ def weights(graph: Graph, model: nn.Module, cut: Result, layout: Layout) -> tupl
     last = None
     for node, kind in zip(after[::-1], kinds[::-1], strict=True):
         if kind in _WEIGHTED:
-            last = _module(node)
+            last = _module(node) if _layer(model, node) else None
             break
         if kind not in (*_SHAPES, *_IDENTITIES, *_POOLS, "mean"):
             break
@@ -422,10 +428,16 @@ def weights(graph: Graph, model: nn.Module, cut: Result, layout: Layout) -> tupl
     return (_module(weighted[0]) if _is_average(graph, model, cut, layout, weighted[0]) else None), last
 
 
+def _layer(model: nn.Module, node: Node) -> nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | None:
+    """The layer of torch that an operation is of; None where it is other code that has the weight."""
+    module = model.get_submodule(_module(node) or "")
+    return module if isinstance(module, (nn.Linear, *CONVOLUTIONS)) else None
+
+
 def _is_average(graph: Graph, model: nn.Module, cut: Result, layout: Layout, layer: Node) -> bool:
     """Whether logits are the average of a linear layer's map, tried out on a map."""
-    module = model.get_submodule(_module(layer) or "")
-    if not isinstance(module, (nn.Linear, *CONVOLUTIONS)):
+    module = _layer(model, layer)
+    if module is None:
         return False
     parts = _parts(graph, cut, layout)
     shape = graph.shapes[cut]

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from segattr.networks.backward import followed
 from segattr.networks.classifier import Classifier, taking
 from segattr.networks.spatial import axes, size_text
 from segloss.common.checks import check_like, shape_text
@@ -72,7 +73,8 @@ def head_gradient(output: Tensor, features: Tensor, **options: Any) -> Tensor:
     """Of what the head made of the features, with respect to them."""
     gradient = None
     if output.requires_grad:
-        (gradient,) = torch.autograd.grad(output, features, allow_unused=True, **options)
+        with followed("clf"):
+            (gradient,) = torch.autograd.grad(output, features, allow_unused=True, **options)
     if gradient is None:
         raise ValueError("clf: expected logits that autograd can follow to the features, got detached ones")
     return gradient

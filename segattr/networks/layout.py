@@ -2,36 +2,39 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from segattr.networks.reader.graph import Graph, results_in
-from segattr.networks.reader.record import IMAGES, Node, Result
+from segattr.networks.reader.record import IMAGES, Node, Result, mapped
 
-Axes = tuple[str, ...]  # "B" images, "C" channels, spatial ones, "N" tokens, "?" unknown
+Axes = tuple[str, ...]  # "B" images, "C" channels, "c" some of them, spatial ones, "N" tokens, "?" unknown
 
 # Spatial axes of images and of volumes, under other names, so that what is left of a volume is no map.
 SPATIAL: dict[int, Axes] = {2: ("H", "W"), 3: ("Z", "Y", "X")}
 # Operations that read as many dimensions as images have as images, channels, (depth,) height and width.
 _OF_MAPS = frozenset(
     (
-        *("interpolate", "upsample", "pixelshuffle", "pixel_shuffle"),
+        *("interpolate", "upsample", "pixelshuffle", "pixel_shuffle", "pixelunshuffle", "pixel_unshuffle"),
         *(
             f"{kind}{count}d"
             for kind in ("conv", "convtranspose", "conv_transpose", "batchnorm", "maxpool", "max_pool", "avgpool")
             + ("avg_pool", "adaptiveavgpool", "adaptive_avg_pool", "adaptivemaxpool", "adaptive_max_pool", "lppool")
-            + ("lp_pool",)
+            + ("lp_pool", "maxunpool", "max_unpool")
             for count in (2, 3)
         ),
+        *(f"{kind}max_pool{count}d_with_indices" for kind in ("", "adaptive_") for count in (2, 3)),
     )
 )
 _MOVES = ("permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims", "T", "mT")
 _RESHAPES = ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")
 # Products, by the place of the factor that has the last axis of the result; the first one has the others.
 _PRODUCTS = {"matmul": 1, "bmm": 1, "scaled_dot_product_attention": 2}
-_PRIMES = (2, 3, 5, 7, 11, 13, 17, 19)
+_REDUCTIONS = ("mean", "sum", "amax", "amin", "max", "min", "logsumexp", "norm", "vector_norm", "std", "var")
+_PRIMES = (31, 37, 41, 43, 47, 53, 59, 61)  # no numbers of tensors that are stacked
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,8 @@ def _layout(node: Node, graph: Graph, shape: tuple[int, ...], known: dict[Result
         found = _of_one(node, known[sources[0]], graph.shapes[sources[0]], shape)
         if found is not None:
             return found
+    if node.kind == "stack" and len({known[source] for source in sources}) == 1:
+        return replace(known[sources[0]], axes=_left(node, known[sources[0]].axes))
     if node.kind == "cat":
         return _joined(node, graph, known, shape)
     for source in sources:
@@ -110,22 +115,39 @@ def _of_one(node: Node, source: Layout, before: tuple[int, ...], shape: tuple[in
         return Layout((*source.axes[:-1], "C"), source.grid, source.prefix)
     if kind == "getitem":
         return _indexed(source, node.args[1], before, shape)
-    if kind in ("mean", "sum", "amax") and len(before) > len(shape):
-        return None
+    if kind in _REDUCTIONS and before != shape:
+        return Layout(_left(node, source.axes), source.grid, source.prefix)
     return source if before == shape else None
 
 
 def _order(node: Node, dims: int) -> list[int]:
     """Where each axis of the result of a permutation was before."""
+    return [_PRIMES.index(n) for n in _tried(node, dims)]
+
+
+def _left(node: Node, axes: Axes) -> Axes:
+    """The axes that a reduction leaves, or that tensors have which are stacked."""
+    sizes = _tried(node, len(axes))
+    kept = axes if len(axes) == len(sizes) else ("?",) * len(sizes)  # in their places, of size 1
+    left = tuple(axes[_PRIMES.index(n)] if n in _PRIMES else name for n, name in zip(sizes, kept, strict=True))
+    return tuple("C" if name == "c" and left.count("c") == 1 else name for name in left)
+
+
+def _tried(node: Node, dims: int) -> tuple[int, ...]:
+    """The shape that an operation makes of axes that are told apart by their sizes."""
     stand_in = torch.empty(_PRIMES[:dims], device="meta")
-    arguments = [stand_in if isinstance(a, Result) else a for a in node.args]
+
+    def fill(value: Any) -> Any:
+        return stand_in if isinstance(value, Result) else mapped(fill, value)
+
+    args, kwargs = fill((node.args, node.kwargs))
     if node.how == "property":
         moved = getattr(stand_in, node.target)
     elif node.how == "method":
-        moved = getattr(stand_in, node.target)(*arguments[1:], **node.kwargs)
+        moved = getattr(stand_in, node.target)(*args[1:], **kwargs)
     else:
-        moved = node.target(*arguments, **node.kwargs)
-    return [_PRIMES.index(n) for n in moved.shape]
+        moved = node.target(*args, **kwargs)
+    return tuple((moved if isinstance(moved, Tensor) else moved[0]).shape)
 
 
 def _reshaped(source: Layout, before: Sequence[int], shape: Sequence[int]) -> Layout:
@@ -151,6 +173,10 @@ def _reshaped(source: Layout, before: Sequence[int], shape: Sequence[int]) -> La
             axes += real
         elif names in SPATIAL.values() and count == 1:
             axes, grid = [*axes, "N"], tuple(before[a:i])
+        elif names == ("C",) and count > 1:  # groups of channels, and channels in each
+            axes += ["c"] * count
+        elif count == 1 and len(names) > 1 and set(real) == {"c"}:
+            axes += ["C"]
         elif names == ("N",) and source.prefix == 0 and tuple(shape[b:j]) == grid:
             axes += SPATIAL[count]
         elif count == 2 and len(names) == 1 and names[0] in "HWZYX":  # patches, and pixels in each

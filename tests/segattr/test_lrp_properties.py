@@ -304,7 +304,7 @@ class Model(nn.Module):
         self.other = nn.Conv2d(3, 3, 3, padding=1, bias=bias)
         self.norm = nn.BatchNorm2d(3)
         self.relu, self.relu_ = nn.ReLU(), nn.ReLU(inplace=True)
-        self.identity, self.dropout = nn.Identity(), nn.Dropout()
+        self.identity, self.dropout, self.maxima = nn.Identity(), nn.Dropout(), nn.MaxPool2d(2, return_indices=True)
         self.fc = nn.Linear(3, 2, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -348,6 +348,12 @@ CODE: dict[str, Callable[[Model, Tensor], Tensor]] = {
     "a convolution by function with a bias, then normalisation": lambda m, x: m.relu(
         m.norm(F.conv2d(x, m.conv.weight, m.conv.bias, padding=1))
     ),
+    "maxima with their indices": lambda m, x: F.max_pool2d(m.conv(x), 3, 2, 1, return_indices=True)[0],
+    "maxima with their indices, by a module": lambda m, x: m.maxima(m.conv(x))[0],
+    "adaptive maxima with their indices": lambda m, x: F.adaptive_max_pool2d(m.conv(x), 3, return_indices=True)[0],
+    "maxima put back where they were": lambda m, x: (
+        lambda y: F.max_unpool2d(m.relu(y[0]), y[1], 2, output_size=x.shape[2:])
+    )(F.max_pool2d(m.conv(x), 2, return_indices=True)),
     "an unused result": lambda m, x: (m.other(x), m.relu(m.conv(x)))[1],
 }
 
@@ -389,3 +395,15 @@ OVERWRITTEN = {
 @pytest.mark.parametrize("code", OVERWRITTEN.values(), ids=OVERWRITTEN.keys())
 def test_what_overwrites_a_view_overwrites_what_it_is_a_view_of(code: Callable[[Model, Tensor], Tensor]) -> None:
     check(randomise(Model(code)), torch.randn(2, 3, 8, 7).double())
+
+
+@pytest.mark.parametrize("norm", [nn.GroupNorm(1, 3), nn.InstanceNorm2d(3, affine=True)])
+def test_normalisation_of_channels_that_lie_last_in_memory(norm: nn.Module) -> None:
+    model = nn.Sequential(norm, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 2)).double()
+    x = torch.randn(3, 3, 12, 13).double()
+    own, other = (
+        gradients(scores.sum() + heat.square().sum(), model)
+        for scores, heat in (unroll(model)(x), unroll(model)(x.contiguous(memory_format=torch.channels_last)))
+    )
+    for name, gradient in own.items():
+        torch.testing.assert_close(other[name], gradient, rtol=0, atol=1e-9)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from segattr.advcam import advcam
 from segattr.bottleneck import rib
 from segattr.cam import cam, normalize
 from segattr.gradients import grad_cam
+from segattr.lrp import unroll
 from segattr.networks.classifier import split
 
 CHANNELS, CLASSES = 6, 4
@@ -105,6 +107,7 @@ HEADS: dict[str, tuple[Callable[..., Any], dict[str, Callable[[], nn.Module]]]] 
         lambda net, x: net.fc(net.hidden(x.flatten(2).mean(2)).tanh()),
         {"hidden": lambda: nn.Linear(CHANNELS, 5), "fc": lambda: linear(5)},
     ),
+    "cosine": (lambda net, x: F.linear(F.normalize(pooled(x)), F.normalize(net.fc.weight)), {"fc": linear}),
     "channels last": (lambda net, x: net.fc(x.permute(0, 2, 3, 1).mean((1, 2))), {"fc": linear}),
     "tokens": (lambda net, x: net.fc(x.flatten(2).transpose(1, 2).mean(1)), {"fc": linear}),
     "dataclass": (lambda net, x: Output(None, net.fc(pooled(x))), {"fc": linear}),
@@ -584,7 +587,155 @@ def test_hooks_run_and_change_what_is_split() -> None:
     )
 
 
+def shuffled(x: Tensor) -> Tensor:
+    return x.view(len(x), 2, -1, *x.shape[2:]).transpose(1, 2).reshape(x.shape)
+
+
+ENDINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "channels shuffled": shuffled,
+    "maxima of branches": lambda x: torch.stack([x, -x], 1).max(1).values,
+    "sum of branches": lambda x: torch.stack([x, x.tanh()]).sum(0),
+    "means of pairs of channels": lambda x: x.unflatten(1, (-1, 2)).mean(2),
+    "maxima with their indices": lambda x: F.max_pool2d(x, 2, return_indices=True)[0],
+    "pixels to channels and back": lambda x: F.pixel_shuffle(F.pixel_unshuffle(x[:, :, :8, :8], 2), 2),
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS.values(), ids=ENDINGS.keys())
+def test_the_map_of_a_trunk_whose_code_ends_in(ending: Callable[[Tensor], Tensor]) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk, self.end, self.fc = trunk(), Ending(), linear(ending(torch.ones(2, CHANNELS, 8, 8)).shape[1])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(pooled(self.end(self.trunk(x))))
+
+    class Ending(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return ending(x)
+
+    net = ready(Net())
+    expected = ending(net.trunk(IMAGES))
+    for layer in (None, "end"):
+        assert_close(split(net, layer).features(IMAGES), expected)
+    assert_close(cam(net, IMAGES), torch.einsum("kd,bdhw->bkhw", net.fc.weight, expected))
+
+
+class Raised(nn.Module):
+    """A map that is resized to another one: of images 7 and 11 pixels high to 8 and 12, as 2 images are to 3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.other, self.fc = nn.Conv2d(3, 4, (2, 1), padding=(1, 0)), nn.Conv2d(4, 4, 1), linear(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return self.fc(pooled(F.interpolate(self.other(F.avg_pool2d(x, (2, 1))), x.shape[2:]).relu()))
+
+
+def test_a_size_that_grows_as_the_number_of_images_is_none() -> None:
+    net = ready(Raised())
+    images = torch.randn(5, 3, 9, 9, dtype=torch.float64)
+    for method in (split, unroll):
+        network = method(net, example=images[:1, :, :7, :7])
+        for count in (1, 2, 5):
+            found = network(images[:count])
+            assert_close(found if method is split else found[0], net(images[:count]))
+
+
+class Overwriting(nn.Module):
+    """Overwrites its images, and in one of its kinds also what a gradient needs."""
+
+    def __init__(self, needed: bool = False) -> None:
+        super().__init__()
+        self.needed, self.trunk, self.fc = needed, trunk(), linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x[:, :, 1::2].mul_(-0.5)
+        x = self.trunk(x)
+        if self.needed:
+            x = x.sigmoid()
+            x *= 2
+        return self.fc(x.amax((2, 3)))
+
+
+def test_images_that_a_network_overwrites_are_left_as_they_are() -> None:
+    net, images = ready(Overwriting()), IMAGES.clone()
+    expected = net(IMAGES.clone())
+    for method in (split(net), lambda x: unroll(net)(x)[0]):
+        assert_close(method(images), expected)
+        assert torch.equal(images, IMAGES)
+
+
+@pytest.mark.parametrize("method", [advcam, rib])
+def test_a_network_that_overwrites_what_its_gradient_needs(method: Callable[..., Any]) -> None:
+    net = ready(Overwriting(needed=True))
+    options = (
+        {"tags": torch.ones(2, CLASSES), "companions": [(IMAGES, torch.ones(2, CLASSES))]} if method is rib else {}
+    )
+    with pytest.raises(ValueError, match=r"^clf: expected a network that autograd can follow.* set its inplace=False"):
+        method(net, IMAGES, **options, steps=1)
+
+
+@pytest.mark.parametrize("method", [cam, grad_cam, lambda net, x: unroll(net)(x)[1]])
+def test_images_of_inference_mode_are_as_others(method: Callable[..., Tensor]) -> None:
+    net = headed("mean")
+    with torch.inference_mode():
+        images = IMAGES.clone()
+    found = method(net, images)
+    assert found.requires_grad
+    assert_close(found, method(net, IMAGES))
+
+
+@pytest.mark.parametrize(
+    "method", [cam, grad_cam, lambda net, x: rib(net, x, torch.ones(2, 4), companions=[], steps=0)]
+)
+def test_networks_of_inference_mode_are_as_others(method: Callable[..., Tensor]) -> None:
+    expected = method(headed("mean"), IMAGES)
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        net = headed("mean")
+    assert_close(method(net, IMAGES), expected)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_network_of_tokens_that_was_made_in_inference_mode(inside: bool) -> None:
+    with torch.inference_mode():
+        net = ready(ViT())
+    with torch.inference_mode(inside), torch.no_grad():
+        assert_close(split(net)(SQUARES), net(SQUARES))
+
+
+class Drawing(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * np.random.uniform() if self.training else x  # noqa: NPY002
+
+
+def test_random_numbers_of_numpy_are_as_before() -> None:
+    net = ready(nn.Sequential(trunk(), Drawing(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear())).train()
+    np.random.seed(0)  # noqa: NPY002
+    expected = np.random.uniform()  # noqa: NPY002
+    np.random.seed(0)  # noqa: NPY002
+    unroll(net)(IMAGES)
+    assert np.random.uniform() == expected  # noqa: NPY002
+
+
 # --- RIB
+
+
+def test_rib_leaves_no_trace_where_only_logits_tell_the_number_of_classes() -> None:
+    net = headed("cosine")
+    net.trunk.register_forward_hook(lambda trunk, inputs, result: setattr(trunk, "last", result))
+    rib(net, IMAGES, torch.ones(2, CLASSES), companions=[], steps=0)
+    assert not hasattr(net.trunk, "last")
+
+
+def test_rib_of_maps_that_no_parameter_makes() -> None:
+    net = ready(nn.Sequential(nn.AvgPool2d(2), nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(3, CLASSES)))
+    tags = torch.ones(2, CLASSES)
+    with pytest.raises(ValueError, match=r"^clf: expected parameters to train that the maps depend on, got none"):
+        rib(net, IMAGES, tags, companions=[(IMAGES, tags)], steps=1)
 
 
 def test_rib_of_a_head_that_is_linear_in_effect_is_that_of_the_layer() -> None:

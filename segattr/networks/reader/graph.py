@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segattr.networks.reader.record import IMAGES, Attribute, Call, Node, Recording, Result, mapped, tensors_in
+
+_Kind = TypeVar("_Kind")
 
 
 @dataclass(frozen=True)
@@ -166,10 +168,19 @@ def store(node: Node, output: Any, results: dict[Result, Any]) -> None:
 
 def results_in(arguments: Any) -> list[Result]:
     """The results among arguments, in order."""
-    found: list[Result] = []
+    return _of_kind(Result, arguments)
+
+
+def counts_images(nodes: list[Node]) -> bool:
+    """Whether numbers among the arguments of operations are multiples of the number of images."""
+    return any(_of_kind(Batch, (node.args, node.kwargs)) for node in nodes)
+
+
+def _of_kind(kind: type[_Kind], arguments: Any) -> list[_Kind]:
+    found: list[_Kind] = []
 
     def look(value: Any) -> Any:
-        if isinstance(value, Result):
+        if isinstance(value, kind):
             found.append(value)
         return mapped(look, value)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from segattr.networks.modes import evaluating
-from segattr.networks.reader.graph import Different, Graph, common
+from segattr.networks.reader.graph import Different, Graph, common, counts_images
 from segattr.networks.reader.record import IMAGES, Recording, logits_of, record, untouched
 from segattr.networks.spatial import layout_text
 from segloss.common.checks import shape_text
@@ -138,7 +138,7 @@ class Reader:
                     one = None
                 other = shape
                 continue
-            if self._equal(graph, two.images, two.values):
+            if self._counted(graph, two.images) and self._equal(graph, two.images, two.values):
                 self.graphs.insert(0, graph)
                 self.shape = self.shape or shape
                 return graph
@@ -165,11 +165,17 @@ class Reader:
         size = tuple(images.shape[2:])
         if not self.compare or size in graph.verified:
             return True
+        return self._as_network(graph, images[:1].detach() if len(images) else _noise(1, images.shape[1:], images))
+
+    def _counted(self, graph: Graph, images: Tensor) -> bool:
+        """Whether what grew as the number of images did was not the size of a map, where both were others."""
+        return graph.size is not None or not counts_images(graph.nodes) or self._as_network(graph, images[:-1])
+
+    def _as_network(self, graph: Graph, images: Tensor) -> bool:
         with self._mode(), torch.no_grad():
-            image = images[:1].detach() if len(images) else _noise(1, images.shape[1:], images)
             with untouched(self.model):
-                values = logits_of(self.model(image))
-            return self._equal(graph, image, values)
+                values = logits_of(self.model(images.clone()))
+            return self._equal(graph, images, values)
 
     def _equal(self, graph: Graph, images: Tensor, values: Tensor) -> bool:
         with torch.no_grad(), untouched(self.model):

@@ -14,6 +14,7 @@ from functools import partial
 from types import FunctionType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -132,9 +133,10 @@ def record(
         atomic: names of operations that are not followed into functions of torch that are written in Python.
     """
     with torch.inference_mode(False), torch.no_grad(), untouched(model):
-        recorder = _Recorder(model, images, leaf, atomic)
+        given = images.clone()  # which it may overwrite
+        recorder = _Recorder(model, given, leaf, atomic)
         with recorder, _calls_seen(recorder):
-            logits = logits_of(model(images))
+            logits = logits_of(model(given))
         return Recording(recorder.nodes, recorder.calls, recorder.stand_in(logits), images, logits)
 
 
@@ -150,7 +152,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     Within it there is no autocast, and random numbers of torch are those of seed 0.
     """
     devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.is_cuda}
-    numbers = random.getstate()
+    numbers, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (what users' code may draw from)
     try:
         with (
             attributes_kept(list(model.modules())),
@@ -164,6 +166,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         random.setstate(numbers)
+        np.random.set_state(of_numpy)  # noqa: NPY002
 
 
 @contextmanager
