@@ -261,7 +261,7 @@ def map_scale(model: nn.Module, images: Images, options: Mapping[str, Any]) -> f
 
     Those of free decoders are. Relevances of pixels are shares of a score under LRP-0. Under other rules only a part of
     the score arrives, the same of all classes: of EfficientNet-Lite0 2e-4 with ``epsilon_plus``, the rest being its
-    biases' and saturated activations'.
+    biases' and saturated activations'. From WS-AE, whose decoder has activations of its own, more comes than the score.
 
     Args:
         model: an unrolled classifier.
@@ -270,7 +270,7 @@ def map_scale(model: nn.Module, images: Images, options: Mapping[str, Any]) -> f
     """
     if "weights" in options:
         return 1.0
-    if options.get("rule", "zero") == "zero":
+    if options.get("rule", "zero") == "zero" and "activations" not in options:
         return "pixels"
     image = first(images, SHOWN)["image"].to(next(model.parameters()).device)
     with evaluating(model):

@@ -132,6 +132,18 @@ def test_maps_are_scaled_by_the_part_of_the_scores_that_reaches_pixels(images: S
     assert few_shot_lrp.map_scale(network, images, METHODS["U-Net"].options) == 1
 
 
+def test_maps_of_ws_ae_are_as_large_as_scores(images: Stacked) -> None:
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
+    network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    options = METHODS["WS-AE"].options
+    model = unroll(network, **options).eval()
+    scale = few_shot_lrp.map_scale(model, images, options)
+    with torch.no_grad():
+        scores, heat = model(torch.stack([images[i]["image"].as_subclass(Tensor) for i in range(5)]))
+    assert float((scale * heat).mean((2, 3)).abs().sum()) == pytest.approx(float(scores.abs().sum()), rel=1e-3)
+
+
 def test_f1_of_known_predictions(images: Stacked) -> None:
     class Always(nn.Module):
         def __init__(self) -> None:
