@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from data.sample import Stacked
+from engine.storage import StorageError
 
 from benchmarks.claims import __main__ as command
 from benchmarks.claims import boxes, ood, report, seeds, shared, sizes
@@ -147,6 +148,13 @@ def test_figures_and_table_are_written_and_those_of_other_claims_stay(tmp_path: 
     assert "| A reaches 90% |  |  | 92.0% ±1.5 | 88.0 to 95.0 | holds |" in table
     assert "| C | 1.0 |  |  |  | not testable |" in table
     assert "| A | 50.0 ±0.5 | 45.0 to 55.0 |" in table
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"claims": {"maps": {}}}', '{"claims": {"maps": {"command": 1}}}'])
+def test_figures_that_cannot_be_read_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "claims.json").write_text(text)
+    with pytest.raises(StorageError, match=r"^cannot read .*claims\.json: .+$"):
+        report.read(tmp_path / "claims.json")
 
 
 @pytest.mark.parametrize("options", [(), ("--claims", "none")])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,7 +102,7 @@ def _read_xml(path: Path) -> Annotation:
 
 
 def _read_json(path: Path, image: str) -> Annotation:
-    content = _load(path, path.stat().st_mtime_ns if path.is_file() else 0)
+    content = _load(path, path.stat().st_mtime_ns if os.path.isfile(path) else 0)
     try:
         if "assets" in content:
             return _vott(path, content, image)

@@ -1,5 +1,6 @@
 """A folder of NIfTI files, in the layout of the Medical Segmentation Decathlon, as volumes of one shape and spacing."""
 
+import gzip
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,6 +71,8 @@ def _read(path: Path, what: str) -> tuple[NDArray[np.float64], NDArray[np.float6
 
     check_file(path, what)
     try:
+        if path.suffix.lower() == ".gz":
+            _check_gzip(path)
         file: Any = nibabel.as_closest_canonical(nibabel.load(path))
         values = np.asarray(file.dataobj, np.float64)
     except Exception as error:  # damaged files get nearly anything out of nibabel
@@ -81,6 +84,13 @@ def _read(path: Path, what: str) -> tuple[NDArray[np.float64], NDArray[np.float6
     if not all(0 < step < np.inf for step in spacing):
         raise DataError(f"{path}: expected a spacing above 0, got {spacing}")
     return np.ascontiguousarray(values.transpose()), file.affine, spacing
+
+
+def _check_gzip(path: Path) -> None:
+    """Raises an error for a damaged file: nibabel stops reading before the checksum, which is at the end."""
+    with gzip.open(path) as file:
+        while file.read(1 << 20):
+            pass
 
 
 def read_classes(root: Path) -> tuple[str, ...]:

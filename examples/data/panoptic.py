@@ -1,5 +1,6 @@
 """The panoptic masks of MS COCO: segments by number in the colours of a PNG, things and stuff."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ class Panoptic(ImageFiles):
             raise DataError(f"{self._path}: expected categories that are things, got none")
         self._label_of = {entry["id"]: label for label, entry in enumerate(things, 1)}
         masks = next(
-            (folder for folder in (root / "annotations", root) if (folder / f"panoptic_{split}").is_dir()), root
+            (folder for folder in (root / "annotations", root) if os.path.isdir(folder / f"panoptic_{split}")), root
         )
         for folder in (root / split, masks / f"panoptic_{split}"):
             check_folder(folder)

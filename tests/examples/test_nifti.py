@@ -109,6 +109,19 @@ def test_files_that_are_missing_or_damaged_are_named(tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
 
 
+def test_a_damaged_compressed_file_never_gives_other_values(tmp_path: Path) -> None:
+    image, labels = (write(tmp_path / f"{i}.nii.gz", values) for i, values in enumerate(voxels()))
+    intact, expected = labels.read_bytes(), read_volume(image, labels, 3)
+    refused = 0
+    for place in range(len(intact)):
+        labels.write_bytes(intact[:place] + bytes([intact[place] ^ 1]) + intact[place + 1 :])
+        try:
+            assert torch.equal(read_volume(image, labels, 3).labels, expected.labels)
+        except DataError:
+            refused += 1
+    assert refused > len(intact) - 100, "all but what gzip says about the file"
+
+
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     for i in range(6):

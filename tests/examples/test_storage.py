@@ -178,6 +178,14 @@ def test_a_file_with_a_flipped_bit_is_refused_or_means_the_same(
     assert same(loaded, STATE)
 
 
+def test_a_tensor_that_is_marked_as_a_folder_is_refused(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[content.index(b"PK\1\2") + 38] |= 0x10  # attributes of the first entry; PyTorch returns memory as it is
+    file.write_bytes(content)
+    with pytest.raises(StorageError, match=r"it is damaged$"):
+        storage.load(file)
+
+
 class Code:
     """Makes a folder when it is unpickled."""
 
