@@ -91,6 +91,8 @@ def _read_xml(path: Path) -> Annotation:
         annotation = ElementTree.parse(path).getroot()
     except (ElementTree.ParseError, OSError, LookupError, ValueError) as error:  # the last two: unknown encodings
         raise DataError(f"{path}: expected an XML file that can be read, got: {error}") from None
+    if annotation.tag != "annotation":  # another tool's file would be one without objects
+        raise DataError(f"{path}: expected XML as VOC has it, in <annotation>, got <{annotation.tag}>")
     return Annotation(
         size=[_number(annotation.findtext(f"size/{side}")) for side in ("width", "height")],
         boxes=[

@@ -59,10 +59,11 @@ def convert(
         OSError: a file cannot be written.
     """
     names = [name for data in splits.values() for name in data.names]
-    classes = next(iter(splits.values())).classes
+    (first, *_), classes = splits, next(iter(splits.values())).classes
     for split, data in splits.items():
         if data.classes != classes:
-            raise DataError(f"{split}: expected the classes of the other list, got others, or another order")
+            wanted, got = (", ".join(own) for own in (classes, data.classes))
+            raise DataError(f"{split}: expected the classes of {first}, {wanted}, got {got}")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise DataError(f"{' and '.join(splits)}: expected lists without a common image, got {twice} in both")

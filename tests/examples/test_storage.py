@@ -155,6 +155,12 @@ def test_a_file_of_another_kind_is_refused(content: bytes, tmp_path: Path) -> No
     assert "\n" not in str(error.value)
 
 
+def test_a_tensor_alone_is_refused(file: Path) -> None:
+    torch.save(torch.zeros(2), file)
+    with pytest.raises(StorageError, match=f"^cannot read {file}: it holds Tensor instead of values by name$"):
+        storage.load(file)
+
+
 def test_a_file_that_is_missing_or_a_folder_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "missing.pt", tmp_path):
         with pytest.raises(StorageError, match=f"^cannot read {path}: ") as error:
