@@ -36,7 +36,7 @@ def read(path: Path) -> Stored:
         return {"claims": {}}
     try:
         stored: Stored = json.loads(path.read_text())
-        markdown(stored)
+        markdown(stored).encode()
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise StorageError(f"cannot read {path}: {storage.reason(error)}") from error
     return stored

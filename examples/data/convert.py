@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from data.sample import VOID, DataError, Sample, class_sizes, complete
 from data.write_voc import annotation, indexed_png, jpeg, lines, partial, write_file, write_lists
 
 RECORDS = "prepared.jsonl"  # the settings, and then what was found in each image that is done
+SURROGATES = "[\ud800-\udfff]"  # bytes of file names, and escapes of JSON, that are no text
 AGAIN = "images that were no JPEG and became one, at quality 95"
 DIFFERING = "images whose tags are not the classes of their masks"
 
@@ -54,8 +56,8 @@ def convert(
         tags: of the images of each split, ``[N, K]``, in place of those that samples have or that follow from them.
 
     Raises:
-        DataError: a folder in use or of other settings, splits that share an image or have other classes; what the
-            samples raise.
+        DataError: a folder in use or of other settings, splits that share an image or have other classes, a name that
+            is more than a line; what the samples raise.
         OSError: a file cannot be written.
     """
     names = [name for data in splits.values() for name in data.names]
@@ -64,6 +66,9 @@ def convert(
         if data.classes != classes:
             wanted, got = (", ".join(own) for own in (classes, data.classes))
             raise DataError(f"{split}: expected the classes of {first}, {wanted}, got {got}")
+    for name in (*classes, *names):
+        if name != name.strip() or name.splitlines() != [name] or re.search(SURROGATES, name):
+            raise DataError(f"{' and '.join(splits)}: expected names that a list can hold, got {name!r}")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise DataError(f"{' and '.join(splits)}: expected lists without a common image, got {twice} in both")

@@ -1,5 +1,6 @@
 """The panoptic masks of MS COCO: segments by number in the colours of a PNG, things and stuff."""
 
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,9 @@ class Panoptic(ImageFiles):
         self._segments: list[list[dict[str, Any]]] = [
             found[0].get("segments_info", []) for found in catalogue.annotations
         ]
+        for segment in itertools.chain(*self._segments):
+            if type(segment["id"]) is not int:
+                raise DataError(f"{self._path}: expected numbers of segments, got {segment['id']!r}")
         self._extents = [(entry["height"], entry["width"]) for entry in catalogue.images]
         super().__init__(
             ("background", *(entry["name"] for entry in things)),

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from engine import processes
 from engine.checkpoint import Checkpoint
 from engine.command import check_least, output_folder
+from engine.storage import StorageError
 from segattr.networks import evaluating
 
 Loss = Callable[[Any, Batch], Tensor]  # from the output of a model for a batch's images, and the batch, to a scalar
@@ -171,7 +172,7 @@ def train(
     )
     if processes.rank():
         _seed(options.seed + 1_000_003 * processes.rank())  # its own dropout
-    progress = Progress(**((options.resume and checkpoint.restore()) or {}))
+    progress = _restored(checkpoint) if options.resume else Progress()
     # Looking for parameters without gradient also keeps the order of sums, which a resumed training would change.
     parallel = DistributedDataParallel(model, find_unused_parameters=True) if processes.count() > 1 else model
     due = {steps * (i + 1) // evaluations for i in range(evaluations)} if evaluate else set()
@@ -213,6 +214,15 @@ def train(
                 checkpoint.save(vars(progress))
             bar.update()
     return progress
+
+
+def _restored(checkpoint: Checkpoint) -> Progress:
+    """Where the training goes on: at its beginning if there is no checkpoint."""
+    found = checkpoint.restore() or {}
+    try:
+        return Progress(**found)
+    except TypeError as error:
+        raise StorageError(f"cannot resume: {checkpoint.path} is of something else: {error}") from error
 
 
 def _file_name(name: str) -> str:

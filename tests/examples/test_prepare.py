@@ -360,6 +360,16 @@ def test_folders_in_use_and_other_settings_are_refused(tmp_path: Path) -> None:
         prepare.main(dataclasses.replace(config, out=tmp_path / "mine"))
 
 
+@pytest.mark.parametrize("name", ["dog ", "big\ndog", "\ud800"])
+def test_classes_that_a_list_cannot_hold_are_refused(name: str, tmp_path: Path) -> None:
+    config = made(tmp_path, "panoptic")
+    for split in LISTS:
+        path = config.root / "annotations" / f"panoptic_{split}.json"
+        path.write_text(path.read_text().replace('"dog"', json.dumps(name)))
+    with pytest.raises(DataError, match=rf"^train and val: expected names that a list can hold, got '.+'$"):
+        prepare.main(config)
+
+
 def test_lists_must_not_share_images(tmp_path: Path) -> None:
     config = made(tmp_path, "voc", val="train")
     with pytest.raises(DataError, match=r"train and val: expected lists without a common image, got a in both$"):
