@@ -366,7 +366,7 @@ def test_classes_that_a_list_cannot_hold_are_refused(name: str, tmp_path: Path) 
     for split in LISTS:
         path = config.root / "annotations" / f"panoptic_{split}.json"
         path.write_text(path.read_text().replace('"dog"', json.dumps(name)))
-    with pytest.raises(DataError, match=rf"^train and val: expected names that a list can hold, got '.+'$"):
+    with pytest.raises(DataError, match=r"^train and val: expected names that a list can hold, got '.+'$"):
         prepare.main(config)
 
 
