@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import few_shot_lrp
 import numpy as np
 import pytest
 import torch
@@ -11,7 +12,7 @@ from data.sample import Stacked
 from engine.storage import StorageError
 
 from benchmarks.claims import __main__ as command
-from benchmarks.claims import boxes, ood, report, seeds, shared, sizes
+from benchmarks.claims import boxes, few_masks, ood, report, seeds, shared, sizes
 from benchmarks.claims.shared import Estimate, Outcome, Verdict, Work, best_threshold, counts, score
 from segattr import StochasticConv2d, ficklenet
 from segattr.metrics import best_threshold_miou, contour_f, region_similarity
@@ -269,6 +270,16 @@ def test_boxes_are_those_of_connected_parts() -> None:
     assert boxes.around(masks).tolist() == [[3, 2, 23, 20], [3, 30, 40, 60]]
     assert torch.equal(boxes.filled(boxes.around(masks))[:, :64, :64], masks)
     assert boxes.objects(torch.zeros_like(labels), 3)[0].shape == (0, 64, 64)
+
+
+def test_networks_start_alike_whatever_was_trained_before_a_stop(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(few_masks, "pretrain", lambda *_: None)
+    monkeypatch.setattr(few_masks, "f1", lambda *_: 0.0)
+    monkeypatch.setattr(few_masks, "experiment", lambda *_: few_shot_lrp.Outcome(float(torch.rand(())), 0.0, []))
+    whole = few_masks.train(work, 0)
+    for path in sorted((work.folder / "done").glob("*U-Net, 5*")):
+        path.unlink()
+    assert few_masks.train(work, 0) == whole
 
 
 @pytest.mark.slow

@@ -43,8 +43,9 @@ def train(work: Work, seed: int) -> dict[str, Tensor]:
 
     def one(name: str, per_class: int) -> dict[str, Tensor]:
         fit, val = images()
-        tags = (fit.sizes() > 0).long()
-        outcome = experiment(config, name, per_class, start(), fit, tags, val)
+        tags, classifier = (fit.sizes() > 0).long(), start()
+        training.seed_everything(seed)  # new weights are the same whatever was trained before, in this run or another
+        outcome = experiment(config, name, per_class, classifier, fit, tags, val)
         return {"mIoU": torch.tensor(100 * outcome.iou), "F1": torch.tensor(100 * outcome.f1)}
 
     settings = plain(config)

@@ -19,7 +19,7 @@ from data.sample import VOID, DataError, Sample, class_sizes, complete
 from data.write_voc import annotation, indexed_png, jpeg, lines, partial, write_file, write_lists
 
 RECORDS = "prepared.jsonl"  # the settings, and then what was found in each image that is done
-SURROGATES = "[\ud800-\udfff]"  # bytes of file names, and escapes of JSON, that are no text
+UNWRITABLE = "[\0\ud800-\udfff]"  # the last are bytes of file names, and escapes of JSON, that are no text
 AGAIN = "images that were no JPEG and became one, at quality 95"
 DIFFERING = "images whose tags are not the classes of their masks"
 
@@ -67,7 +67,7 @@ def convert(
             wanted, got = (", ".join(own) for own in (classes, data.classes))
             raise DataError(f"{split}: expected the classes of {first}, {wanted}, got {got}")
     for name in (*classes, *names):
-        if name != name.strip() or name.splitlines() != [name] or re.search(SURROGATES, name):
+        if name != name.strip() or name.splitlines() != [name] or re.search(UNWRITABLE, name):
             raise DataError(f"{' and '.join(splits)}: expected names that a list can hold, got {name!r}")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)

@@ -360,7 +360,7 @@ def test_folders_in_use_and_other_settings_are_refused(tmp_path: Path) -> None:
         prepare.main(dataclasses.replace(config, out=tmp_path / "mine"))
 
 
-@pytest.mark.parametrize("name", ["dog ", "big\ndog", "\ud800"])
+@pytest.mark.parametrize("name", ["dog ", "big\ndog", "\0", "\ud800"])
 def test_classes_that_a_list_cannot_hold_are_refused(name: str, tmp_path: Path) -> None:
     config = made(tmp_path, "panoptic")
     for split in LISTS:
