@@ -169,6 +169,15 @@ def test_a_wrong_command_ends_with_one_line(tmp_path: Path, options: tuple[str, 
     assert not (tmp_path / "work").exists()
 
 
+@pytest.mark.parametrize("option", ["--work", "--out"])
+def test_a_folder_that_cannot_be_written_is_told_before_any_work(work: Work, option: str, tmp_path: Path) -> None:
+    folders = {"--work": tmp_path / "work", "--out": tmp_path / "out", option: work.data / "classes.txt" / "below"}
+    done = run("-m", "benchmarks.claims", "--data", work.data, *(word for pair in folders.items() for word in pair))
+    assert done.returncode == 1
+    assert done.stderr == f"error: cannot write to {folders[option]}: Not a directory\n"
+    assert done.stdout == ""
+
+
 def test_too_few_photographs_are_refused(work: Work) -> None:
     path = work.data / "ImageSets/Segmentation/train.txt"
     path.write_text("\n".join(path.read_text().splitlines()[:4]) + "\n")

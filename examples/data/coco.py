@@ -66,6 +66,8 @@ class COCO(ImageFiles):
     def __init__(self, root: Path, split: str) -> None:
         if pycoco is None:
             raise DataError("pycocotools: expected it for COCO, found none: pip install pycocotools")
+        for folder in (root, root / "annotations"):
+            check_folder(folder)
         self._path = root / "annotations" / f"instances_{split}.json"
         self._catalogue = read_catalogue(self._path)
         check_folder(root / split)

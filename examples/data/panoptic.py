@@ -32,6 +32,8 @@ class Panoptic(ImageFiles):
     """
 
     def __init__(self, root: Path, split: str) -> None:
+        for folder in (root, root / "annotations"):
+            check_folder(folder)
         self._path = root / "annotations" / f"panoptic_{split}.json"
         catalogue = read_catalogue(self._path)
         things = [entry for entry in catalogue.categories if entry.get("isthing", 1)]

@@ -179,6 +179,12 @@ def test_volumes_are_cut_or_padded_about_their_centre() -> None:
         assert not found[:, 7:].any()
 
 
+def test_a_volume_in_other_units_is_named() -> None:
+    large = volume((3000.0, 1500.0, 1000.0))._replace(file=Path("knee.nii"))
+    with pytest.raises(DataError, match=r"^knee\.nii: expected voxels of about \(3\.0, 1\.5, 1\.0\) mm .*, got \(3000"):
+        fit(large, (4, 5, 6), SPACING)
+
+
 def test_coarser_voxels_hold_means_and_finer_ones_are_interpolated() -> None:
     own = volume()
     halves, labels = fit(own, (2, 5, 6), (6.0, 1.5, 1.0))
