@@ -341,7 +341,7 @@ def experiment(
         options=config,
         evaluate=evaluate,
         evaluations=3,
-        parts={"looks": looks},
+        further={"looks": looks},
     )
     return Outcome(progress.curve[-1][1], f1(start.made_of(encoder), test, config), looks.shown)
 

@@ -131,7 +131,7 @@ def train(
     counts: Mapping[str, Callable[[Batch], Tensor]] | None = None,
     evaluate: Callable[[nn.Module], Tensor] | None = None,
     evaluations: int = 10,
-    parts: Mapping[str, Any] | None = None,
+    further: Mapping[str, Any] | None = None,
 ) -> Progress:
     """Trains with a polynomial schedule (power 0.9); the progress bar shows the running loss and the last evaluation.
 
@@ -155,7 +155,7 @@ def train(
         counts: what sums are divided by, scalars, by the name that they get in the batch; see above.
         evaluate: from the model to the IoU of its classes; called ``evaluations`` times, the last one at the end.
         evaluations: evenly spaced over the training.
-        parts: what else has a state and goes on with the training, by name.
+        further: what else has a state and goes on with the training, by name.
 
     Raises:
         StorageError: a checkpoint that cannot be written, or read, or that was written with other options.
@@ -170,7 +170,7 @@ def train(
     checkpoint = Checkpoint(
         options.out / "checkpoints" / f"{_file_name(name)}.pt",
         settings | {f"steps of {name}": str(steps)},
-        {"model": model, "optimizer": optimizer, "scaler": scaler, **(parts or {})},
+        {"model": model, "optimizer": optimizer, "scaler": scaler, **(further or {})},
     )
     if processes.rank():
         _seed(options.seed + 1_000_003 * processes.rank())  # its own dropout
