@@ -180,6 +180,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for dense_crf.json and dense_crf.md")
     options = parser.parse_args()
     parser.folder(options.out)
+    if options.truths:
+        parser.folder(options.truths, "--truths")
     try:
         where = environment() | {"pydensecrf2": version("pydensecrf2")}
     except PackageNotFoundError:

@@ -7,6 +7,7 @@ number of channels; the first photograph also at the other sizes and numbers of 
 import argparse
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
@@ -433,12 +434,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{message}\n")
 
-    def folder(self, path: Path) -> Path:
+    def folder(self, path: Path, option: str = "--out") -> Path:
         """Of results: made before anything is measured."""
         try:
             path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path):
+                pass
         except OSError as error:
-            self.error(f"--out: expected a folder that can be written, got {path} ({error.strerror})")
+            self.error(f"{option}: expected a folder that can be written, got {path} ({error.strerror})")
         return path
 
 

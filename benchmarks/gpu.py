@@ -400,7 +400,6 @@ def coverage(row: Row, launched: set[str]) -> None:
 
 def mixed_precision(row: Row) -> None:
     """The step of the quickstart with size targets: the loss near that in float32, gradients and weights finite."""
-    sys.path.append(str(HERE.parent / "examples"))  # no package; what pytest does
     from parts.network import EncoderDecoder
 
     torch.manual_seed(0)

@@ -7,7 +7,6 @@ counts, so that other programs disturb the two alike. Nothing is augmented: what
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.__main__ import HERE
 from benchmarks.memory import status
 
 EPOCHS = 4
@@ -65,12 +63,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/reading.json"), help="file of the results")
     options = parser.parse_args()
 
-    sys.path.append(str(HERE.parent / "examples"))  # no package; what pytest does
+    from data.sample import DataError
     from data.voc import VOC
     from torchvision.datasets import VOCSegmentation
 
+    try:
+        ours = VOC(options.folder, "train")
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+    except DataError as error:
+        raise SystemExit(f"error: {error}") from None
+    except OSError as error:
+        raise SystemExit(f"error: cannot write to {options.out.parent}: {error.strerror}") from None
     theirs = VOCSegmentation(options.folder, year="2012", image_set="train", transforms=decode)
-    both = Both(VOC(options.folder, "train"), theirs)
+    both = Both(ours, theirs)
     loader = DataLoader(both, batch_size=1, num_workers=1, collate_fn=only, persistent_workers=True)
     list(loader)  # the disk's cache
     epochs = [list(zip(*loader, strict=True)) for _ in range(EPOCHS)]
@@ -88,7 +93,6 @@ def main() -> None:
     print(f"{len(both) / mine:.0f} images/s, torchvision {len(both) / other:.0f}: ratio {other / mine:.3f}")
     print("by epoch: " + ", ".join(f"{ratio:.3f}" for ratio in result["spread"]))
     print("worker, MB: " + ", ".join(f"{size:.0f}" for size in memory))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=2) + "\n")
 
 

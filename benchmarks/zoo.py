@@ -4,7 +4,6 @@ For each network and method: right, wrong, or refused, against what is computed 
 networks.json after each network, from which it goes on when it is started again, and networks.md, tables by family.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -23,6 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.__main__ import HERE, environment
+from benchmarks.frontier import Parser
 from benchmarks.memory import status
 from benchmarks.zoo_checks import METHODS, judge
 from benchmarks.zoo_networks import family, images_for, names, network
@@ -140,14 +140,14 @@ def _kind_of(verdict: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.zoo", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m benchmarks.zoo", description=__doc__.split("\n")[0])
     parser.add_argument("--only", default="*", metavar="PATTERN", help="of library/name, such as 'timm/*vit*'")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--output", type=Path, default=HERE / "results" / "zoo")
     parser.add_argument("--again", action="store_true", help="also networks whose results are there")
     parser.add_argument("--patience", type=float, default=600, metavar="SECONDS", help="for a network")
     options = parser.parse_args(arguments)
-    options.output.mkdir(parents=True, exist_ok=True)
+    parser.folder(options.output, "--output")
     path = options.output / "networks.json"
     stored = json.loads(path.read_text()) if path.exists() else {"networks": []}
     rows = {row["name"]: row for row in stored["networks"]}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from data.files import check_complete, check_sizes
+from data.files import check_complete, check_folder, check_sizes
 from data.folder import Folder
 from data.sample import DataError, Images, class_sizes, object_error
 from data.source import Options
@@ -70,6 +70,8 @@ class Config:
 
     def images(self) -> Images:
         """The images of a training; masks need not be there unless they are asked for."""
+        if self.root:
+            check_folder(self.root)
         if self.root and self.data == "voc":
             return VOC(self.root, self.train_split, masks=self.masks)
         if self.root and self.data == "folder":

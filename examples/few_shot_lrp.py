@@ -234,10 +234,26 @@ def f1(model: nn.Module, data: Images, config: Config) -> float:
     return float((hits / both.clamp(min=1)).mean())
 
 
+class Looks:
+    """What a network makes of some images, over its training: labels ``[n, H, W]`` and heatmaps ``[n, K, H, W]``.
+
+    Checkpoints hold them: the picture of a training that was stopped has those from before.
+    """
+
+    def __init__(self) -> None:
+        self.shown: list[tuple[Tensor, Tensor]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"shown": self.shown}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.shown = state["shown"]
+
+
 class Outcome(NamedTuple):
     iou: float
     f1: float
-    shown: list[tuple[Tensor, Tensor]]  # labels [n, H, W] and heatmaps [n, K, H, W] of some images, over the training
+    shown: list[tuple[Tensor, Tensor]]  # see Looks
 
 
 def pretrain(config: Config, images: Images) -> Normalised:
@@ -301,7 +317,7 @@ def experiment(
     options = method.options | ({"rule": config.rule} if name == "unrolled LRP" else {})
     model = start.made_of(unroll(encoder, example=image, **options)).to(device)
     heatmap_loss = HeatmapLoss(scale=map_scale(model, images, options), weight=TAGS_WEIGHT * method.tags)
-    shown: list[tuple[Tensor, Tensor]] = []
+    looks = Looks()
 
     def loss(output: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
         return heatmap_loss(output[1], output[0], batch["labels"], batch["tags"])
@@ -313,7 +329,7 @@ def experiment(
     def look(model: nn.Module) -> None:
         with torch.no_grad(), evaluating(model):
             heat = model(image)[1].cpu()
-        shown.append((heat.argmax(1).where(looked_at["valid"], VOID), heat))
+        looks.shown.append((heat.argmax(1).where(looked_at["valid"], VOID), heat))
 
     look(model)
     progress = training.train(
@@ -326,10 +342,9 @@ def experiment(
         options=config,
         evaluate=evaluate,
         evaluations=3,
+        further={"looks": looks},
     )
-    if len(shown) == 1:  # resumed after its last step
-        look(model)
-    return Outcome(progress.curve[-1][1], f1(start.made_of(encoder), test, config), shown)
+    return Outcome(progress.curve[-1][1], f1(start.made_of(encoder), test, config), looks.shown)
 
 
 def table(outcomes: dict[tuple[str, int], list[Outcome]], config: Config, before: list[float]) -> str:

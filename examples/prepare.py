@@ -13,7 +13,7 @@ import torch
 from data.coco import COCO
 from data.colours import is_coloured, read_colours
 from data.convert import Record, convert
-from data.files import ImageFiles, read_labels
+from data.files import ImageFiles, check_folder, read_labels
 from data.folder import Folder
 from data.panoptic import Panoptic
 from data.sample import DataError
@@ -144,6 +144,7 @@ def draw(root: Path, records: Sequence[Record], path: Path) -> None:
 def main(config: Config) -> None:
     if config.out.resolve() == config.root.resolve():
         raise DataError(f"{config.out}: expected another folder than the data set's own")
+    check_folder(config.root)
     output_folder(config.out)
     lists = {"train": config.train, "val": config.val}
     splits = {name: config.images(split) for name, split in lists.items() if split != "none"}

@@ -17,35 +17,60 @@ MEGABYTES, OBJECTS = 24.0, 200  # growth after the warm-up that allocators and c
 
 
 class AllTogether(nn.Module):
-    """One loss of every kind on the same features."""
+    """Every loss on the same features."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.head = nn.Conv2d(FEATURES, CLASSES, 1)
-        self.edge = nn.Conv2d(FEATURES, 1, 1)
-        self.size, self.crf = segloss.SizeKL(), segloss.PottsCRF(sigma_xy=8.0, normalize="pixels")
-        self.window = segloss.WindowedPotts(sigma_xy=4.0, radius=2, normalize="pairs")
-        self.classify, self.align = segloss.ImportanceClassification(), segloss.FeatureSimilarity(sigma=2.0, window=3)
-        self.seeds, self.margin = segloss.PartialCrossEntropy(), segloss.RIBMargin()
+        self.head, self.edge = nn.Conv2d(FEATURES, CLASSES, 1), nn.Conv2d(FEATURES, 1, 1)
+        self.bounds, self.balance = segloss.SizeBarrier(lower=0.1, upper=0.4), segloss.BalanceKL()
+        # By what they take beside the logits of the classes.
+        self.of_sizes = nn.ModuleList([segloss.SizeKL(), segloss.ReverseSizeKL()])
+        self.of_tags = nn.ModuleList(
+            [
+                segloss.LogBarrier(),
+                segloss.FlatBarrier(floor=0.1),
+                segloss.Suppression(),
+                segloss.ImportanceSampling(),
+                segloss.ImportanceClassification(),
+            ]
+        )
+        self.of_images = nn.ModuleList(
+            [
+                segloss.PottsCRF(sigma_xy=8.0, normalize="pixels"),
+                segloss.WindowedPotts(sigma_xy=4.0, radius=2, normalize="pairs"),
+                segloss.GridPotts(),
+                segloss.FeatureSimilarity(sigma=2.0, window=3),
+            ]
+        )
+        self.of_seeds, self.grown = segloss.PartialCrossEntropy(), segloss.BalancedSeeding()
+        self.boundary, self.constraint = segloss.BoundaryLoss(), segloss.BoundaryConstraint()
+        self.centroids, self.margin = segloss.CentroidLoss(), segloss.RIBMargin()
         self.affinity, self.paths = segloss.AffinityLoss(radius=3.0), segloss.PathAffinityLoss(radius=3.0)
         self.ood = segloss.OODClusters(torch.randn(CLASSES, FEATURES), torch.randn(5, FEATURES))
 
     def forward(self, features: Tensor, image: Tensor) -> Tensor:
-        logits, pooled = self.head(features), features.mean((2, 3))
-        tags = (torch.rand(BATCH, CLASSES) < 0.5).float()
-        labels = torch.randint(CLASSES, (BATCH, *image.shape[2:])).masked_fill(torch.rand(image[:, 0].shape) < 0.8, 255)
-        return (
-            self.size(logits, torch.rand(BATCH, CLASSES).softmax(1))
-            + self.crf(logits, image)
-            + self.window(logits, image)
-            + self.classify(logits, tags)
-            + self.align(logits, image, tags)
-            + self.seeds(logits, labels)
-            + 0.01 * self.margin(logits.mean((2, 3)), tags)
-            + self.affinity(features, labels)
-            + self.paths(self.edge(features), labels)
-            + 0.01 * self.ood(pooled, tags)
-        )
+        logits = self.head(features)
+        tags, sizes = (torch.rand(BATCH, CLASSES) < 0.5).float(), torch.rand(BATCH, CLASSES).softmax(1)
+        labels = torch.randint(CLASSES, (BATCH, *image.shape[2:]))
+        seeds = labels.masked_fill(torch.rand(labels.shape) < 0.8, 255)
+        centroids, _ = segloss.centroids_from_labels(labels, CLASSES)
+        values = [
+            self.bounds(logits),
+            self.balance(logits.mean((2, 3))),
+            *(loss(logits, sizes) for loss in self.of_sizes),
+            *(loss(logits, tags) for loss in self.of_tags),
+            *(loss(logits, image) for loss in self.of_images),
+            self.of_seeds(logits, seeds),
+            self.grown(logits, torch.rand(logits.shape) < 0.1),
+            self.boundary(logits, segloss.signed_distances(labels, CLASSES)),
+            self.constraint(logits, torch.rand(logits.shape).softmax(1)),
+            1e-3 * self.centroids(logits, centroids),
+            0.01 * self.margin(logits.mean((2, 3)), tags),
+            self.affinity(features, seeds),
+            self.paths(self.edge(features), seeds),
+            0.01 * self.ood(features.mean((2, 3)), tags),
+        ]
+        return torch.stack(values).sum()
 
 
 def resident_megabytes() -> float:
@@ -59,14 +84,15 @@ def soak(steps: int, loss: nn.Module | None = None) -> list[str]:
     layers = nn.Conv2d(3, FEATURES, 3, padding=1), nn.ReLU(), nn.Conv2d(FEATURES, FEATURES, 3, padding=1)
     network = nn.Sequential(*layers)
     loss = AllTogether() if loss is None else loss
-    optimizer = torch.optim.SGD([*network.parameters(), *loss.parameters()], lr=1e-3)
+    parameters = [*network.parameters(), *loss.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=1e-3)
     warm = (0.0, 0)
     for step in range(1, steps + 1):
         image = torch.rand(BATCH, 3, *SIZES[step % len(SIZES)])
         value = loss(network(image), image)
         optimizer.zero_grad()
         value.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         report = step % max(1, min(200, steps // LINES)) == 0
         if report or step == steps // 5:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -172,6 +173,20 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, module: str
     assert done.returncode == 2
     assert done.stderr.startswith("--out: expected a folder that can be written")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("module", "option"), [("benchmarks.dense_crf", "--truths"), ("benchmarks.zoo", "--output")])
+def test_other_folders_that_cannot_be_written_are_one_line(tmp_path: Path, module: str, option: str) -> None:
+    (tmp_path / "file").touch()
+    done = run("-m", module, "--out" if option == "--truths" else option, tmp_path / "out", option, tmp_path / "file")
+    assert done.returncode == 2
+    assert re.fullmatch(f"{option}: expected a folder that can be written, got .*file .*\n", done.stderr)
+
+
+def test_a_folder_without_photographs_is_one_line(tmp_path: Path) -> None:
+    done = run("-m", "benchmarks.reading", tmp_path / "nowhere", "--out", tmp_path / "out.json")
+    assert done.returncode == 1
+    assert done.stderr == f"error: {tmp_path}/nowhere: expected a folder, found none\n"
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,15 @@ import json
 import math
 from pathlib import Path
 
+import few_shot_lrp
 import numpy as np
 import pytest
 import torch
 from data.sample import Stacked
+from engine.storage import StorageError
 
 from benchmarks.claims import __main__ as command
-from benchmarks.claims import boxes, ood, report, seeds, shared, sizes
+from benchmarks.claims import boxes, few_masks, ood, report, seeds, shared, sizes
 from benchmarks.claims.shared import Estimate, Outcome, Verdict, Work, best_threshold, counts, score
 from segattr import StochasticConv2d, ficklenet
 from segattr.metrics import best_threshold_miou, contour_f, region_similarity
@@ -149,6 +151,13 @@ def test_figures_and_table_are_written_and_those_of_other_claims_stay(tmp_path: 
     assert "| A | 50.0 ±0.5 | 45.0 to 55.0 |" in table
 
 
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"claims": {"maps": {}}}', '{"claims": {"maps": {"command": 1}}}'])
+def test_figures_that_cannot_be_read_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "claims.json").write_text(text)
+    with pytest.raises(StorageError, match=r"^cannot read .*claims\.json: .+$"):
+        report.read(tmp_path / "claims.json")
+
+
 @pytest.mark.parametrize("options", [(), ("--claims", "none")])
 def test_a_wrong_command_ends_with_one_line(tmp_path: Path, options: tuple[str, ...]) -> None:
     done = run("-m", "benchmarks.claims", "--data", tmp_path / "nothing", "--work", tmp_path / "work", *options)
@@ -158,6 +167,15 @@ def test_a_wrong_command_ends_with_one_line(tmp_path: Path, options: tuple[str, 
     assert "error: " in last
     assert ("nothing" if not options else "none") in last
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("option", ["--work", "--out"])
+def test_a_folder_that_cannot_be_written_is_told_before_any_work(work: Work, option: str, tmp_path: Path) -> None:
+    folders = {"--work": tmp_path / "work", "--out": tmp_path / "out", option: work.data / "classes.txt" / "below"}
+    done = run("-m", "benchmarks.claims", "--data", work.data, *(word for pair in folders.items() for word in pair))
+    assert done.returncode == 1
+    assert done.stderr == f"error: cannot write to {folders[option]}: Not a directory\n"
+    assert done.stdout == ""
 
 
 def test_too_few_photographs_are_refused(work: Work) -> None:
@@ -261,6 +279,17 @@ def test_boxes_are_those_of_connected_parts() -> None:
     assert boxes.around(masks).tolist() == [[3, 2, 23, 20], [3, 30, 40, 60]]
     assert torch.equal(boxes.filled(boxes.around(masks))[:, :64, :64], masks)
     assert boxes.objects(torch.zeros_like(labels), 3)[0].shape == (0, 64, 64)
+
+
+def test_networks_start_alike_whatever_was_trained_before(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(few_masks, "pretrain", lambda *_: None)
+    monkeypatch.setattr(few_masks, "experiment", lambda *_: few_shot_lrp.Outcome(float(torch.rand(())), 0.0, []))
+    first = few_masks.Trials(work, 0).found("U-Net", 5)
+    for path in (work.folder / "done").iterdir():
+        path.unlink()
+    again = few_masks.Trials(work, 0)
+    again.found("FCN", 1)
+    assert again.found("U-Net", 5) == first
 
 
 @pytest.mark.slow

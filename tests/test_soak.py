@@ -5,8 +5,9 @@ import sys
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import segloss
 from tests import soak
 from tests.forked import ROOT, run
 
@@ -18,6 +19,11 @@ def test_memory_does_not_grow() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("step ") == 10
     assert done.stdout.endswith("no growth in 60 steps\n")
+
+
+def test_no_loss_is_left_out() -> None:
+    losses = {value for value in vars(segloss).values() if isinstance(value, type) and issubclass(value, nn.Module)}
+    assert losses <= {type(module) for module in soak.AllTogether().modules()}
 
 
 class Leak(soak.AllTogether):

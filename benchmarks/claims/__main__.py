@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from data.sample import DataError
+from engine.command import output_folder
 from engine.storage import StorageError
 
 from benchmarks.__main__ import HERE, environment
@@ -54,6 +55,9 @@ def main(words: Sequence[str] | None = None) -> None:
     try:
         work = Work(options.data, options.work, options.seeds, options.images)
         work.check()
+        for folder in (options.work, options.out):
+            output_folder(folder)
+        report.read(options.out / "claims.json")  # what cannot be added to is told before hours of work
         for number, name in enumerate(options.claims, 1):
             print(f"claim {number} of {len(options.claims)}: {name}", flush=True)
             images = f" --images {options.images}" if options.images else ""

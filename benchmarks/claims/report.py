@@ -2,11 +2,13 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from engine import storage
+from engine.storage import StorageError
 
 from benchmarks.claims.shared import Estimate, Outcome
 
@@ -25,7 +27,19 @@ TITLES = {
 
 
 def read(path: Path) -> Stored:
-    return json.loads(path.read_text()) if path.exists() else {"claims": {}}
+    """What the claims before found.
+
+    Raises:
+        StorageError: a file that cannot be read, or that :func:`write` has not written.
+    """
+    if not os.path.lexists(path):
+        return {"claims": {}}
+    try:
+        stored: Stored = json.loads(path.read_text())
+        markdown(stored).encode()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise StorageError(f"cannot read {path}: {storage.reason(error)}") from error
+    return stored
 
 
 def write(folder: Path, stored: Stored) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -81,7 +82,7 @@ class Work:
             make: computes the result; what it keeps on disk itself goes on after a stop.
         """
         path = self.folder / "done" / f"{name}-{digest({**settings, 'data': str(self.data), 'images': self.images})}.pt"
-        if path.exists():
+        if os.path.lexists(path):
             return storage.load(path)
         made = make()
         storage.save(path, made)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,6 +91,8 @@ def _read_xml(path: Path) -> Annotation:
         annotation = ElementTree.parse(path).getroot()
     except (ElementTree.ParseError, OSError, LookupError, ValueError) as error:  # the last two: unknown encodings
         raise DataError(f"{path}: expected an XML file that can be read, got: {error}") from None
+    if annotation.tag != "annotation":  # another tool's file would be one without objects
+        raise DataError(f"{path}: expected XML as VOC has it, in <annotation>, got <{annotation.tag}>")
     return Annotation(
         size=[_number(annotation.findtext(f"size/{side}")) for side in ("width", "height")],
         boxes=[
@@ -101,7 +104,7 @@ def _read_xml(path: Path) -> Annotation:
 
 
 def _read_json(path: Path, image: str) -> Annotation:
-    content = _load(path, path.stat().st_mtime_ns if path.is_file() else 0)
+    content = _load(path, path.stat().st_mtime_ns if os.path.isfile(path) else 0)
     try:
         if "assets" in content:
             return _vott(path, content, image)

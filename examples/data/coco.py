@@ -66,6 +66,8 @@ class COCO(ImageFiles):
     def __init__(self, root: Path, split: str) -> None:
         if pycoco is None:
             raise DataError("pycocotools: expected it for COCO, found none: pip install pycocotools")
+        for folder in (root, root / "annotations"):
+            check_folder(folder)
         self._path = root / "annotations" / f"instances_{split}.json"
         self._catalogue = read_catalogue(self._path)
         check_folder(root / split)
@@ -93,7 +95,7 @@ class COCO(ImageFiles):
     def _regions(self, index: int) -> list[Region]:
         regions = []
         for entry in self._catalogue.annotations[index]:
-            where = f"{self._path}: annotation {entry.get('id')}"
+            where = f"{self._path}: annotation {entry.get('id')!r}"
             label = self._catalogue.label_of[entry["category_id"]]
             mask = rasterise(where, entry.get("segmentation"), *self._size(index))
             regions.append(Region(label, entry["bbox"], bool(entry.get("iscrowd", 0)), mask))
@@ -113,7 +115,7 @@ def read_catalogue(path: Path) -> Catalogue:
         images = sorted(content["images"], key=lambda entry: entry["file_name"])
         for entry in images:
             if not all(type(entry[side]) is int and 0 < entry[side] < 1 << 16 for side in ("height", "width")):
-                raise DataError(f"{path}: expected height and width of {entry['file_name']} in pixels")
+                raise DataError(f"{path}: expected height and width of {entry['file_name']!r} in pixels")
         annotations: dict[int, list[dict[str, Any]]] = {entry["id"]: [] for entry in images}
         label_of = {entry["id"]: label for label, entry in enumerate(categories, 1)}
         classes = ("background", *(entry["name"] for entry in categories))
@@ -128,12 +130,12 @@ def read_catalogue(path: Path) -> Catalogue:
             raise DataError(f"{path}: expected images, and 1 to {VOID - 1} categories, got {got}")
         for entry in content["annotations"]:
             if entry["image_id"] not in annotations:
-                raise DataError(f"{path}: annotation {entry.get('id')}: expected an image, got {entry['image_id']}")
+                raise DataError(f"{path}: annotation {entry.get('id')!r}: expected an image, got {entry['image_id']!r}")
             for part in entry.get("segments_info", [entry]):
                 if part["id"] is None or part["category_id"] not in label_of:
-                    raise DataError(f"{path}: expected a category, got {part['category_id']} in {entry['image_id']}")
+                    raise DataError(f"{path}: expected a category, got {part['category_id']!r} in {entry['image_id']}")
                 if not (len(part["bbox"]) == 4 and all(isinstance(value, int | float) for value in part["bbox"])):
-                    raise DataError(f"{path}: expected a box of four numbers, got {part['bbox']}")
+                    raise DataError(f"{path}: expected a box of four numbers, got {part['bbox']!r}")
             annotations[entry["image_id"]].append(entry)
         return Catalogue(classes, label_of, images, [annotations[entry["id"]] for entry in images], categories)
     except DataError:
@@ -217,4 +219,4 @@ def describe(
 def _check_once(path: Path, what: str, values: Sequence[object]) -> None:
     for value, count in Counter(values).items():
         if count > 1:
-            raise DataError(f"{path}: expected every {what} once, got {value} {count} times")
+            raise DataError(f"{path}: expected every {what} once, got {value!r} {count} times")

@@ -3,7 +3,9 @@
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping
+import os
+import re
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,9 +16,10 @@ from tqdm import tqdm
 
 from data.files import ImageFiles
 from data.sample import VOID, DataError, Sample, class_sizes, complete
-from data.write_voc import annotation, indexed_png, jpeg, lines, write_file, write_lists
+from data.write_voc import annotation, indexed_png, jpeg, lines, partial, write_file, write_lists
 
 RECORDS = "prepared.jsonl"  # the settings, and then what was found in each image that is done
+UNWRITABLE = "[\0\ud800-\udfff]"  # the last are bytes of file names, and escapes of JSON, that are no text
 AGAIN = "images that were no JPEG and became one, at quality 95"
 DIFFERING = "images whose tags are not the classes of their masks"
 
@@ -53,19 +56,23 @@ def convert(
         tags: of the images of each split, ``[N, K]``, in place of those that samples have or that follow from them.
 
     Raises:
-        DataError: a folder in use or of other settings, splits that share an image or have other classes; what the
-            samples raise.
+        DataError: a folder in use or of other settings, splits that share an image or have other classes, a name that
+            is more than a line; what the samples raise.
         OSError: a file cannot be written.
     """
     names = [name for data in splits.values() for name in data.names]
-    classes = next(iter(splits.values())).classes
+    (first, *_), classes = splits, next(iter(splits.values())).classes
     for split, data in splits.items():
         if data.classes != classes:
-            raise DataError(f"{split}: expected the classes of the other list, got others, or another order")
+            wanted, got = (", ".join(own) for own in (classes, data.classes))
+            raise DataError(f"{split}: expected the classes of {first}, {wanted}, got {got}")
+    for name in (*classes, *names):
+        if name != name.strip() or name.splitlines() != [name] or re.search(UNWRITABLE, name):
+            raise DataError(f"{' and '.join(splits)}: expected names that a list can hold, got {name!r}")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise DataError(f"{' and '.join(splits)}: expected lists without a common image, got {twice} in both")
-    done = _enter(root, settings)
+    done = _enter(root, settings, len(classes), set(splits))
     with (
         (root / RECORDS).open("a", encoding="utf-8") as file,
         tqdm(total=len(names), initial=sum(name in done for name in names), desc="images", unit="image") as bar,
@@ -81,27 +88,44 @@ def convert(
     return records
 
 
-def _enter(root: Path, settings: Mapping[str, str]) -> dict[str, Record]:
+def _enter(root: Path, settings: Mapping[str, str], classes: int, splits: Set[str]) -> dict[str, Record]:
     """Makes the folder ready; returns what is done, by name."""
     path, wanted = root / RECORDS, json.dumps(dict(settings))
-    if not path.is_file():
-        if root.exists() and not (root.is_dir() and next(root.iterdir(), None) is None):
+    if not os.path.isfile(path):
+        if root.exists() and not (root.is_dir() and {own.name for own in root.iterdir()} <= {partial(path).name}):
             raise DataError(f"{root}: expected a new or an empty folder, or one of an earlier run, got another")
         root.mkdir(parents=True, exist_ok=True)
         write_file(path, lines([wanted]))
         return {}
     try:
         first, *rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        if first.strip() != wanted:
+        if json.loads(first) != dict(settings):
             raise DataError(f"{root}: expected the folder of a run with {wanted}, got one with {first.strip()}")
         whole = [row for row in rows if row.endswith("\n")]  # a killed run may leave half of one
-        done = {record.name: record for record in (Record(**json.loads(row)) for row in whole)}
-    except (ValueError, TypeError) as error:
+        done = {record.name: record for record in (_record(row, classes, splits) for row in whole)}
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: expected the file of an earlier run, got another: {error}") from None
     write_file(path, "".join([first, *whole]).encode())
     return done
+
+
+def _record(row: str, classes: int, splits: Set[str]) -> Record:
+    """What a line says; ``ValueError`` or ``TypeError`` where no run has written it."""
+    record = Record(**json.loads(row))
+    numbers = (record.height, record.width, record.boxes, *record.tags, *record.oddities.values())
+    shares = (record.void, *(record.sizes or [0.0] * classes))
+    right = (
+        isinstance(record.name, str)
+        and record.split in splits
+        and all(type(number) is int and number >= 0 for number in numbers)
+        and all(type(share) is float and 0 <= share <= 1 for share in shares)
+        and len(record.tags) == len(shares) - 1 == classes
+    )
+    if not right:
+        raise ValueError(f"line {row.strip()[:60]}...")
+    return record
 
 
 def _each(

@@ -24,6 +24,7 @@ from data.sample import VOID, DataError, Images, Sample
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")  # of images, in small letters
 CUT = "boxes that were cut off at the border of their image"
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF")
+LONGEST = 1000  # characters of a line of a list; other files have longer ones
 
 
 class ReadMask(Protocol):
@@ -175,11 +176,13 @@ def read_list(path: Path) -> list[str]:
     """Names, one in a line.
 
     Raises:
-        DataError: no file, not UTF-8, no names, an empty line between names, a name twice.
+        DataError: no file, not UTF-8, no names, an empty line between names, a name twice, a line too long for names.
     """
     names = [line.strip() for line in read_text(path).rstrip().splitlines()]
     if not names:
         raise DataError(f"{path}: expected at least one name, got an empty file")
+    if max(map(len, names)) > LONGEST:
+        raise DataError(f"{path}: expected names, got a line of {max(map(len, names))} characters")
     if "" in names:
         raise DataError(f"{path}:{names.index('') + 1}: expected a name, got an empty line")
     check_unique(path, names)
@@ -326,6 +329,9 @@ def opened(path: Path, what: str, formats: tuple[str, ...]) -> Iterator[Image.Im
     check_file(path, what)
     try:
         with Image.open(path, formats=formats) as image:
+            if image.format == "PNG":  # Pillow looks at the checksums of pixels here and nowhere else
+                with Image.open(path, formats=("PNG",)) as again:
+                    again.verify()
             yield image
     except DataError:
         raise

@@ -1,5 +1,6 @@
 """A data set of one's own: a folder of images, a folder of masks, and the names of the classes."""
 
+import os
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -67,7 +68,7 @@ class Folder(ImageFiles):
 def _images(folder: Path) -> tuple[list[Path], int]:
     """The images in the order of their names, and how many hidden files there are."""
     try:
-        everything = [path for path in folder.iterdir() if not path.is_dir()]
+        everything = [path for path in folder.iterdir() if not os.path.isdir(path)]
     except OSError as error:
         raise DataError(f"{folder}: expected a folder that can be read, got: {error.strerror}") from None
     files = [path for path in everything if not path.name.startswith(".")]

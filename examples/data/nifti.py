@@ -1,6 +1,8 @@
 """A folder of NIfTI files, in the layout of the Medical Segmentation Decathlon, as volumes of one shape and spacing."""
 
+import gzip
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,6 +22,7 @@ from segloss.common.resizing import resize_linear
 Split = Literal["train", "val", "final"]
 FOLDS = 5  # of the volumes in the order of their names; the last two are val and final
 DARK, BRIGHT = 0.5, 99.5  # percentiles of the intensities of a volume that become 0 and 1
+LARGEST = 1 << 30  # voxels, 4 GB
 SAME_PLACE = 1e-2  # how far matrices of an image and its labels may differ, in mm
 
 
@@ -32,6 +35,7 @@ class Volume(NamedTuple):
     image: Tensor  # float32 [D, H, W], in [0, 1]
     labels: Tensor  # int64 [D, H, W], classes
     spacing: Spacing
+    file: Path = Path("volume")  # of the image
 
 
 def read_volume(image: Path, labels: Path, classes: int) -> Volume:
@@ -61,7 +65,7 @@ def read_volume(image: Path, labels: Path, classes: int) -> Volume:
     if len(unknown):
         raise DataError(f"{labels}: expected labels from 0 to {classes - 1}, got {unknown[0]:g}")
     scaled = ((intensities - dark) / (bright - dark)).clip(0, 1)
-    return Volume(torch.from_numpy(scaled).float(), torch.from_numpy(indices).long(), spacing)
+    return Volume(torch.from_numpy(scaled).float(), torch.from_numpy(indices).long(), spacing, image)
 
 
 def _read(path: Path, what: str) -> tuple[NDArray[np.float64], NDArray[np.float64], Spacing]:
@@ -70,6 +74,8 @@ def _read(path: Path, what: str) -> tuple[NDArray[np.float64], NDArray[np.float6
 
     check_file(path, what)
     try:
+        if path.suffix.lower() == ".gz":
+            _check_gzip(path)
         file: Any = nibabel.as_closest_canonical(nibabel.load(path))
         values = np.asarray(file.dataobj, np.float64)
     except Exception as error:  # damaged files get nearly anything out of nibabel
@@ -83,12 +89,20 @@ def _read(path: Path, what: str) -> tuple[NDArray[np.float64], NDArray[np.float6
     return np.ascontiguousarray(values.transpose()), file.affine, spacing
 
 
+def _check_gzip(path: Path) -> None:
+    """Raises an error for a damaged file: nibabel stops reading before the checksum, which is at the end."""
+    with gzip.open(path) as file:
+        while file.read(1 << 20):
+            pass
+
+
 def read_classes(root: Path) -> tuple[str, ...]:
     """Names of the classes of a folder, from the ``labels`` of its ``dataset.json``.
 
     Raises:
-        DataError: no file, no JSON, or no names of the indices from 0.
+        DataError: no folder, no file, no JSON, or no names of the indices from 0.
     """
+    check_folder(root)
     path = root / "dataset.json"
     try:
         labels = json.loads(read_text(path))["labels"]
@@ -141,10 +155,15 @@ def fit(volume: Volume, shape: tuple[int, int, int], spacing: Spacing) -> tuple[
 
     Intensities are means over what coarser voxels hold, and interpolated between finer ones; labels are those of the
     nearest voxel. Padding is dark background.
+
+    Raises:
+        DataError: a volume that would have more than 2^30 voxels, as with a spacing in other units.
     """
     size = [
         max(1, round(n * own / step)) for n, own, step in zip(volume.image.shape, volume.spacing, spacing, strict=True)
     ]
+    if math.prod(size) > LARGEST:
+        raise DataError(f"{volume.file}: expected voxels of about {spacing} mm (z, y, x), got {volume.spacing}")
     image, labels = volume.image[None, None], volume.labels[None, None]
     coarse = [min(n, m) for n, m in zip(image.shape[2:], size, strict=True)]
     image = resize_linear(F.interpolate(image, coarse, mode="area"), size)

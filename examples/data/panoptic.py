@@ -1,5 +1,7 @@
 """The panoptic masks of MS COCO: segments by number in the colours of a PNG, things and stuff."""
 
+import itertools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,8 @@ class Panoptic(ImageFiles):
     """
 
     def __init__(self, root: Path, split: str) -> None:
+        for folder in (root, root / "annotations"):
+            check_folder(folder)
         self._path = root / "annotations" / f"panoptic_{split}.json"
         catalogue = read_catalogue(self._path)
         things = [entry for entry in catalogue.categories if entry.get("isthing", 1)]
@@ -37,7 +41,7 @@ class Panoptic(ImageFiles):
             raise DataError(f"{self._path}: expected categories that are things, got none")
         self._label_of = {entry["id"]: label for label, entry in enumerate(things, 1)}
         masks = next(
-            (folder for folder in (root / "annotations", root) if (folder / f"panoptic_{split}").is_dir()), root
+            (folder for folder in (root / "annotations", root) if os.path.isdir(folder / f"panoptic_{split}")), root
         )
         for folder in (root / split, masks / f"panoptic_{split}"):
             check_folder(folder)
@@ -48,6 +52,9 @@ class Panoptic(ImageFiles):
         self._segments: list[list[dict[str, Any]]] = [
             found[0].get("segments_info", []) for found in catalogue.annotations
         ]
+        for segment in itertools.chain(*self._segments):
+            if type(segment["id"]) is not int:
+                raise DataError(f"{self._path}: expected numbers of segments, got {segment['id']!r}")
         self._extents = [(entry["height"], entry["width"]) for entry in catalogue.images]
         super().__init__(
             ("background", *(entry["name"] for entry in things)),

@@ -1,5 +1,6 @@
 """The Semantic Boundaries Dataset (SBD) as it is distributed: masks in MATLAB's files."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,7 +29,7 @@ class SBD(ImageFiles):
 
     def __init__(self, root: Path, split: str) -> None:
         check_folder(root)
-        root = next((folder for folder in (root, root / "dataset") if (folder / "img").is_dir()), root)
+        root = next((folder for folder in (root, root / "dataset") if os.path.isdir(folder / "img")), root)
         for folder in ("img", "cls"):
             check_folder(root / folder)
         path = Path(split) if split.endswith(".txt") else root / f"{split}.txt"

@@ -8,7 +8,7 @@ from engine import training
 from engine.command import check_least
 
 from data.augment import Fit
-from data.files import read_classes
+from data.files import check_folder, read_classes
 from data.folder import Folder
 from data.sample import Annotated, DataError, Images, Stacked
 from data.scenes import CLASSES, Scenes, Split, stack
@@ -68,6 +68,8 @@ class Options(training.Options):
         if self.root and self.data == "voc":
             return VOC(self.root, self.train_split if purpose == "train" else split)
         if self.root and self.data == "folder":
+            for folder in (self.root, self.root / "train", self.root / split):
+                check_folder(folder)
             lists = [self.root / name / "classes.txt" for name in ("train", split)]
             if read_classes(lists[0]) != read_classes(lists[1]):
                 raise DataError(f"{lists[1]}: expected the classes of {lists[0]}, got others, or another order")

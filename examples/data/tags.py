@@ -60,7 +60,7 @@ def _row(path: Path, name: str, values: Any, classes: Sequence[str]) -> list[int
         return [1, *(int(label in values) for label in classes[1:])]
     if len(values) not in (len(classes), len(classes) - 1):
         raise DataError(f"{path}: {name}: expected {len(classes)} values, or one less, got {len(values)}")
-    wrong = [value for value in values if value not in (0, 1)]
+    wrong = [value for value in values if not (isinstance(value, int | float | np.generic) and value in (0, 1))]
     if wrong:
         raise DataError(f"{path}: {name}: expected 0 or 1 for each class, got {wrong[0]!r}")
     return [1] * (len(classes) - len(values)) + [int(value) for value in values]

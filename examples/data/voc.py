@@ -1,5 +1,6 @@
 """Pascal VOC 2012, with the masks of SBD where they are there, and other data sets in its layout."""
 
+import os
 from pathlib import Path
 
 from data.files import ImageFiles, ReadMask, check_file, check_folder, read_classes
@@ -76,7 +77,7 @@ class VOC(ImageFiles):
             folders.reverse()
         entries = read_entries(path, root, masks=folders if masks else ())
         super().__init__(
-            read_classes(root / "classes.txt") if (root / "classes.txt").is_file() else CLASSES,
+            read_classes(root / "classes.txt") if os.path.lexists(root / "classes.txt") else CLASSES,
             [entry.name for entry in entries],
             [entry.image for entry in entries],
             masks=[entry.mask for entry in entries if entry.mask] if masks else None,
@@ -91,7 +92,7 @@ class VOC(ImageFiles):
 def _find(root: Path) -> Path:
     check_folder(root)
     for folder in (root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"):
-        if (folder / "JPEGImages").is_dir():
+        if os.path.isdir(folder / "JPEGImages"):
             return folder
     raise DataError(f"{root}: expected JPEGImages in it, or in VOC2012 or VOCdevkit/VOC2012 below it, found none")
 
@@ -104,7 +105,7 @@ def _list(root: Path, split: str) -> Path:
     check_folder(folder)
     path = folder / f"{split}.txt"
     for other in (path, root / "ImageSets" / "Main" / f"{split}.txt"):
-        if other.is_file():
+        if os.path.isfile(other):
             return other
     named = sorted(folder.glob("*[aA][uU][gG]*.txt")) if "aug" in split.lower() else []
     if len(named) > 1:

@@ -166,6 +166,10 @@ def lines(rows: Iterable[str]) -> bytes:
 
 def write_file(path: Path, content: bytes) -> None:
     """Writes a file that appears under its name only when it is complete."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+    partial(path).write_bytes(content)
+    partial(path).replace(path)
+
+
+def partial(path: Path) -> Path:
+    """What a file is called while it is written."""
+    return path.with_name(f"{path.name}.partial")

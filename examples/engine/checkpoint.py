@@ -1,5 +1,6 @@
 """Checkpoints: all that a training needs to go on as if it had not been stopped."""
 
+import os
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class Checkpoint:
         Raises:
             StorageError: a file that cannot be read, or that was written with other settings or for another model.
         """
-        if not self.path.exists():
+        if not os.path.lexists(self.path):
             return None
         state = storage.load(self.path)
         try:

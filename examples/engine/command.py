@@ -6,8 +6,8 @@ import dataclasses
 import io
 import itertools
 import math
-import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -92,11 +92,10 @@ def each_run(config: RepeatedConfig) -> list[RepeatedConfig]:
 
 def output_folder(path: Path) -> Path:
     """Makes a folder that can be written to, or ends the program with one line on stderr."""
-    probe = path / f".writable{os.getpid()}"  # each process has its own
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=path):  # a killed run leaves none behind
+            pass
     except OSError as error:
         raise SystemExit(f"error: cannot write to {path}: {error.strerror}") from None
     return path

@@ -63,12 +63,15 @@ def load(path: Path) -> dict[str, Any]:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            if archive.testzip():  # torch.load does not look at the checksums
+            # torch.load does not look at the checksums, and leaves out what is marked as a folder.
+            if archive.testzip() or any(entry.external_attr for entry in archive.infolist()):
                 raise zipfile.BadZipFile("it is damaged")
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise TypeError(f"it holds {type(state).__name__} instead of values by name")
     except pickle.UnpicklingError as error:  # PyTorch's message says how to load it nevertheless
         raise StorageError(f"cannot read {path}: it holds more than tensors and plain values") from error
-    except (OSError, RuntimeError, LookupError, EOFError, ValueError, *ZIP_ERRORS) as error:
+    except (OSError, RuntimeError, LookupError, EOFError, TypeError, ValueError, *ZIP_ERRORS) as error:
         raise StorageError(f"cannot read {path}: {reason(error)}") from error
     return state
 

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from engine import processes
 from engine.checkpoint import Checkpoint
 from engine.command import check_least, output_folder
+from engine.storage import StorageError
 from segattr.networks import evaluating
 
 Loss = Callable[[Any, Batch], Tensor]  # from the output of a model for a batch's images, and the batch, to a scalar
@@ -130,6 +131,7 @@ def train(
     counts: Mapping[str, Callable[[Batch], Tensor]] | None = None,
     evaluate: Callable[[nn.Module], Tensor] | None = None,
     evaluations: int = 10,
+    further: Mapping[str, Any] | None = None,
 ) -> Progress:
     """Trains with a polynomial schedule (power 0.9); the progress bar shows the running loss and the last evaluation.
 
@@ -153,6 +155,7 @@ def train(
         counts: what sums are divided by, scalars, by the name that they get in the batch; see above.
         evaluate: from the model to the IoU of its classes; called ``evaluations`` times, the last one at the end.
         evaluations: evenly spaced over the training.
+        further: what else has a state and goes on with the training, by name.
 
     Raises:
         StorageError: a checkpoint that cannot be written, or read, or that was written with other options.
@@ -167,11 +170,11 @@ def train(
     checkpoint = Checkpoint(
         options.out / "checkpoints" / f"{_file_name(name)}.pt",
         settings | {f"steps of {name}": str(steps)},
-        {"model": model, "optimizer": optimizer, "scaler": scaler},
+        {"model": model, "optimizer": optimizer, "scaler": scaler, **(further or {})},
     )
     if processes.rank():
         _seed(options.seed + 1_000_003 * processes.rank())  # its own dropout
-    progress = Progress(**((options.resume and checkpoint.restore()) or {}))
+    progress = _restored(checkpoint) if options.resume else Progress()
     # Looking for parameters without gradient also keeps the order of sums, which a resumed training would change.
     parallel = DistributedDataParallel(model, find_unused_parameters=True) if processes.count() > 1 else model
     due = {steps * (i + 1) // evaluations for i in range(evaluations)} if evaluate else set()
@@ -213,6 +216,15 @@ def train(
                 checkpoint.save(vars(progress))
             bar.update()
     return progress
+
+
+def _restored(checkpoint: Checkpoint) -> Progress:
+    """Where the training goes on: at its beginning if there is no checkpoint."""
+    found = checkpoint.restore() or {}
+    try:
+        return Progress(**found)
+    except TypeError as error:
+        raise StorageError(f"cannot resume: {checkpoint.path} is of something else: {error}") from error
 
 
 def _file_name(name: str) -> str:

@@ -212,7 +212,7 @@ def undisturbed(network: Callable[..., Any], function: Callable[[], Any], *, con
 
 def tracked(tensor: Tensor) -> Tensor:
     """Itself; of one that was made in inference mode a copy, as autograd can use no such tensor."""
-    return tensor.clone() if tensor.is_inference() else tensor
+    return tensor.clone() if not torch.compiler.is_compiling() and tensor.is_inference() else tensor
 
 
 @contextmanager

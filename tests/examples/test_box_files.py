@@ -92,6 +92,7 @@ def test_a_pixel_beyond_the_image_is_cut_off_and_counted(
         (xml(1, 1, 12, 4), "expected a box within x 1 to 10 and y 1 to 6 for cat, got xmin 1, ymin 1, xmax 12, ymax 4"),
         (xml(1, 1, 4, 4, size=(20, 12)), "expected boxes in an image of width 10, got width 20"),
         (xml(11, 1, 11, 4), "expected a box within x 1 to 10 .*"),
+        ("<annotations><image/></annotations>", "expected XML as VOC has it, in <annotation>, got <annotations>"),
         (
             labelme([0, 0], [12, 3]),
             "expected a box within x 0 to 10 and y 0 to 6 for cat, got xmin 0, ymin 0, xmax 12, .*",

@@ -171,17 +171,18 @@ def change(*keys: object, value: object) -> Callable[[Content], None]:
             "expected images, and 1 to 254 categories, got 0 images, 3 categories|.*an image.*",
         ),
         (change("categories", 1, "id", value=18), "expected every category once, got 18 2 times"),
-        (change("categories", 1, "name", value="dog"), "expected every category once, got dog 2 times"),
+        (change("categories", 1, "name", value="dog"), "expected every category once, got 'dog' 2 times"),
         (change("categories", 1, "name", value=None), "expected names of categories, got .*"),
         (change("images", 0, "id", value=4), "expected every image once, got 4 2 times"),
         (
             change("images", 0, "file_name", value="x/000000000004.png"),
-            "expected every image once, got 000000000004 .*",
+            "expected every image once, got '000000000004' .*",
         ),
-        (change("images", 0, "height", value="a"), "expected height and width of 000000000009.jpg in pixels"),
+        (change("images", 0, "height", value="a"), "expected height and width of '000000000009.jpg' in pixels"),
         (change("annotations", 0, "image_id", value=7), "annotation 1: expected an image, got 7"),
         (change("annotations", 0, "category_id", value=2), "expected a category, got 2 in 9"),
         (change("annotations", 0, "bbox", value=[1, 2, 3]), r"expected a box of four numbers, got \[1, 2, 3\]"),
+        (change("annotations", 0, "bbox", value="\n"), r"expected a box of four numbers, got '\\n'"),
     ],
 )
 def test_a_file_that_contradicts_itself_is_refused_at_once(
@@ -276,6 +277,14 @@ def test_panoptic_masks_give_things_over_a_background_of_stuff(panoptic: Path) -
     assert sample["boxes"].tolist() == [[0, 0, 3, 12]]
     assert sample["tags"].tolist() == [1, 1, 1, 0]
     assert (data[0]["labels"] == VOID).all()
+
+
+def test_segments_have_numbers(panoptic: Path) -> None:
+    content = copy.deepcopy(PANOPTIC)
+    content["annotations"][0]["segments_info"][1]["id"] = "300"
+    path = write(panoptic, content, "panoptic")
+    with pytest.raises(DataError, match=f"^{path}: expected numbers of segments, got '300'$"):
+        Panoptic(panoptic, "val2017")
 
 
 @pytest.mark.parametrize(

@@ -58,11 +58,12 @@ def test_it_trains_a_network_for_photographs_and_goes_on_after_a_stop(tmp_path: 
     small = ("--size", "64", "--steps", "2", "--pretrain-steps", "2", "--batch-size", "4", "--device", "cpu")
     first = run_example("few_shot_lrp", *options, *small, "--out", tmp_path)
     assert first.returncode == 0, first.stderr
-    assert imread(tmp_path / "few_shot_lrp.png").shape[2] == 4
+    picture = (tmp_path / "few_shot_lrp.png").read_bytes()
     (tmp_path / "checkpoints" / "U_Net_1_seed_0.pt").unlink()
     again = run_example("few_shot_lrp", *options, *small, "--out", tmp_path, "--resume")
     assert again.returncode == 0, again.stderr
     assert again.stdout == first.stdout
+    assert (tmp_path / "few_shot_lrp.png").read_bytes() == picture, "what it showed before the stop, too"
 
 
 def test_pretrained_features_learn_more_slowly_and_keep_their_statistics(tmp_path: Path) -> None:

@@ -352,6 +352,19 @@ def test_intact_files_are_read_and_truncated_ones_are_not(tmp_path: Path) -> Non
                 read_image(tmp_path / "x")
 
 
+def test_a_damaged_png_never_gives_other_values(tmp_path: Path) -> None:
+    path, intact = tmp_path / "mask.png", encoded("PNG", mode="P")
+    path.write_bytes(intact)
+    expected, refused = read_labels(path, VOID), 0
+    for place in range(len(intact)):
+        path.write_bytes(intact[:place] + bytes([intact[place] ^ 1]) + intact[place + 1 :])
+        try:
+            assert torch.equal(read_labels(path, VOID), expected)
+        except DataError:
+            refused += 1
+    assert refused > len(intact) - 20, "all but what follows the pixels"
+
+
 def test_tiff_and_bmp_are_read_and_hidden_files_are_passed_over_and_counted(root: Path) -> None:
     for name, ending in (("d", "tif"), ("e", "TIFF"), ("f", "bmp")):
         Image.fromarray(colours(2, 3)).save(root / "images" / f"{name}.{ending}")

@@ -132,6 +132,11 @@ def test_a_wrong_line_is_named_with_what_was_looked_for(root: Path, line: str, m
         read_entries(path, root, masks=["SegmentationClass"])
 
 
+def test_a_file_of_something_else_is_no_list(root: Path) -> None:
+    with pytest.raises(DataError, match=r"x.txt: expected names, got a line of 5000 characters$"):
+        read_entries(write(root, "{" * 5000), root)
+
+
 def test_an_empty_list_is_named(root: Path) -> None:
     with pytest.raises(DataError, match=r"x.txt: expected at least one name, got an empty file$"):
         read_entries(write(root, "\r\n\r\n"), root)

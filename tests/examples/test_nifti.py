@@ -109,6 +109,19 @@ def test_files_that_are_missing_or_damaged_are_named(tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
 
 
+def test_a_damaged_compressed_file_never_gives_other_values(tmp_path: Path) -> None:
+    image, labels = (write(tmp_path / f"{i}.nii.gz", values) for i, values in enumerate(voxels()))
+    intact, expected = labels.read_bytes(), read_volume(image, labels, 3)
+    refused = 0
+    for place in range(len(intact)):
+        labels.write_bytes(intact[:place] + bytes([intact[place] ^ 1]) + intact[place + 1 :])
+        try:
+            assert torch.equal(read_volume(image, labels, 3).labels, expected.labels)
+        except DataError:
+            refused += 1
+    assert refused > len(intact) - 100, "all but what gzip says about the file"
+
+
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     for i in range(6):
@@ -164,6 +177,12 @@ def test_volumes_are_cut_or_padded_about_their_centre() -> None:
         assert torch.equal(found[:, 2:7], expected[1:3])
         assert not found[:, :2].any()
         assert not found[:, 7:].any()
+
+
+def test_a_volume_in_other_units_is_named() -> None:
+    large = volume((3000.0, 1500.0, 1000.0))._replace(file=Path("knee.nii"))
+    with pytest.raises(DataError, match=r"^knee\.nii: expected voxels of about \(3\.0, 1\.5, 1\.0\) mm .*, got \(3000"):
+        fit(large, (4, 5, 6), SPACING)
 
 
 def test_coarser_voxels_hold_means_and_finer_ones_are_interpolated() -> None:

@@ -304,6 +304,40 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     assert files(stopped.out) == files(whole.out)
 
 
+def test_a_run_that_was_killed_at_its_first_file_goes_on(tmp_path: Path) -> None:
+    config = made(tmp_path, "voc")
+    config.out.mkdir()
+    (config.out / f"{RECORDS}.partial").write_text("{")
+    prepare.main(config)
+    assert len(VOC(config.out, "train")) == 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": 1},
+        {"split": "test"},
+        {"height": "36"},
+        {"tags": [1, 0]},
+        {"tags": [1, 0, -1]},
+        {"sizes": [1.0]},
+        {"sizes": ["1", "0", "0"]},
+        {"void": None},
+        {"boxes": True},
+        {"oddities": [1]},
+        {"more": 1},
+    ],
+)
+def test_records_that_no_run_has_written_are_refused(change: dict[str, object], tmp_path: Path) -> None:
+    config = made(tmp_path, "voc")
+    prepare.main(config)
+    path = config.out / RECORDS
+    first, second, *rows = path.read_text().splitlines()
+    path.write_text("\n".join([first, json.dumps(json.loads(second) | change), *rows, ""]))
+    with pytest.raises(DataError, match=rf"{RECORDS}: expected the file of an earlier run, got another: .+$"):
+        prepare.main(config)
+
+
 def test_folders_in_use_and_other_settings_are_refused(tmp_path: Path) -> None:
     config = made(tmp_path, "voc")
     with pytest.raises(DataError, match="expected another folder than the data set's own"):
@@ -324,6 +358,16 @@ def test_folders_in_use_and_other_settings_are_refused(tmp_path: Path) -> None:
         DataError, match=r"mine: expected the folder of a run with|mine/.*: expected the file of an earlier"
     ):
         prepare.main(dataclasses.replace(config, out=tmp_path / "mine"))
+
+
+@pytest.mark.parametrize("name", ["dog ", "big\ndog", "\0", "\ud800"])
+def test_classes_that_a_list_cannot_hold_are_refused(name: str, tmp_path: Path) -> None:
+    config = made(tmp_path, "panoptic")
+    for split in LISTS:
+        path = config.root / "annotations" / f"panoptic_{split}.json"
+        path.write_text(path.read_text().replace('"dog"', json.dumps(name)))
+    with pytest.raises(DataError, match=r"^train and val: expected names that a list can hold, got '.+'$"):
+        prepare.main(config)
 
 
 def test_lists_must_not_share_images(tmp_path: Path) -> None:

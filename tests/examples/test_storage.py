@@ -155,6 +155,12 @@ def test_a_file_of_another_kind_is_refused(content: bytes, tmp_path: Path) -> No
     assert "\n" not in str(error.value)
 
 
+def test_a_tensor_alone_is_refused(file: Path) -> None:
+    torch.save(torch.zeros(2), file)
+    with pytest.raises(StorageError, match=f"^cannot read {file}: it holds Tensor instead of values by name$"):
+        storage.load(file)
+
+
 def test_a_file_that_is_missing_or_a_folder_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "missing.pt", tmp_path):
         with pytest.raises(StorageError, match=f"^cannot read {path}: ") as error:
@@ -176,6 +182,14 @@ def test_a_file_with_a_flipped_bit_is_refused_or_means_the_same(
     except StorageError:
         return
     assert same(loaded, STATE)
+
+
+def test_a_tensor_that_is_marked_as_a_folder_is_refused(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[content.index(b"PK\1\2") + 38] |= 0x10  # attributes of the first entry; PyTorch returns memory as it is
+    file.write_bytes(content)
+    with pytest.raises(StorageError, match=r"it is damaged$"):
+        storage.load(file)
 
 
 class Code:

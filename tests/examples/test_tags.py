@@ -72,6 +72,7 @@ class Program:
         ("x.npy", npy({2007000032: np.zeros(20)}), "2007_000032: expected 3 values, or one less, got 20|.*1 missing.*"),
         ("x.npy", npy(dict.fromkeys(NAMES, np.zeros(20))), "2007_000032: expected 3 values, or one less, got 20"),
         ("x.npy", npy(dict.fromkeys(NAMES, np.full(2, 0.5))), "2007_000032: expected 0 or 1 for each class, got 0.5"),
+        ("x.npy", npy({name: [1, np.ones(2)] for name in NAMES}), r"2007_000032: expected 0 or 1 .*, got array\(.*"),
         ("x.npy", npy(dict.fromkeys(NAMES, 1)), "2007_000032: expected a list of classes or of 0 and 1, got int"),
         ("x.csv", b"", ":1: expected a header of name and of each class once, got ''"),
         ("x.csv", b"name,cat\n", ":1: expected a column for each class, got none for dog, black"),

@@ -121,6 +121,12 @@ def test_other_classes_come_from_a_file(root: Path) -> None:
         data[2]
 
 
+def test_classes_that_cannot_be_read_are_refused(root: Path) -> None:
+    (root / "classes.txt").symlink_to(root / "gone.txt")
+    with pytest.raises(DataError, match=r"classes\.txt: expected a text file, found no file$"):
+        VOC(root, "train")
+
+
 @pytest.mark.parametrize("file", ["trainaug.txt", "train_aug.txt"])
 @pytest.mark.parametrize("line", ["{}", "/JPEGImages/{0}.jpg /SegmentationClassAug/{0}.png"])
 def test_masks_of_sbd_come_first_in_trainaug_and_nowhere_else(root: Path, file: str, line: str) -> None:

@@ -172,7 +172,7 @@ def test_volumes_of_a_folder_are_those_that_were_written(tmp_path: Path) -> None
 def test_a_folder_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     done = run_example("volumes", "--root", "/nowhere", "--out", tmp_path)
     assert done.returncode != 0
-    assert done.stderr == "error: /nowhere/dataset.json: expected a text file, found no file\n"
+    assert done.stderr == "error: /nowhere: expected a folder, found none\n"
 
 
 def check_output(text: str, folder: Path) -> None:

@@ -196,11 +196,3 @@ def test_unrolled_networks(drawn: Drawn) -> None:
 @given(networks())
 def test_split_networks(drawn: Drawn) -> None:
     check_split(drawn)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("check", [check_unrolled, check_split])
-@settings(max_examples=30)
-@given(networks())
-def test_more_networks(check: Callable[[Drawn], None], drawn: Drawn) -> None:
-    check(drawn)
