@@ -69,6 +69,7 @@ def test_splits_share_no_digit_and_no_region_of_a_picture() -> None:
     assert heights == [400, 400, 400]
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(options=OPTIONS, index=st.integers(0, 1000))
 def test_annotations_agree_with_the_labels(options: dict, index: int) -> None:
