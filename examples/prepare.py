@@ -144,8 +144,8 @@ def draw(root: Path, records: Sequence[Record], path: Path) -> None:
 def main(config: Config) -> None:
     if config.out.resolve() == config.root.resolve():
         raise DataError(f"{config.out}: expected another folder than the data set's own")
-    check_folder(config.root)
     output_folder(config.out)
+    check_folder(config.root)
     lists = {"train": config.train, "val": config.val}
     splits = {name: config.images(split) for name, split in lists.items() if split != "none"}
     if not splits:

@@ -257,7 +257,7 @@ def test_images_without_masks_can_be_annotated_and_a_training_reads_the_sizes(fo
         (["--grid", "4x4"], "invalid choice '4x4'"),
         (["--scenes", "0"], "--scenes: expected at least 1, got 0"),
         (["--data", "voc"], "--root: expected the folder of --data voc, got none"),
-        (["--data", "folder", "--root", "/nowhere"], "/nowhere/train: expected a folder, found none"),
+        (["--data", "folder", "--root", "/nowhere"], "/nowhere: expected a folder, found none"),
         (["--out", f"{__file__}/below"], "cannot write to .*/below: Not a directory"),
         (["--sizes", f"{__file__}/sizes.csv"], "cannot write .*sizes.csv: .*"),
     ],
