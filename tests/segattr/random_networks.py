@@ -2,8 +2,7 @@
 
 import random
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -960,15 +959,3 @@ def _contents(value: Any) -> Any:
     if isinstance(value, (int, float, str, bool, type(None), torch.dtype)):
         return value
     return id(value)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    for module in modes:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

@@ -17,8 +17,9 @@ from torch.nn.utils import parametrize
 
 from segattr import advcam, cam, grad_cam, rib, split
 from segattr.lrp import unroll
+from segattr.networks import evaluating
 from tests.segattr.lrp_nets import conservation_error, error, input_times_gradient
-from tests.segattr.random_networks import Drawn, Net, evaluating, networks, numbers, state
+from tests.segattr.random_networks import Drawn, Net, networks, numbers, state
 
 # What a user does on purpose is no fault of a network.
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
