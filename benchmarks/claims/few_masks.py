@@ -18,8 +18,8 @@ from benchmarks.claims.shared import Outcome, Verdict, Work, digest, of_seeds
 
 PER_CLASS = (1, 5)
 SETTINGS = {"labelled": PER_CLASS, "pretrain_steps": 400, "steps": 80, "save_every": 10}
-# Learning rates of new weights, the better of 3e-3 and 1e-2 on images held out with 5 masks a class; the multi-task
-# U-Net has that of the U-Net.
+# Learning rates of new weights, the better of 3e-3 and 1e-2 on images held out with 5 masks a class: of WS-AE before
+# its maps were scaled to scores; the multi-task U-Net has that of the U-Net.
 RATES = {"unrolled LRP": 1e-2, "WS-AE": 1e-2, "FCN": 1e-2, "U-Net": 3e-3, "multi-task U-Net": 3e-3}
 OURS = "unrolled LRP"
 PAPER = {1: "39.8", 5: "43.4 to 50.3"}
