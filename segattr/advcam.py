@@ -77,7 +77,8 @@ def advcam(
         TypeError: ``images`` that are not floating point, ``classes`` that are not sequences of integers, settings of
             another type, a network that cannot be split.
         ValueError: images, classes or settings out of range, ``literal`` and ``reference`` at once, ``reference`` for
-            a head that is not global average pooling and one linear layer, maps that are NaN or infinite.
+            a head that is not global average pooling and one linear layer, a network that overwrites in place what its
+            gradient needs, maps that are NaN or infinite.
 
     Source:
         *Anti-Adversarially Manipulated Attributions for Weakly and Semi-Supervised Semantic Segmentation*; the

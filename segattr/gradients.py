@@ -81,8 +81,8 @@ def grad_cam(
         TypeError: ``images`` that are not floating point, ``classes`` that are not sequences of integers, ``pool`` that
             is no bool, ``pixels`` that are not bool, a network that cannot be split, parts that give no tensor.
         ValueError: images, classes, ``layer``, ``weighting`` or ``norm`` out of range, ``pixels`` for a network that
-            gives one vector for each image, a head that does not give ``[B, K]`` or whose logits are detached, maps
-            that are NaN or infinite.
+            gives one vector for each image, a head that does not give ``[B, K]``, whose logits are detached or that
+            overwrites in place what its gradient needs, maps that are NaN or infinite.
 
     Source:
         *Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization*; the dissertation's
