@@ -130,7 +130,8 @@ def bbam(
             settings of another type, a detector that is no function or gives no pair of tensors.
         ValueError: shapes or devices that do not fit each other, boxes without area or not within the image, labels
             that the detector does not have, settings out of range, a detector whose outputs have another shape, are
-            not finite, or are detached, all that ``heads`` asks for; one that overwrites in place what its gradient needs.
+            not finite, or are detached, all that ``heads`` asks for, or that overwrites in place what
+            its gradient needs.
 
     Source:
         *BBAM: Bounding Box Attribution Map for Weakly Supervised Semantic and Instance Segmentation*; the

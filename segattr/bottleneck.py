@@ -177,7 +177,8 @@ def rib(
             tags other than 0 and 1, NaN or infinite images, companions for fewer than ``steps`` steps, negative
             ``steps``, ``lr`` of 0 or less, a ``margin`` outside ±1e30, an unknown ``pool`` or ``norm``, ``frozen``
             modules that are not of the classifier, or that leave nothing to train, features without parameters before a
-            head that is not linear, a network that overwrites in place what its gradient needs; maps that are NaN or infinite, or become so as weights diverge.
+            head that is not linear, a network that overwrites in place what its gradient needs; maps that are NaN or
+            infinite, or become so as weights diverge.
 
     Source:
         Reducing the information bottleneck, the dissertation's sec. 3.4.3. The sum of eq. (2.1) as printed is
