@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Literal, TypeVar
@@ -48,6 +49,9 @@ def joined(device: Device) -> Iterator[None]:
     # Who is done first may wait for long: for the last image of a data set, say.
     dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=timedelta(days=1))
     yield
+    # Threads of Gloo need Python to drop their last tensors; torch 2.7 holds on to it while it destroys the group, and
+    # waited for them without end in half of the runs. Later versions let go.
+    time.sleep(0.1)
     dist.destroy_process_group()  # not after an exception: the others may never come
 
 
